@@ -1,0 +1,29 @@
+"""Makes text embedders smaller and faster, and measures what that cost.
+
+>>> import compress
+>>> embedder = compress.load("minilm")                       # doctest: +SKIP
+>>> embedder.encode(["two", "texts"]).shape                  # doctest: +SKIP
+(2, 384)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load", "run"]
+
+if TYPE_CHECKING:
+    from compress.loading import load
+    from compress.pipeline import run
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, because both import torch in the end and `compress --help` should not.
+    if name == "load":
+        from compress.loading import load
+
+        return load
+    if name == "run":
+        from compress.pipeline import run
+
+        return run
+    raise AttributeError(f"module 'compress' has no attribute {name!r}")

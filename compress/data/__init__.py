@@ -1,0 +1,1 @@
+"""Package data: the embedded suite and the shapes of models known by name."""

@@ -1,0 +1,1 @@
+"""Layers that a compressed model is made of."""

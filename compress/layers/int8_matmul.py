@@ -1,0 +1,107 @@
+"""Products of int8 activations with int8 weights: one class per kernel, chosen once per device by trying it.
+
+All of them compute the same integers: `sum_k x[t, k] * w[n, k]`, exact in 32 bits for inner sizes up to 2^31 / 127^2 = 133,000,
+then scaled to floating point. They differ in which operator runs them and how that operator wants its weight stored.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import torch
+
+
+class Int8Matmul(Protocol):
+    """A packed int8 weight [out, in] with its float32 scale [out], ready to multiply."""
+
+    name: str
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None: ...
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply int8 [tokens, in], giving [tokens, out] in `dtype`, scaled by the weight's scale (not by the activation's)."""
+        ...
+
+
+class OneDnnMatmul:
+    """oneDNN's int8 linear on the CPU: the scale of each output channel is applied as the 32-bit sums leave the registers.
+
+    oneDNN's signed x signed path falls back to a reference loop in the tested build (torch 2.13), its unsigned x signed one is the
+    fast path, so activations are shifted by 128 and the operator is told of the zero point, which it subtracts exactly.
+    """
+
+    name = "onednn"
+    ZERO_POINT = 128
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        self._weight = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+        self._scale = scale.contiguous()
+        self._zeros = torch.zeros(weight.shape[0], dtype=torch.int32)
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply; see `Int8Matmul`."""
+        shifted = x.view(torch.uint8).bitwise_xor(0x80)  # two's complement: flipping the sign bit adds 128
+        product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            shifted, 1.0, self.ZERO_POINT, self._weight, self._scale, self._zeros, None, 1.0, 0, dtype, "none", [], ""
+        )
+        return product
+
+
+class IntMmMatmul:
+    """`torch._int_mm`: cuBLASLt on CUDA, a plain loop or oneDNN on the CPU.
+
+    On CUDA it wants more than 16 rows and inner and outer sizes that are multiples of 8, so both operands are padded with zeros
+    there, which adds nothing to the sums.
+    """
+
+    name = "int_mm"
+    MIN_ROWS = 17
+    MULTIPLE = 8
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        self._outputs, inputs = weight.shape
+        self._padding = -inputs % self.MULTIPLE
+        padded = torch.nn.functional.pad(weight, (0, self._padding, 0, -self._outputs % self.MULTIPLE))
+        # [in, out] as a view of a contiguous [out, in]: the column-major operand that cuBLASLt asks for.
+        self._weight = padded.contiguous().t()
+        self._scale = scale.contiguous()
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply; see `Int8Matmul`."""
+        rows = x.shape[0]
+        missing = max(0, self.MIN_ROWS - rows)
+        if missing or self._padding:
+            x = torch.nn.functional.pad(x, (0, self._padding, 0, missing))
+        sums = torch._int_mm(x, self._weight)[:rows, : self._outputs]
+        return (sums * self._scale).to(dtype)
+
+
+def _is_exact(kernel: type[Int8Matmul], device: torch.device) -> bool:
+    """Whether `kernel` runs here and gives the exact integers at the ends of the range.
+
+    CPUs without VNNI add pairs of 8-bit products in 16 bits, which saturates silently; the probe's rows are all at the limits.
+    """
+    x = torch.tensor([[127] * 64, [-128] * 64, [127, -128] * 32], dtype=torch.int8, device=device)
+    weight = torch.tensor([[127] * 64, [-127] * 64, [127, -127] * 32] * 8, dtype=torch.int8, device=device)
+    expected = x.cpu().long() @ weight.cpu().long().t()
+    try:
+        product = kernel(weight, torch.ones(weight.shape[0], device=device))(x, torch.float32)
+    except (RuntimeError, AttributeError):  # the operator is not in this build, or not for this device
+        return False
+    return torch.equal(product.cpu().long(), expected)
+
+
+@functools.cache
+def int8_matmul(device_type: str) -> type[Int8Matmul]:
+    """Return the fastest kernel of this device that multiplies exactly.
+
+    Raises:
+        RuntimeError: no kernel does; nothing here falls back to floating point unasked.
+    """
+    kernels: list[type[Int8Matmul]] = [OneDnnMatmul, IntMmMatmul] if device_type == "cpu" else [IntMmMatmul]
+    for kernel in kernels:
+        if _is_exact(kernel, torch.device(device_type)):
+            return kernel
+    names = ", ".join(kernel.name for kernel in kernels)
+    raise RuntimeError(f"no exact int8 matrix product on {device_type!r} with torch {torch.__version__} (tried {names})")

@@ -1,0 +1,90 @@
+"""Accuracy by the mteb package's own tasks and scorers: an Embedder in, the task's main score out."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import mteb
+import numpy as np
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta
+from pydantic import BaseModel, ConfigDict
+
+from compress.errors import UserError
+from compress.measure.tasks import Task
+from compress.models.embedder import Embedder, Vectors
+
+
+class TaskScore(BaseModel):
+    """What one model scored on one task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    type: str
+    metric: str
+    score: float
+    """Main score as mteb gives it, mostly 0 to 1."""
+    prompts: dict[str, str]
+    """Prompts put before the texts, by role (`query`, `document`, or `text` where a task has no roles)."""
+    seconds: float
+    data: str
+    """Fingerprint of the data."""
+
+
+class MtebEncoder(AbsEncoder):  # type: ignore[misc]
+    """An Embedder as mteb's tasks call it."""
+
+    def __init__(self, embedder: Embedder, batch_tokens: int | None = None) -> None:
+        self.embedder = embedder
+        self.batch_tokens = batch_tokens
+        self.model_prompts = embedder.spec.prompts or None
+        # mteb files results under owner/name; ours go into the record.
+        self.mteb_model_meta = ModelMeta.create_empty({"name": f"compress/{embedder.name.replace('/', '--')}", "revision": "local"})
+        self.prompts_used: dict[str, str] = {}
+
+    def encode(
+        self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any
+    ) -> Vectors:
+        """Embed the texts of a data loader with the model's own prompt for the task and role, if it has one."""
+        name = self.get_prompt_name(task_metadata, prompt_type)
+        prompt = self.embedder.spec.prompts[name] if name else self.embedder.spec.default_prompt
+        self.prompts_used[prompt_type.value if prompt_type else "text"] = prompt
+        texts = [text for batch in inputs for text in batch["text"]]
+        # mteb passes the same text many times over in some tasks; each is embedded once.
+        unique = list(dict.fromkeys(texts))
+        vectors = self.embedder.encode(unique, prompt, batch_tokens=self.batch_tokens)
+        row = {text: index for index, text in enumerate(unique)}
+        return vectors[np.fromiter((row[text] for text in texts), dtype=np.intp, count=len(texts))]
+
+
+def evaluate(embedder: Embedder, task: Task, batch_tokens: int | None = None) -> TaskScore:
+    """Score an embedder on a task.
+
+    Raises:
+        UserError: the task's data is not local and the hub cannot be reached.
+    """
+    encoder = MtebEncoder(embedder, batch_tokens)
+    start = time.perf_counter()
+    try:
+        result = mteb.evaluate(
+            encoder, task.mteb, cache=None, co2_tracker=False, overwrite_strategy="always", show_progress_bar=False
+        )
+    except (ConnectionError, OSError) as error:
+        if task.folder is not None:
+            raise
+        raise UserError(
+            f"task {task.name!r}: its data could not be fetched from the hub ({str(error).splitlines()[0]})",
+            "give a folder that holds it (--data), or use the embedded suite (--tasks mini)",
+        ) from error
+    scores = result.task_results[0]
+    return TaskScore(
+        task=task.name,
+        type=task.mteb.metadata.type,
+        metric=task.mteb.metadata.main_score,
+        score=float(scores.get_score()),
+        prompts=encoder.prompts_used,
+        seconds=time.perf_counter() - start,
+        data=task.fingerprint,
+    )

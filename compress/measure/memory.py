@@ -1,0 +1,58 @@
+"""Memory of this process: anonymous resident pages, which no file can give back, and their peak."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+INTERVAL_SECONDS = 0.002
+
+
+def anonymous_bytes() -> int | None:
+    """Return the anonymous resident set of this process, or None where the kernel does not say (not Linux).
+
+    Mapped files are left out: their pages are shared, and dropped when memory is wanted.
+    """
+    try:
+        found = re.search(r"^RssAnon:\s+(\d+) kB", STATUS.read_text(encoding="ascii"), re.M)
+    except OSError:
+        return None
+    return int(found.group(1)) * 1024 if found else None
+
+
+def release_free_pages() -> None:
+    """Hand memory that was freed but kept by the C allocator back to the kernel, where the C library is glibc."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # another C library: its free pages stay counted
+
+
+class PeakAnonymous:
+    """Watches the anonymous resident set from a thread: `with PeakAnonymous() as peak: ...; peak.bytes`."""
+
+    def __init__(self) -> None:
+        self.bytes: int | None = anonymous_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(INTERVAL_SECONDS):
+            self._sample()
+
+    def _sample(self) -> None:
+        now = anonymous_bytes()
+        if now is not None and self.bytes is not None:
+            self.bytes = max(self.bytes, now)
+
+    def __enter__(self) -> PeakAnonymous:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()

@@ -1,0 +1,87 @@
+"""A process that holds one embedder and measures it on request: JSON lines in, JSON lines out.
+
+Each measured embedder lives in a fresh process of its own, so that none profits from what another loaded, and its memory is its own.
+`python -m compress.measure.worker` is started by `compress.measure.speed`; nobody calls it by hand.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from compress.measure.memory import PeakAnonymous, anonymous_bytes, release_free_pages
+
+
+class Worker:
+    """Answers requests about one embedder."""
+
+    def __init__(self) -> None:
+        self.embedder: Any = None
+        self.imports_bytes: int | None = None
+        self.gpu: Any = None
+
+    def load(self, loader: str, arguments: dict[str, Any], threads: int | None) -> dict[str, Any]:
+        """Load the embedder by calling `loader` ("module:function") with `arguments`, and say what memory that took."""
+        import torch
+
+        # Importing the loader's module and these brings in what any embedder of this runtime needs; memory counts from here.
+        importlib.import_module("transformers.models.auto.modeling_auto")
+        module, _, function = loader.partition(":")
+        load = getattr(importlib.import_module(module), function)
+        if "compress" in module:
+            importlib.import_module("compress.runtimes.torch_runtime")
+        if threads:
+            torch.set_num_threads(threads)
+        self.gpu = torch.cuda if torch.cuda.is_available() else None
+        release_free_pages()
+        self.imports_bytes = anonymous_bytes()
+        self.embedder = load(**arguments)
+        release_free_pages()
+        return {"loaded_bytes": self._above_imports(anonymous_bytes()), "threads": torch.get_num_threads()}
+
+    def throughput(self, texts: list[str], batch_tokens: int | None) -> dict[str, Any]:
+        """Encode all texts once; seconds, and the peak memory while encoding."""
+        if self.gpu:
+            self.gpu.reset_peak_memory_stats()
+        with PeakAnonymous() as peak:
+            start = time.perf_counter()
+            self.embedder.encode(texts, batch_tokens=batch_tokens)
+            seconds = time.perf_counter() - start
+        gpu_bytes = self.gpu.max_memory_allocated() if self.gpu else None
+        return {"seconds": seconds, "peak_bytes": self._above_imports(peak.bytes), "gpu_peak_bytes": gpu_bytes}
+
+    def latency(self, texts: list[str]) -> dict[str, Any]:
+        """Encode the texts one by one; seconds of each."""
+        seconds = []
+        for text in texts:
+            start = time.perf_counter()
+            self.embedder.encode([text])
+            seconds.append(time.perf_counter() - start)
+        return {"seconds": seconds}
+
+    def count(self, texts: list[str]) -> dict[str, Any]:
+        """Count the tokens of all texts, special tokens included, after truncation."""
+        return {"tokens": sum(len(row) for row in self.embedder.tokenizer(texts))}
+
+    def _above_imports(self, total: int | None) -> int | None:
+        return None if total is None or self.imports_bytes is None else total - self.imports_bytes
+
+
+def main() -> None:
+    """Serve requests until standard input closes."""
+    # Libraries print; the answers go to the original standard output, everything else to standard error.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    worker = Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(worker, request.pop("do"))(**request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What every method is: its YAML keys, what it would do to a shape, and doing it. Torch is imported only inside `apply`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from compress.models.shape import ModelShape
+from compress.models.variant import QuantizedLayer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a method would do, from the shape alone."""
+
+    bytes_after: int
+    """Bytes of the variant's tensors on disk."""
+    memory_bytes: int
+    """Most memory that applying it takes beside the model itself."""
+    bytes_touched: int
+    """Bytes read and written while applying it, which is what its time depends on."""
+    note: str
+    """One line for people."""
+
+
+class Method(BaseModel):
+    """A step of a recipe. Its fields are the keys that a recipe may set."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    method: str
+
+    @abstractmethod
+    def estimate(self, shape: ModelShape) -> Estimate:
+        """Say what `apply` would do to a model of this shape.
+
+        Raises:
+            ValueError: the step does not fit the model, say because a pattern matches no layer.
+        """
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> dict[str, QuantizedLayer]:
+        """Change `model` in place; return how each layer that it quantized is stored."""

@@ -1,0 +1,74 @@
+"""Round to nearest: each weight becomes the int8 nearest to it. No calibration, seconds even for large models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from compress.layers.scheme import ActivationScheme
+from compress.methods.base import Estimate, Method
+from compress.models.shape import ModelShape, is_block_linear, match_patterns
+from compress.models.variant import QuantizedLayer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SCALE_BYTES = 4
+
+
+class RTN(Method):
+    """Round the linear layers of the blocks to int8, symmetric, one scale per output channel.
+
+    With activations `dynamic_per_token` this is the W8A8 arithmetic of LLM.int8() without its outlier columns (Dettmers et al.
+    2022, arXiv 2208.07339, section 2.1: row-wise times column-wise scales).
+    """
+
+    method: Literal["rtn"] = "rtn"
+    bits: Literal[8] = 8
+    """Bits of a weight."""
+    activations: Literal["none", "dynamic_per_tensor", "dynamic_per_token"] = "dynamic_per_token"
+    """What the layer's input becomes: nothing (weights alone are quantized; smaller, not faster), or int8 with one scale per
+    tensor or per token."""
+    skip: tuple[str, ...] = ()
+    """Layers left alone: shell-style patterns of their names, such as "*.output.dense"."""
+
+    def _quantized_names(self, names: list[str]) -> set[str]:
+        return set(names) - match_patterns(names, self.skip)
+
+    def estimate(self, shape: ModelShape) -> Estimate:
+        """Size after: one byte a weight and four bytes an output channel; everything else in half precision."""
+        linears = shape.block_linears
+        chosen = self._quantized_names(list(linears))
+        weights = sum(linears[name].parameters for name in chosen)
+        scales = sum(linears[name].shape[0] for name in chosen) * SCALE_BYTES
+        largest = max((linears[name].parameters for name in chosen), default=0)
+        return Estimate(
+            bytes_after=shape.half_bytes - weights * 2 + weights + scales,
+            memory_bytes=largest * (4 + 4 + 1),  # a float32 copy, its rounded copy, the integers
+            bytes_touched=weights * (4 + 4 + 1),
+            note=f"{len(chosen)} linear layers, {weights / 1e6:,.1f} M weights to int8, activations {self.activations}",
+        )
+
+    def apply(self, model: nn.Module) -> dict[str, QuantizedLayer]:
+        """Replace every chosen `nn.Linear` by a `QuantizedLinear`.
+
+        Raises:
+            ValueError: a weight is NaN or infinite, or a pattern of `skip` matches nothing.
+        """
+        import torch
+        from torch import nn
+
+        from compress.layers.quantized_linear import QuantizedLinear
+
+        linears = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and is_block_linear(f"{name}.weight", module.weight.dim())
+        }
+        scheme = ActivationScheme(self.activations)
+        chosen = self._quantized_names(list(linears))
+        for name in sorted(chosen):
+            if not torch.isfinite(linears[name].weight).all():
+                raise ValueError(f"{name}.weight holds NaN or infinity; it was not quantized")
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, QuantizedLinear.from_float(linears[name], scheme))
+        return {name: QuantizedLayer(bits=self.bits, activations=scheme) for name in sorted(chosen)}

@@ -1,0 +1,114 @@
+"""An Embedder is texts in, vectors out: the protocol, and the loop around every network that answers it. No torch here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from compress.models.spec import EmbedderSpec
+from compress.models.tokens import Ids, TextTokenizer, batches_by_tokens, pad_batch
+
+Vectors = npt.NDArray[np.float32]
+
+# Texts are taken from the iterable this many at a time: enough for sorting by length to pay, few enough to hold.
+CHUNK_TEXTS = 16_384
+# From this many texts on, a progress bar is shown where somebody is watching.
+LONG_WORK_TEXTS = 2_000
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """What measures and exports see of a model, however it was made."""
+
+    name: str
+    dimension: int
+    spec: EmbedderSpec
+
+    def encode(
+        self, texts: Iterable[str], prompt: str | None = None, *, batch_tokens: int | None = None, progress: bool | None = None
+    ) -> Vectors:
+        """Embed texts: float32 [n, dimension], in their order; of unit norm where the model normalises."""
+        ...
+
+
+class BatchedEmbedder(ABC):
+    """Sorts by length, batches by a token budget, restores the order; subclasses run one batch."""
+
+    def __init__(self, name: str, spec: EmbedderSpec, tokenizer: TextTokenizer, dimension: int, batch_tokens: int) -> None:
+        self.name = name
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.dimension = dimension
+        self.batch_tokens = batch_tokens
+
+    @abstractmethod
+    def forward(self, ids: Ids, mask: Ids, pool_from: int) -> Vectors:
+        """Embed one padded batch: int64 [b, length] twice to float32 [b, dimension]. Tokens before `pool_from` are not pooled."""
+
+    def encode(
+        self, texts: Iterable[str], prompt: str | None = None, *, batch_tokens: int | None = None, progress: bool | None = None
+    ) -> Vectors:
+        """Embed texts.
+
+        Args:
+            texts: any iterable of strings; a generator is consumed some 16,000 at a time.
+            prompt: put before every text, as it stands. None: the model's default prompt, mostly none.
+            batch_tokens: padded tokens a batch may hold; None: this embedder's own default.
+            progress: show a progress bar; None: for long work, where standard error is a terminal.
+
+        Returns:
+            float32 [n, dimension], in the order of the texts; of unit norm where the model normalises.
+
+        Raises:
+            TypeError: `texts` is a single string, or holds something else than strings.
+            ValueError: `batch_tokens` is not positive.
+            FloatingPointError: a vector is not finite.
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts is one string; put it in a list: encode([text])")
+        budget = self.batch_tokens if batch_tokens is None else batch_tokens
+        if budget < 1:
+            raise ValueError(f"batch_tokens must be at least 1, got {budget}")
+        prompt = self.spec.default_prompt if prompt is None else prompt
+        pool_from = self.tokenizer.prompt_length(prompt) if prompt and not self.spec.pool_prompt else 0
+
+        chunks: list[Vectors] = []
+        iterator, seen = iter(texts), 0
+        while chunk := list(islice(iterator, CHUNK_TEXTS)):
+            for offset, text in enumerate(chunk):
+                if not isinstance(text, str):
+                    raise TypeError(f"texts[{seen + offset}] is {type(text).__name__}, not str")
+            seen += len(chunk)
+            rows = self.tokenizer([prompt + text for text in chunk] if prompt else chunk)
+            vectors = np.empty((len(rows), self.dimension), dtype=np.float32)
+            for batch in _watched(batches_by_tokens([len(row) for row in rows], budget), len(rows), progress):
+                ids, mask = pad_batch([rows[index] for index in batch])
+                vectors[batch] = self.forward(ids, mask, pool_from)
+            if not np.isfinite(vectors).all():
+                first = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+                raise FloatingPointError(f"{self.name} gave a vector that is not finite, for {chunk[first][:80]!r}")
+            chunks.append(vectors)
+        return np.concatenate(chunks) if chunks else np.empty((0, self.dimension), dtype=np.float32)
+
+
+def _watched(
+    batches: Iterator[npt.NDArray[np.intp]], total: int, progress: bool | None
+) -> Iterator[npt.NDArray[np.intp]]:
+    """Pass batches through, under a progress bar when asked for or when it is long and a terminal watches."""
+    if progress is False or (progress is None and total < LONG_WORK_TEXTS):
+        yield from batches
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (progress or console.is_terminal)) as bar:
+        task = bar.add_task("encoding", total=total)
+        for batch in batches:
+            yield batch
+            bar.advance(task, len(batch))

@@ -1,0 +1,124 @@
+"""Networks from transformers: loaded whole from a checkpoint, or built empty to be filled from a variant's file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from compress.errors import UserError
+
+
+def _quietly() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def read_config(folder: Path) -> Any:
+    """Read a transformers config from a folder, never from a hub, never running code that came with it.
+
+    Raises:
+        UserError: there is none, or its architecture is not one of transformers' own.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no config.json", "a model's folder holds config.json, tokenizer files and safetensors weights")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        import json
+
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type", "missing")
+        raise UserError(f"{path}: model_type {kind!r} is not an architecture that this version runs") from error
+    if config.is_encoder_decoder:
+        raise UserError(f"{path}: {config.model_type} is an encoder-decoder; embedders are encoders or decoders")
+    return config
+
+
+def load_network(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Load the base model (no language-model head) of a checkpoint, every floating-point tensor in `dtype`.
+
+    Raises:
+        UserError: a tensor that the network needs is not in the checkpoint; nothing is filled in at random.
+    """
+    _quietly()
+    config = read_config(folder)
+    # use_cache: an embedder reads each text once, so a decoder's key/value cache would only cost memory.
+    config.use_cache = False
+    model, report = AutoModel.from_pretrained(
+        folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(f"{folder}: the checkpoint lacks {len(missing)} tensors of its own network, such as {missing[0]!r}")
+    return _without_pooler(model)
+
+
+def _without_pooler(model: nn.Module) -> nn.Module:
+    """Take away BERT's pooler: it feeds next-sentence prediction, not the embedding."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let modules built inside take no memory for parameters, while their buffers get real values.
+
+    `torch.device("meta")` would leave buffers that no checkpoint holds (rotary frequencies, position ids) without values too.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(self, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def empty_network(folder: Path) -> nn.Module:
+    """Build the network of `folder`'s config with real buffers and parameters that have no memory yet."""
+    _quietly()
+    config = read_config(folder)
+    config.use_cache = False
+    with _parameters_on_meta():
+        model: nn.Module = AutoModel.from_config(config)
+    return _without_pooler(model)
+
+
+def fill_network(model: nn.Module, path: Path) -> None:
+    """Put the tensors of a safetensors file into `model`, as they are stored, mapped rather than copied.
+
+    Raises:
+        UserError: the file and the network disagree on a tensor's name or shape.
+    """
+    wanted = dict(model.state_dict(keep_vars=True))
+    with safe_open(path, framework="pt") as file:
+        stored = set(file.keys())
+        if stored != wanted.keys():
+            differing = sorted(stored ^ wanted.keys())
+            raise UserError(f"{path}: does not fit its network: {len(differing)} tensors differ, such as {differing[0]!r}")
+        for name, current in wanted.items():
+            tensor = file.get_tensor(name)
+            if tensor.shape != current.shape:
+                raise UserError(f"{path}: {name} is {list(tensor.shape)}, its network wants {list(current.shape)}")
+            owner, _, attribute = name.rpartition(".")
+            module = model.get_submodule(owner)
+            if isinstance(current, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            setattr(module, attribute, tensor)
+    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    assert not left, f"parameters left without values: {left[:3]}"

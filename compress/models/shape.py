@@ -1,0 +1,123 @@
+"""The shape of a model: what tensors it has, which are linear layers of its blocks, what running it costs. No torch here.
+
+Plans are made from this alone, so that a model of any size is planned without loading or even having its weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from compress.models.checkpoint import TensorInfo, read_headers
+from compress.models.spec import read_json, transformer_folder
+
+HALF_BYTES = 2
+# Blocks as the common architectures name them: encoder.layer.3., layers.3., h.3., blocks.3., transformer.layer.3.
+_BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
+# Two-dimensional weights inside blocks that are looked up, not multiplied.
+_LOOKED_UP = re.compile(r"relative_attention_bias|embed|rotary")
+
+
+def is_block_linear(name: str, dimensions: int) -> bool:
+    """Whether a parameter is the weight of a linear layer inside a block: the layers that compression works on."""
+    return name.endswith(".weight") and dimensions == 2 and bool(_BLOCK.search(name)) and not _LOOKED_UP.search(name)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Tensors by name, and the few numbers of the config that costs depend on."""
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of parameters (floating-point tensors; index buffers are not counted)."""
+        return sum(info.parameters for info in self.tensors.values() if info.dtype.startswith(("F", "BF")))
+
+    @cached_property
+    def half_bytes(self) -> int:
+        """Bytes of the half-precision baseline."""
+        return self.parameters * HALF_BYTES
+
+    @cached_property
+    def block_linears(self) -> dict[str, TensorInfo]:
+        """Weights of the linear layers inside blocks, by the name of the layer (without `.weight`)."""
+        return {
+            name.removesuffix(".weight"): info for name, info in self.tensors.items() if is_block_linear(name, len(info.shape))
+        }
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self._backbone["hidden_size"])
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return int(self._backbone["num_hidden_layers"])
+
+    @property
+    def _backbone(self) -> Mapping[str, Any]:
+        nested: Mapping[str, Any] = self.config.get("text_config") or self.config
+        return nested
+
+    def flops_per_token(self, length: int) -> float:
+        """Return floating-point operations per token at a text length in tokens: products of the linear layers and of attention."""
+        linear = 2 * sum(info.parameters for info in self.block_linears.values())
+        return linear + 4 * length * self.hidden_size * self.blocks
+
+    def activation_bytes(self, batch_tokens: int, bytes_each: int = 4) -> int:
+        """Return an upper estimate of the activations alive at once while a batch runs.
+
+        The widest moment is the MLP: the residual, its normalised copy, and three arrays of the widest layer (input, activation
+        and the product's output); attention runs in tiles and holds four arrays of the hidden size.
+        """
+        widest = max((max(info.shape) for info in self.block_linears.values()), default=self.hidden_size)
+        return batch_tokens * (2 * self.hidden_size + max(3 * widest, 4 * self.hidden_size)) * bytes_each
+
+
+def match_patterns(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    """Return the names that any of the shell-style patterns matches.
+
+    Raises:
+        ValueError: a pattern matches none of the names, most likely a typing error.
+    """
+    from fnmatch import fnmatchcase
+
+    names, matched = list(names), set()
+    for pattern in patterns:
+        hits = {name for name in names if fnmatchcase(name, pattern)}
+        if not hits:
+            example = f", such as {names[0]!r}" if names else ""
+            raise ValueError(f"pattern {pattern!r} matches none of the model's {len(names)} linear layers{example}")
+        matched |= hits
+    return matched
+
+
+def read_shape(name: str, folder: Path) -> ModelShape:
+    """Read a shape from a model's folder: its config and its safetensors headers."""
+    inner = transformer_folder(folder)
+    return ModelShape(name, _without_pooler(read_headers(inner)), read_json(inner / "config.json"))
+
+
+def known_shape(name: str) -> ModelShape | None:
+    """Return the shape of a model whose tensors the project lists, without any file of the model; None if it is not listed."""
+    resource = resources.files("compress.data") / "shapes" / f"{name.replace('/', '--')}.json"
+    if not resource.is_file():
+        return None
+    listing = json.loads(resource.read_text(encoding="utf-8"))
+    tensors = {key: TensorInfo(dtype, tuple(shape)) for key, (dtype, shape) in listing["tensors"].items()}
+    return ModelShape(name, tensors, listing["config"])
+
+
+def _without_pooler(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Drop BERT's pooler, which no embedder of ours uses and none of our loaders keeps."""
+    return {name: info for name, info in tensors.items() if not re.search(r"(?:^|\.)pooler\.", name)}

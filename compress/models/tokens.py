@@ -1,0 +1,65 @@
+"""Texts to token ids, and token ids to batches. No torch and no transformers here: the Rust tokenizer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+Ids = npt.NDArray[np.int64]
+
+
+class TextTokenizer:
+    """The model's own tokenizer, cut to its longest input and never padding (a batch pads itself)."""
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int, lowercase: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length=max_length)
+        self._lowercase = lowercase
+        self.max_length = max_length
+
+    def __call__(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of each text, special tokens included, at most `max_length` of them."""
+        if self._lowercase:
+            texts = [text.lower() for text in texts]
+        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def prompt_length(self, prompt: str) -> int:
+        """Return how many leading tokens a prompt takes, counted as sentence-transformers does: tokenized alone, less the
+        special token that ends it."""
+        encoding = self._tokenizer.encode(prompt.lower() if self._lowercase else prompt)
+        ends_special = bool(encoding.special_tokens_mask) and encoding.special_tokens_mask[-1] == 1
+        return len(encoding.ids) - int(ends_special)
+
+    def save(self, path: Path) -> None:
+        """Write `tokenizer.json`."""
+        self._tokenizer.save(str(path))
+
+
+def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[npt.NDArray[np.intp]]:
+    """Yield index arrays that cover `lengths` once, longest first, each of at most `batch_tokens` tokens after padding.
+
+    Sorting puts equal lengths side by side, so little is padded; longest first, because what does not fit in memory should fail at
+    once. A text longer than the budget gets a batch of its own.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    start = 0
+    while start < len(order):
+        longest = max(1, lengths[order[start]])
+        stop = start + max(1, batch_tokens // longest)
+        yield order[start:stop]
+        start = stop
+
+
+def pad_batch(rows: Sequence[Ids]) -> tuple[Ids, Ids]:
+    """Return right-padded ids and their mask, both int64 [len(rows), longest]. The pad id is 0: masked, so any id would do."""
+    ids = np.zeros((len(rows), max(1, max(map(len, rows)))), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+    return ids, mask

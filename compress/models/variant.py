@@ -1,0 +1,79 @@
+"""A variant on disk: what `variant.json` says beside `model.safetensors`, `config.json` and `tokenizer.json`. No torch here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from compress.errors import UserError
+from compress.layers.scheme import ActivationScheme
+from compress.models.spec import EmbedderSpec
+
+VARIANT_FILE = "variant.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class QuantizedLayer(BaseModel):
+    """How one linear layer is stored and multiplied."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: Literal[8]
+    activations: ActivationScheme
+
+
+class VariantInfo(BaseModel):
+    """Everything a runtime needs to know of a variant besides its tensors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    base: str
+    """Name of the model that it was made from."""
+    base_fingerprint: str
+    licence: str | None
+    """Licence of the base model, as far as its files name it; it holds for the variant too."""
+    max_length: int
+    spec: EmbedderSpec
+    quantized: dict[str, QuantizedLayer]
+    """By the layer's name in the network."""
+    steps: list[dict[str, Any]]
+    """The recipe's steps as they were applied, defaults filled in."""
+
+    @property
+    def weights(self) -> str:
+        """Say what the weights are, in a word: `int8`, or `float16` where nothing is quantized."""
+        return "+".join(sorted({f"int{layer.bits}" for layer in self.quantized.values()})) or "float16"
+
+    @property
+    def activations(self) -> str:
+        """Name the activation scheme, or several joined by `+`."""
+        return "+".join(sorted({layer.activations for layer in self.quantized.values()})) or ActivationScheme.NONE
+
+    def write(self, folder: Path) -> None:
+        """Write `variant.json`."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        (folder / VARIANT_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> VariantInfo:
+        """Read `variant.json`.
+
+        Raises:
+            UserError: it is not of a format that this version reads.
+        """
+        path = folder / VARIANT_FILE
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}: {place}: {first['msg']}", "it may have been written by another version") from error
+
+
+def is_variant(folder: Path) -> bool:
+    """Whether a folder holds a variant."""
+    return (folder / VARIANT_FILE).is_file()

@@ -1,0 +1,1 @@
+"""Runtimes: a variant in, an Embedder out."""
