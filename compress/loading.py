@@ -75,7 +75,9 @@ def find(model: str) -> Source:
         return Source(folder.resolve().name, folder / "variant" if is_variant(folder / "variant") else folder)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not folder.suffix == ".yaml":
         return Source(model, _download(model))
-    raise UserError(f"model {model!r}: not a folder, a hub name (owner/name) or a built-in model", nearest(model, BUILT_IN))
+    raise UserError(
+        f"model {model!r}: not a folder, a hub name (owner/name) or a built-in model", nearest(model, BUILT_IN)
+    )
 
 
 def _download(name: str) -> Path:
@@ -108,6 +110,13 @@ def find_shape(model: str) -> ModelShape:
     return read_shape(source.name, source.folder)
 
 
+def preload(model: str, **_: object) -> None:
+    """Import everything that loading this model would import, so that what loading itself takes can be measured."""
+    from compress.runtimes.torch_runtime import import_architecture
+
+    import_architecture(find(model).folder)
+
+
 def load(model: str, *, device: str | None = None, dtype: str | None = None, compile: bool = False) -> Embedder:
     """Load an embedder.
 
@@ -124,7 +133,9 @@ def load(model: str, *, device: str | None = None, dtype: str | None = None, com
     return open_source(source, device=device, dtype=dtype, compile=compile)
 
 
-def open_source(source: Source, *, device: str | None = None, dtype: str | None = None, compile: bool = False) -> Embedder:
+def open_source(
+    source: Source, *, device: str | None = None, dtype: str | None = None, compile: bool = False
+) -> Embedder:
     """Load the embedder of a model that was found; see `load`."""
     from compress.runtimes import torch_runtime
 

@@ -116,7 +116,9 @@ def read_recipe(path: Path | str) -> Recipe:
     except YAMLError as error:  # the reader's own (control characters) carry no mark
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, Mapping):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}", "see recipes/int8.yaml")
+        raise UserError(
+            f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}", "see recipes/int8.yaml"
+        )
     recipe = parse_recipe(data, str(path))
     return recipe if recipe.name else recipe.model_copy(update={"name": path.stem})
 
@@ -204,7 +206,11 @@ def _line(data: Any, location: Sequence[str | int]) -> int:
     line = 0
     for part in location:
         marks = getattr(data, "lc", None)
-        if marks is None or marks.data is None or (part not in data if isinstance(data, Mapping) else not isinstance(part, int)):
+        if (
+            marks is None
+            or marks.data is None
+            or (part not in data if isinstance(data, Mapping) else not isinstance(part, int))
+        ):
             break
         position = marks.key(part) if isinstance(data, Mapping) else marks.item(part)
         line = position[0] + 1

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -52,16 +53,20 @@ class WorkerProcess:
 
     def __init__(self, candidate: Candidate, threads: int | None) -> None:
         environment = {**os.environ, **candidate.environment}
+        # A file, not a pipe: nobody reads while the process works, and a full pipe would stop it.
+        self._printed = tempfile.TemporaryFile("w+", encoding="utf-8")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "compress.measure.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._printed,
             text=True,
             env=environment,
         )
         try:
-            self.loaded = self.ask("load", loader=candidate.loader, arguments=dict(candidate.arguments), threads=threads)
+            self.loaded = self.ask(
+                "load", loader=candidate.loader, arguments=dict(candidate.arguments), threads=threads
+            )
         except BaseException:
             self.close()
             raise
@@ -72,7 +77,7 @@ class WorkerProcess:
         Raises:
             RuntimeError: the process ended instead; carries the end of what it printed.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None and self._process.stderr is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
             self._process.stdin.flush()
@@ -80,8 +85,9 @@ class WorkerProcess:
         except BrokenPipeError:
             line = ""
         if not line:
-            printed = self._process.stderr.read()
-            raise RuntimeError(f"the measuring process ended with code {self._process.wait()}:\n{printed[-2000:]}")
+            code = self._process.wait()
+            self._printed.seek(0)
+            raise RuntimeError(f"the measuring process ended with code {code}:\n{self._printed.read()[-2000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -89,11 +95,14 @@ class WorkerProcess:
         """End the process."""
         self._process.kill()
         self._process.communicate()
+        self._printed.close()
 
     def __enter__(self) -> WorkerProcess:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -108,46 +117,39 @@ def measure_speed(
 ) -> dict[str, Speed]:
     """Measure candidates on the same texts, interleaved: A B C, A B C, ... so that a drifting machine drifts for all.
 
-    All processes are loaded before the first round and only one works at a time. One uncounted pass over the texts warms each.
+    All processes are loaded before the first round and only one works at a time. An uncounted first
+    pass over the texts warms each, and is the one whose memory is watched.
     """
     texts = list(texts)
     singles = [texts[index % len(texts)] for index in range(requests)]
     workers: dict[str, WorkerProcess] = {}
+    peaks: dict[str, dict[str, Any]] = {}
     try:
         for name, candidate in candidates.items():
             workers[name] = WorkerProcess(candidate, threads)
-            workers[name].ask("throughput", texts=texts, batch_tokens=batch_tokens)
+            peaks[name] = workers[name].ask("memory", texts=texts, batch_tokens=batch_tokens)
         tokens = next(iter(workers.values())).ask("count", texts=texts)["tokens"]
-        passes: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+        seconds: dict[str, list[float]] = {name: [] for name in workers}
         for _ in range(rounds):
             for name, worker in workers.items():
-                passes[name].append(worker.ask("throughput", texts=texts, batch_tokens=batch_tokens))
+                seconds[name].append(worker.ask("throughput", texts=texts, batch_tokens=batch_tokens)["seconds"])
         latencies = {name: worker.ask("latency", texts=singles)["seconds"] for name, worker in workers.items()}
         return {
-            name: _summary(passes[name], latencies[name], len(texts), tokens, worker.loaded) for name, worker in workers.items()
+            name: Speed(
+                texts_per_second=len(texts) / median(seconds[name]),
+                tokens_per_second=tokens / median(seconds[name]),
+                seconds=tuple(seconds[name]),
+                latency_p50_ms=float(np.percentile(latencies[name], 50)) * 1e3,
+                latency_p99_ms=float(np.percentile(latencies[name], 99)) * 1e3,
+                threads=worker.loaded["threads"],
+                loaded_bytes=worker.loaded["loaded_bytes"],
+                **peaks[name],
+            )
+            for name, worker in workers.items()
         }
     finally:
         for worker in workers.values():
             worker.close()
-
-
-def _summary(
-    passes: Sequence[Mapping[str, Any]], latencies: Sequence[float], texts: int, tokens: int, loaded: Mapping[str, Any]
-) -> Speed:
-    seconds = [one["seconds"] for one in passes]
-    peaks = [one["peak_bytes"] for one in passes if one["peak_bytes"] is not None]
-    gpu_peaks = [one["gpu_peak_bytes"] for one in passes if one["gpu_peak_bytes"] is not None]
-    return Speed(
-        texts_per_second=texts / median(seconds),
-        tokens_per_second=tokens / median(seconds),
-        seconds=tuple(seconds),
-        latency_p50_ms=float(np.percentile(latencies, 50)) * 1e3,
-        latency_p99_ms=float(np.percentile(latencies, 99)) * 1e3,
-        threads=loaded["threads"],
-        loaded_bytes=loaded["loaded_bytes"],
-        peak_bytes=max(peaks, default=None),
-        gpu_peak_bytes=max(gpu_peaks, default=None),
-    )
 
 
 def speed_ratio(variant: Speed, baseline: Speed) -> float:

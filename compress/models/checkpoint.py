@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from compress.errors import UserError
 
 DTYPE_BYTES = {
@@ -55,7 +57,10 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: holds only pickled weights ({', '.join(pickles)}), which can run code when opened",
             "convert them to safetensors first (transformers: model.save_pretrained(folder))",
         )
-    raise UserError(f"{folder}: no *.safetensors file", "a model's folder holds config.json, tokenizer files and safetensors weights")
+    raise UserError(
+        f"{folder}: no *.safetensors file",
+        "a model's folder holds config.json, tokenizer files and safetensors weights",
+    )
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -73,11 +78,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except (struct.error, ValueError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})", "download or write it again") from error
     tensors = {
-        name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"
+        name: TensorInfo(entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+        if name != "__metadata__"
     }
     expected = 8 + length + sum(tensor.bytes for tensor in tensors.values())
     if path.stat().st_size != expected:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes where its header promises {expected:,}", "download or write it again")
+        raise UserError(
+            f"{path}: {path.stat().st_size:,} bytes where its header promises {expected:,}",
+            "download or write it again",
+        )
     return tensors
 
 
@@ -126,3 +136,19 @@ def write_text_atomic(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a `.npy` file under a temporary name beside it and rename it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, array)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error

@@ -30,7 +30,12 @@ class Embedder(Protocol):
     spec: EmbedderSpec
 
     def encode(
-        self, texts: Iterable[str], prompt: str | None = None, *, batch_tokens: int | None = None, progress: bool | None = None
+        self,
+        texts: Iterable[str],
+        prompt: str | None = None,
+        *,
+        batch_tokens: int | None = None,
+        progress: bool | None = None,
     ) -> Vectors:
         """Embed texts: float32 [n, dimension], in their order; of unit norm where the model normalises."""
         ...
@@ -39,7 +44,9 @@ class Embedder(Protocol):
 class BatchedEmbedder(ABC):
     """Sorts by length, batches by a token budget, restores the order; subclasses run one batch."""
 
-    def __init__(self, name: str, spec: EmbedderSpec, tokenizer: TextTokenizer, dimension: int, batch_tokens: int) -> None:
+    def __init__(
+        self, name: str, spec: EmbedderSpec, tokenizer: TextTokenizer, dimension: int, batch_tokens: int
+    ) -> None:
         self.name = name
         self.spec = spec
         self.tokenizer = tokenizer
@@ -51,7 +58,12 @@ class BatchedEmbedder(ABC):
         """Embed one padded batch: int64 [b, length] twice to float32 [b, dimension]. Tokens before `pool_from` are not pooled."""
 
     def encode(
-        self, texts: Iterable[str], prompt: str | None = None, *, batch_tokens: int | None = None, progress: bool | None = None
+        self,
+        texts: Iterable[str],
+        prompt: str | None = None,
+        *,
+        batch_tokens: int | None = None,
+        progress: bool | None = None,
     ) -> Vectors:
         """Embed texts.
 

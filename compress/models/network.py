@@ -30,7 +30,9 @@ def read_config(folder: Path) -> Any:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"{folder}: no config.json", "a model's folder holds config.json, tokenizer files and safetensors weights")
+        raise UserError(
+            f"{folder}: no config.json", "a model's folder holds config.json, tokenizer files and safetensors weights"
+        )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError) as error:
@@ -58,7 +60,9 @@ def load_network(folder: Path, dtype: torch.dtype) -> nn.Module:
     )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        raise UserError(f"{folder}: the checkpoint lacks {len(missing)} tensors of its own network, such as {missing[0]!r}")
+        raise UserError(
+            f"{folder}: the checkpoint lacks {len(missing)} tensors of its own network, such as {missing[0]!r}"
+        )
     return _without_pooler(model)
 
 
@@ -110,7 +114,9 @@ def fill_network(model: nn.Module, path: Path) -> None:
         stored = set(file.keys())
         if stored != wanted.keys():
             differing = sorted(stored ^ wanted.keys())
-            raise UserError(f"{path}: does not fit its network: {len(differing)} tensors differ, such as {differing[0]!r}")
+            raise UserError(
+                f"{path}: does not fit its network: {len(differing)} tensors differ, such as {differing[0]!r}"
+            )
         for name, current in wanted.items():
             tensor = file.get_tensor(name)
             if tensor.shape != current.shape:

@@ -44,7 +44,13 @@ class TorchEmbedder(BatchedEmbedder):
     """A transformers encoder or decoder, pooled."""
 
     def __init__(
-        self, name: str, spec: EmbedderSpec, tokenizer: TextTokenizer, model: nn.Module, device: torch.device, dtype: torch.dtype
+        self,
+        name: str,
+        spec: EmbedderSpec,
+        tokenizer: TextTokenizer,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         """Wrap `model` (a transformers base model whose output has `last_hidden_state`), already on `device`."""
         batch_tokens = BATCH_TOKENS.get(device.type, BATCH_TOKENS_ELSEWHERE)

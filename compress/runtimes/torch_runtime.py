@@ -15,15 +15,19 @@ from compress.layers.float_layers import CastEmbedding, OneDnnLinear, has_onednn
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme
 from compress.models.checkpoint import atomic_folder
-from compress.models.network import empty_network, fill_network, load_network
+from compress.models.network import empty_network, fill_network, load_network, read_config
 from compress.models.spec import EmbedderSpec, read_spec, transformer_folder
 from compress.models.tokens import TextTokenizer
 from compress.models.torch_embedder import TorchEmbedder
 from compress.models.variant import WEIGHTS_FILE, VariantInfo
+from compress.runtimes.allocator import keep_freed_memory
 
 NAME = "torch"
 SCHEMES = frozenset(ActivationScheme)
+LONGEST = 2**31 - 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# float16 products on a CPU are left to torch: oneDNN takes them only on the newest CPUs.
+ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -49,6 +53,8 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
 
     Embedding tables stored in half precision stay so, and are cast after the lookup: for a MiniLM they are half of all weights.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     model.to(device)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -56,8 +62,8 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
                 child.pack()
             elif type(child) is nn.Embedding and child.weight.dtype != dtype:
                 setattr(module, name, CastEmbedding(child, dtype))
-            elif type(child) is nn.Linear and device.type == "cpu" and dtype == torch.float32 and has_onednn_linear():
-                setattr(module, name, OneDnnLinear(child.float()))
+            elif type(child) is nn.Linear and device.type == "cpu" and dtype in ONEDNN_DTYPES and has_onednn_linear():
+                setattr(module, name, OneDnnLinear(child.to(dtype)))
     for module in model.modules():
         if isinstance(module, QuantizedLinear | CastEmbedding):
             continue  # scales stay in float32, tables as they are stored
@@ -66,37 +72,50 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
     return model
 
 
+def import_architecture(folder: Path) -> None:
+    """Import the code of a model's architecture, which transformers otherwise does while loading it."""
+    from transformers import AutoModel
+
+    AutoModel._model_mapping[type(read_config(transformer_folder(folder)))]
+
+
 def open_network(folder: Path, dtype: torch.dtype) -> nn.Module:
     """Load the network of a sentence-transformers or transformers folder, unprepared: what methods work on."""
     return load_network(transformer_folder(folder), dtype)
 
 
-def load_tokenizer(folder: Path, spec: EmbedderSpec) -> TextTokenizer:
-    """Load a model folder's tokenizer, as transformers sets it up (its added tokens and templates included)."""
+def read_text_side(folder: Path) -> tuple[EmbedderSpec, TextTokenizer]:
+    """Read how a model folder's embedder takes texts: its spec, and its tokenizer as transformers sets it up.
+
+    The longest input is what the folder's settings say, else what both the tokenizer and the network's positions allow, as in
+    sentence-transformers.
+
+    Raises:
+        UserError: there is no tokenizer, or only one without a Rust implementation.
+    """
     from transformers import AutoTokenizer
 
+    spec, inner = read_spec(folder), transformer_folder(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(inner, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{inner}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
-        raise UserError(f"{folder}: {type(tokenizer).__name__} has no Rust tokenizer (tokenizer.json)")
-    limit = min(int(tokenizer.model_max_length), 2**31 - 1)
-    return TextTokenizer(backend, spec.max_length or limit, spec.lowercase)
+        raise UserError(f"{inner}: {type(tokenizer).__name__} has no Rust tokenizer (tokenizer.json)")
+    positions = getattr(read_config(inner), "max_position_embeddings", None) or LONGEST
+    longest = spec.max_length or min(int(tokenizer.model_max_length), positions, LONGEST)
+    return spec, TextTokenizer(backend, longest, spec.lowercase)
 
 
 def open_checkpoint(folder: Path, name: str, *, device: str | None = None, dtype: str | None = None) -> TorchEmbedder:
     """Open a sentence-transformers or transformers folder as an embedder."""
-    spec, target = read_spec(folder), pick_device(device)
+    target = pick_device(device)
     compute = pick_dtype(dtype, target)
-    model = open_network(folder, compute)
-    # The same bound as sentence-transformers: what the settings say, else what tokenizer and positions allow.
-    tokenizer = load_tokenizer(transformer_folder(folder), spec)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if spec.max_length is None and positions is not None and positions < tokenizer.max_length:
-        tokenizer = load_tokenizer(transformer_folder(folder), spec.model_copy(update={"max_length": positions}))
-    return TorchEmbedder(name, spec, tokenizer, prepare(model, compute, target), target, compute)
+    spec, tokenizer = read_text_side(folder)
+    return TorchEmbedder(
+        name, spec, tokenizer, prepare(open_network(folder, compute), compute, target), target, compute
+    )
 
 
 def save_variant(model: nn.Module, tokenizer: TextTokenizer, info: VariantInfo, source: Path, target: Path) -> None:

@@ -1,0 +1,120 @@
+"""The verbs of the command line; no logic. What a user can mend ends in clean lines and exit code 2, never in a traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.errors import UserError
+
+app = typer.Typer(
+    help="Makes text embedders smaller and faster, and measures what that cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/int8.yaml.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="M", help="A built-in name, a folder or a hub name; overrides the recipe's."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(metavar="D", help="cpu or cuda; by default the GPU where there is one.")
+]
+OutputOption = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the runs.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Local data of the tasks; without it, the hub.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Task names, or mini; overrides the recipe's.")
+    ] = None,
+    texts: Annotated[str | None, typer.Option(metavar="FILE", help="Texts to measure speed and fidelity on.")] = None,
+    output: OutputOption = Path("results"),
+    device: DeviceOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier run of the same name.")] = False,
+) -> None:
+    """Compress a model by a recipe and measure what that cost. A run that was stopped is continued."""
+    from compress.recipe import read_recipe
+
+    checked = read_recipe(recipe)  # before anything heavy is imported
+    from compress.pipeline import run as run_recipe
+    from compress.report import print_record
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None
+    record = run_recipe(
+        checked, model=model, data=data, tasks=names, texts=texts, output=output, device=device, fresh=fresh
+    )
+    print_record(record)
+    print(f"record: {output / record.run}")
+    if not all(gate.kept for gate in record.gates):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, model: ModelOption = None, output: OutputOption = Path("results")) -> None:
+    """Say what a recipe would do to a model: sizes, memory, time, and what does not fit. Loads no weight."""
+    from compress.loading import find_shape
+    from compress.plan import describe, make_plan
+    from compress.recipe import read_recipe
+
+    checked = read_recipe(recipe)
+    print(describe(make_plan(checked, find_shape(model or checked.model), output)))
+
+
+@app.command()
+def encode(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A built-in name, a folder, a run or a hub name.")],
+    texts: Annotated[Path, typer.Argument(metavar="TEXTS", help="Texts, one a line, or JSON lines with `text`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the vectors go: float32 .npy.")],
+    prompt: Annotated[str | None, typer.Option(metavar="P", help="Put before every text.")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Embed texts."""
+    from compress.measure.texts import read_texts
+
+    lines = read_texts(texts)
+    from compress.loading import load
+    from compress.models.checkpoint import save_array
+
+    vectors = load(model, device=device).encode(lines, prompt)
+    save_array(output, vectors)
+    print(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]} dimensions")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from compress.recipe import schema as recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=1))
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(error.hint, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr)
+        print("what was finished is kept; the same command continues", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+"""The one way every recipe goes: find, compress, evaluate, compare, measure, record. A run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ruamel.yaml import YAML
+
+from compress.errors import UserError
+from compress.loading import Source, find, open_source
+from compress.measure.fidelity import Fidelity, cosines, fidelity
+from compress.measure.speed import Candidate, Speed, measure_speed, speed_ratio
+from compress.measure.texts import measure_texts
+from compress.models.shape import read_shape
+from compress.models.variant import WEIGHTS_FILE, VariantInfo
+from compress.plan import make_plan
+from compress.recipe import Recipe, read_recipe
+from compress.record import RECORD_FILE, GateResult, Journal, Model, Record, Row, Step, TaskRow, machine, now, versions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from compress.measure.tasks import Task
+    from compress.models.embedder import Embedder, Vectors
+
+VARIANT = "variant"
+JOURNAL = "journal"
+# How closely float32 must agree with float16 to stand in for it, and on how many texts that is looked at.
+STAND_IN_COSINE = 1 - 1e-4
+STAND_IN_TEXTS = 32
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def run(
+    recipe: Recipe | Path | str,
+    *,
+    model: str | None = None,
+    data: Path | str | None = None,
+    tasks: Sequence[str] | None = None,
+    texts: str | None = None,
+    output: Path | str = "results",
+    device: str | None = None,
+    fresh: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Record:
+    """Run a recipe and leave its folder under `output`.
+
+    Args:
+        recipe: a recipe, or the path of one.
+        model: overrides the recipe's model.
+        data: overrides `evaluate.data`.
+        tasks: overrides `evaluate.tasks`.
+        texts: overrides `measure.texts`.
+        output: folder of the runs; the run's own name follows from recipe, model and what else decides its result.
+        device: `cpu` or `cuda`; by default the GPU where there is one.
+        fresh: forget an earlier run of the same name, whole or stopped, instead of returning or continuing it.
+        say: told each step as it ends, a line; by default they go to standard error.
+
+    Raises:
+        UserError: what a user can mend; found before anything is computed wherever possible.
+    """
+    resolved = _override(recipe if isinstance(recipe, Recipe) else read_recipe(recipe), model, data, tasks, texts)
+    return _Run(resolved, Path(output), device, say or (lambda line: print(line, file=sys.stderr, flush=True))).finish(
+        fresh
+    )
+
+
+def _override(
+    recipe: Recipe, model: str | None, data: Path | str | None, tasks: Sequence[str] | None, texts: str | None
+) -> Recipe:
+    evaluate, measure = recipe.evaluate, recipe.measure
+    if data is not None:
+        evaluate = evaluate.model_copy(update={"data": str(data)})
+    if tasks is not None:
+        evaluate = evaluate.model_copy(update={"tasks": tuple(tasks)})
+    if texts is not None:
+        measure = measure.model_copy(update={"texts": texts})
+    return recipe.model_copy(update={"model": model or recipe.model, "evaluate": evaluate, "measure": measure})
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The precision that accuracy and fidelity are compared with, and why that one."""
+
+    dtype: str
+    why: str
+
+
+class _Run:
+    """One run under way. Each part is kept by the journal as it ends."""
+
+    def __init__(self, recipe: Recipe, output: Path, device: str | None, say: Callable[[str], None]) -> None:
+        from compress.measure.tasks import find_tasks
+
+        self.recipe, self.output, self.say = recipe, output, say
+        self.source = find(recipe.model)
+        if self.source.is_variant:
+            raise UserError(
+                f"model {recipe.model!r} is a variant that was compressed already",
+                f"start from the model it was made from: {VariantInfo.read(self.source.folder).base}",
+            )
+        self.shape = read_shape(self.source.name, self.source.folder)
+        self.plan = make_plan(recipe, self.shape, output)
+        _check_writable(output)
+        self.texts = measure_texts(recipe.measure.texts, recipe.measure.count, recipe.seed)
+        self.tasks: list[Task] = find_tasks(
+            recipe.evaluate.tasks, Path(recipe.evaluate.data) if recipe.evaluate.data else None
+        )
+        self.device = _device(device)
+        self.fingerprint = self.source.fingerprint()
+        self.name = f"{recipe.name}-{self.source.name.split('/')[-1]}-{self._identity()}"
+        self.folder = output / f".{self.name}.partial"
+        self.journal = Journal(self.folder / JOURNAL)
+
+    def _identity(self) -> str:
+        """Hash everything that decides the result: another recipe, model, data or package set is another run."""
+        decided = {
+            "recipe": self.recipe.model_dump(mode="json", exclude={"name", "description", "model"}),
+            "model": self.fingerprint,
+            "tasks": {task.name: task.fingerprint for task in self.tasks},
+            "texts": self.texts,
+            "device": self.device,
+            "versions": versions(),
+        }
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:8]
+
+    def finish(self, fresh: bool) -> Record:
+        """Do what is not done yet, and give the run's folder its name."""
+        final = self.output / self.name
+        if fresh:
+            shutil.rmtree(final, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if (final / RECORD_FILE).exists():
+            self.say(f"{final} is there already; --fresh runs it again")
+            return Record.read(final)
+        if self.journal.folder.exists():
+            self.say(f"continuing {self.name}")
+        for problem in self.plan.problems:
+            self.say(f"warning: {problem}")
+        self.journal.folder.mkdir(parents=True, exist_ok=True)
+
+        steps = tuple(Step(**step) for step in self.journal.once("steps", self._make_variant)["steps"])
+        reference = self._reference()
+        scores = self._scores(reference)
+        agreement = Fidelity(**self.journal.once("fidelity", lambda: self._fidelity(reference).model_dump()))
+        self.say(f"fidelity: cosine mean {agreement.cosine_mean:.5f}, min {agreement.cosine_min:.5f}")
+        speeds = {name: Speed(**speed) for name, speed in self.journal.once("speed", self._speed).items()}
+        record = self._record(steps, reference, scores, agreement, speeds)
+        return self._keep(record, final)
+
+    def _make_variant(self) -> dict[str, Any]:
+        """Load the model in float32, apply the steps, write the variant."""
+        import torch
+
+        from compress.runtimes.torch_runtime import open_network, read_text_side, save_variant
+
+        model = open_network(self.source.folder, torch.float32)
+        done, quantized = [], {}
+        for index, step in enumerate(self.recipe.steps):
+            start = time.perf_counter()
+            try:
+                quantized |= step.apply(model)
+            except ValueError as error:
+                raise UserError(f"recipe {self.recipe.name}: steps.{index} ({step.method}): {error}") from error
+            note = step.estimate(self.shape).note
+            done.append({"config": step.model_dump(mode="json"), "seconds": time.perf_counter() - start, "note": note})
+            self.say(f"{step.method}: {note} ({done[-1]['seconds']:.1f} s)")
+        spec, tokenizer = read_text_side(self.source.folder)
+        info = VariantInfo(
+            base=self.source.name,
+            base_fingerprint=self.fingerprint,
+            licence=self.source.licence(),
+            max_length=tokenizer.max_length,
+            spec=spec,
+            quantized=quantized,
+            steps=[step["config"] for step in done],
+        )
+        save_variant(model, tokenizer, info, self.source.folder, self.folder / VARIANT)
+        return {"steps": done}
+
+    def _open(self, role: str, dtype: str | None) -> Embedder:
+        source = Source(f"{self.name} {role}", self.folder / VARIANT) if role == VARIANT else self.source
+        return open_source(source, device=self.device, dtype=dtype)
+
+    def _reference(self) -> _Reference:
+        """Choose the baseline's precision: float16, or float32 in its place on a CPU once both are seen to agree."""
+        asked = self.recipe.evaluate.baseline
+        if asked != "auto":
+            return _Reference(asked, "as the recipe says")
+        if self.device != "cpu":
+            return _Reference("float16", "half precision, as the model is published to run")
+        return _Reference(**self.journal.once("reference", self._stand_in))
+
+    def _stand_in(self) -> dict[str, Any]:
+        texts = self.texts[:STAND_IN_TEXTS]
+        worst = float(
+            cosines(
+                self._open("baseline", "float16").encode(texts), self._open("baseline", "float32").encode(texts)
+            ).min()
+        )
+        agree = worst >= STAND_IN_COSINE
+        why = f"{'stands in for' if agree else 'used, because float32 differs from'} float16: " + (
+            f"lowest cosine between the two {worst:.7f} on {len(texts)} of the run's texts"
+        )
+        return {"dtype": "float32" if agree else "float16", "why": why}
+
+    def _scores(self, reference: _Reference) -> dict[str, dict[str, dict[str, Any]]]:
+        """Score baseline, then variant, on every task; only one of the two is in memory at a time."""
+        from compress.measure.accuracy import evaluate
+
+        scores: dict[str, dict[str, dict[str, Any]]] = {}
+        for role, dtype in (("baseline", reference.dtype), (VARIANT, None)):
+            with self._lazily(role, dtype) as embedder:
+                for task in self.tasks:
+                    key = f"accuracy {role} {task.name}"
+                    score = self.journal.once(
+                        key, lambda task=task: evaluate(embedder(), task, self.recipe.measure.batch_tokens).model_dump()
+                    )
+                    scores.setdefault(task.name, {})[role] = score
+                    self.say(
+                        f"{role} {task.name}: {score['metric']} {100 * score['score']:.2f} ({score['seconds']:.0f} s)"
+                    )
+        return scores
+
+    def _fidelity(self, reference: _Reference) -> Fidelity:
+        vectors: list[Vectors] = []
+        for role, dtype in (("baseline", reference.dtype), (VARIANT, None)):
+            with self._lazily(role, dtype) as embedder:
+                vectors.append(embedder().encode(self.texts, batch_tokens=self.recipe.measure.batch_tokens))
+        return fidelity(vectors[0], vectors[1])
+
+    @contextmanager
+    def _lazily(self, role: str, dtype: str | None) -> Iterator[Callable[[], Embedder]]:
+        """Give a function that opens an embedder when first called; what it opened is let go at the end."""
+        opened: list[Embedder] = []
+
+        def get() -> Embedder:
+            if not opened:
+                opened.append(self._open(role, dtype))
+            return opened[0]
+
+        yield get
+        opened.clear()
+        gc.collect()
+
+    def _speed(self) -> dict[str, Any]:
+        """Measure baselines and variant in fresh processes."""
+        candidates = {
+            dtype: Candidate({"model": str(self.source.folder), "device": self.device, "dtype": dtype})
+            for dtype in self._dtypes()
+        }
+        candidates[VARIANT] = Candidate({"model": str(self.folder / VARIANT), "device": self.device})
+        measure = self.recipe.measure
+        self.say(
+            f"speed: {', '.join(candidates)}, {measure.rounds} rounds of {measure.count} texts, each in a process of its own"
+        )
+        speeds = measure_speed(
+            candidates,
+            self.texts,
+            rounds=measure.rounds,
+            requests=measure.requests,
+            batch_tokens=measure.batch_tokens,
+            threads=measure.threads,
+        )
+        return {name: speed.model_dump() for name, speed in speeds.items()}
+
+    def _dtypes(self) -> tuple[str, ...]:
+        """Precisions that speed is compared with; the first is the one that gates look at."""
+        return ("float32", "bfloat16") if self.device == "cpu" else ("float16",)
+
+    def _rows(self, speeds: Mapping[str, Speed]) -> tuple[Row, ...]:
+        info = VariantInfo.read(self.folder / VARIANT)
+        variant_bytes = (self.folder / VARIANT / WEIGHTS_FILE).stat().st_size
+        compute = "float32" if self.device == "cpu" else "float16"
+        rows = []
+        for name, speed in speeds.items():
+            is_variant = name == VARIANT
+            rows.append(
+                Row(
+                    name=name,
+                    role="variant" if is_variant else "baseline",
+                    runtime=self.recipe.runtime,
+                    device=self.device,
+                    compute=compute if is_variant else name,
+                    weights=info.weights if is_variant else name,
+                    activations=info.activations if is_variant else "none",
+                    size_bytes=variant_bytes if is_variant else self.shape.parameters * BYTES[name],
+                    speed=speed.model_dump(mode="json"),
+                    speedup={other: speed_ratio(speed, speeds[other]) for other in self._dtypes() if other != name},
+                )
+            )
+        return tuple(rows)
+
+    def _record(
+        self,
+        steps: tuple[Step, ...],
+        reference: _Reference,
+        scores: Mapping[str, Mapping[str, Mapping[str, Any]]],
+        agreement: Fidelity,
+        speeds: Mapping[str, Speed],
+    ) -> Record:
+        tasks = tuple(_task_row(name, roles["baseline"], roles[VARIANT]) for name, roles in scores.items())
+        rows = self._rows(speeds)
+        retained = float(np.mean([task.variant for task in tasks]) / np.mean([task.baseline for task in tasks]))
+        gates = self._gates(retained, agreement, rows[-1])
+        info = VariantInfo.read(self.folder / VARIANT)
+        return Record(
+            run=self.name,
+            created=now(),
+            command=self._command(),
+            recipe=self.recipe.model_dump(mode="json"),
+            model=Model(
+                name=self.source.name,
+                fingerprint=self.fingerprint,
+                architecture=str(self.shape.config.get("model_type")),
+                licence=info.licence,
+                weights="pretrained",
+                parameters=self.shape.parameters,
+                dimension=self.shape.hidden_size,
+                max_length=info.max_length,
+            ),
+            steps=steps,
+            baseline=f"{reference.dtype}: {reference.why}",
+            tasks=tasks,
+            retained=retained,
+            fidelity=agreement.model_dump(mode="json"),
+            rows=rows,
+            measured_on=f"{self.recipe.measure.count} texts from {self.recipe.measure.texts}, {self.recipe.measure.rounds} rounds",
+            gates=gates,
+            verdict=_verdict(retained, gates),
+            machine=machine(_gpu_name(self.device)),
+            versions=versions(),
+            seed=self.recipe.seed,
+        )
+
+    def _gates(self, retained: float, agreement: Fidelity, variant: Row) -> tuple[GateResult, ...]:
+        values = {
+            "retained": retained,
+            "cosine_mean": agreement.cosine_mean,
+            "overlap_at_10": agreement.overlap_at_10,
+            "speedup": variant.speedup[self._dtypes()[0]],
+            "size_ratio": variant.size_bytes / self.shape.half_bytes,
+        }
+        results = []
+        for name, bound in self.recipe.gates.model_dump(exclude_none=True).items():
+            kept = values[name] <= bound if name == "size_ratio" else values[name] >= bound
+            results.append(GateResult(name=name, bound=bound, value=values[name], kept=kept))
+        return tuple(results)
+
+    def _command(self) -> str:
+        """Say how to do this again: the recipe is the run's own copy, in which every default is filled in."""
+        return f"compress run {RECIPE_FILE} --model {self.recipe.model}"
+
+    def _keep(self, record: Record, final: Path) -> Record:
+        """Complete the run's folder and give it its name."""
+        with (self.folder / RECIPE_FILE).open("w", encoding="utf-8") as file:
+            YAML().dump(record.recipe, file)
+        record.write(self.folder)
+        if VARIANT not in self.recipe.export:
+            shutil.rmtree(self.folder / VARIANT)
+        shutil.rmtree(self.journal.folder)
+        self.folder.rename(final)
+        return record
+
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def _task_row(name: str, baseline: Mapping[str, Any], variant: Mapping[str, Any]) -> TaskRow:
+    return TaskRow(
+        task=name,
+        type=baseline["type"],
+        metric=baseline["metric"],
+        baseline=baseline["score"],
+        variant=variant["score"],
+        prompts=baseline["prompts"],
+        data=baseline["data"],
+        seconds={"baseline": baseline["seconds"], "variant": variant["seconds"]},
+    )
+
+
+def _verdict(retained: float, gates: Sequence[GateResult]) -> str:
+    """Say in a sentence what came out."""
+    missed = [gate.name for gate in gates if not gate.kept]
+    kept = f"{100 * retained:.2f} % of the baseline's mean score kept"
+    if missed:
+        return f"{kept}; misses {', '.join(missed)}"
+    return f"{kept}; all {len(gates)} gates passed" if gates else f"{kept}; the recipe sets no gates"
+
+
+def _check_writable(output: Path) -> None:
+    """Make the folder of the runs, and see that a file can be made in it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"results folder {output}: cannot be written ({error.strerror})", "give another one with --output"
+        ) from error
+
+
+def _device(device: str | None) -> str:
+    from compress.runtimes.torch_runtime import pick_device
+
+    return str(pick_device(device))
+
+
+def _gpu_name(device: str) -> str | None:
+    if device == "cpu":
+        return None
+    import torch
+
+    return str(torch.cuda.get_device_name(device))

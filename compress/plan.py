@@ -1,0 +1,153 @@
+"""What a recipe would do to a model: sizes, memory, time, and what does not fit. Loads no weight and imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from compress.errors import UserError
+from compress.models.shape import ModelShape
+from compress.recipe import Recipe
+from compress.record import memory_bytes
+
+# What the estimates of time rest on; rough by nature, and said to be so where they are printed.
+MEMORY_BYTES_PER_SECOND = 2e9  # elementwise passes over weights and reading files
+EMBEDDED_TASK_TOKENS = 45_000  # the embedded suite, once
+TYPICAL_LENGTH = 128
+CPU_BATCH_TOKENS = 1_024  # `torch_embedder.BATCH_TOKENS`, which cannot be read without torch
+FLOAT32_BYTES = 4
+# Beside weights and arrays: compiled kernels, the threads' buffers, and freed blocks that the allocator keeps, which measured as much
+# again as the arrays that live at once.
+RUNTIME_BYTES = 64e6
+ALLOCATOR_FACTOR = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would happen."""
+
+    model: str
+    parameters: int
+    steps: tuple[str, ...]
+    half_bytes: int
+    variant_bytes: int
+    apply_memory_bytes: int
+    """Most memory while compressing: the model in float32, what a step adds, and the variant's own tensors."""
+    run_memory_bytes: int
+    """Most anonymous memory above the imports while the variant encodes: stored bytes, activations, the runtime's own."""
+    apply_seconds: float
+    evaluate_seconds: float | None
+    """None where the tasks' sizes are not known before they are read."""
+    measure_seconds: float
+    problems: tuple[str, ...]
+    """What does not fit, in sentences."""
+
+
+def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
+    """Plan a recipe for a model's shape.
+
+    Raises:
+        UserError: a step does not fit the model (a pattern that matches none of its layers, say).
+    """
+    variant_bytes, step_memory, touched, notes = shape.half_bytes, 0, 0, []
+    for index, step in enumerate(recipe.steps):
+        try:
+            estimate = step.estimate(shape)
+        except ValueError as error:
+            raise UserError(f"recipe {recipe.name}: steps.{index}: {error}") from error
+        variant_bytes = estimate.bytes_after
+        step_memory = max(step_memory, estimate.memory_bytes)
+        touched += estimate.bytes_touched
+        notes.append(f"{step.method}: {estimate.note}")
+    model_bytes = shape.parameters * FLOAT32_BYTES
+    activations = ALLOCATOR_FACTOR * shape.activation_bytes(recipe.measure.batch_tokens or CPU_BATCH_TOKENS) + int(
+        RUNTIME_BYTES
+    )
+    rate = _float_operations_per_second()
+    encode = shape.flops_per_token(TYPICAL_LENGTH) / rate
+    texts_tokens = recipe.measure.count * TYPICAL_LENGTH
+    mini_only = set(recipe.evaluate.tasks) <= {"mini"}
+    plan = Plan(
+        model=shape.name,
+        parameters=shape.parameters,
+        steps=tuple(notes),
+        half_bytes=shape.half_bytes,
+        variant_bytes=variant_bytes,
+        apply_memory_bytes=model_bytes + step_memory + variant_bytes,
+        run_memory_bytes=variant_bytes + activations,
+        apply_seconds=(touched + model_bytes + variant_bytes) / MEMORY_BYTES_PER_SECOND,
+        evaluate_seconds=2 * EMBEDDED_TASK_TOKENS * encode if mini_only else None,
+        measure_seconds=3 * (recipe.measure.rounds + 1) * texts_tokens * encode,
+        problems=(),
+    )
+    return Plan(**{**plan.__dict__, "problems": tuple(_problems(plan, output))})
+
+
+def _problems(plan: Plan, output: Path) -> list[str]:
+    problems = []
+    memory = min(available_memory_bytes(), memory_bytes())
+    for what, needed in (("compressing", plan.apply_memory_bytes), ("running the variant", plan.run_memory_bytes)):
+        if needed > memory:
+            problems.append(f"{what} takes {gigabytes(needed)} of memory, {gigabytes(memory)} are free")
+    existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if plan.variant_bytes > free:
+        problems.append(
+            f"the variant takes {gigabytes(plan.variant_bytes)} on disk, {gigabytes(free)} are free in {existing}"
+        )
+    return problems
+
+
+def available_memory_bytes() -> int:
+    """Return the memory that new work can have without swapping, or all of it where the kernel does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.M)
+    except OSError:
+        found = None
+    return int(found.group(1)) * 1024 if found else memory_bytes()
+
+
+def _float_operations_per_second() -> float:
+    """Time a small float32 product with numpy: what this CPU does, to within a factor that estimates may be off by."""
+    a = np.ones((512, 512), dtype=np.float32)
+    a @ a
+    start = time.perf_counter()
+    a @ a
+    a @ a
+    return 2 * 2 * 512**3 / max(time.perf_counter() - start, 1e-6)
+
+
+def gigabytes(count: float) -> str:
+    """Write a number of bytes for people: MB (10^6) below 1 GB (10^9), two decimals above."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people."""
+    if seconds < 120:
+        return f"{seconds:,.0f} s" if seconds >= 1 else "under 1 s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def describe(plan: Plan) -> str:
+    """Write a plan for people."""
+    lines = [
+        f"model     {plan.model}: {plan.parameters / 1e6:,.1f} M parameters",
+        *(f"step      {note}" for note in plan.steps or ("none: the model is measured as it is",)),
+        f"size      {gigabytes(plan.half_bytes)} in half precision -> {gigabytes(plan.variant_bytes)} "
+        f"({plan.variant_bytes / plan.half_bytes:.2f}x)",
+        f"memory    {gigabytes(plan.apply_memory_bytes)} while compressing, {gigabytes(plan.run_memory_bytes)} while the variant runs",
+        f"time      about {duration(plan.apply_seconds)} to compress, "
+        + (f"{duration(plan.evaluate_seconds)} to evaluate, " if plan.evaluate_seconds is not None else "")
+        + f"{duration(plan.measure_seconds)} to measure, on {os.cpu_count()} cores (from a {512} x {512} product timed now; rough)",
+    ]
+    if plan.evaluate_seconds is None:
+        lines.append("          evaluating takes as long as the tasks are large; they are not read for a plan")
+    lines += [f"too big   {problem}" for problem in plan.problems] or ["fits      yes"]
+    return "\n".join(lines)

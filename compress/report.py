@@ -1,0 +1,94 @@
+"""A record on the terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from compress.plan import gigabytes
+from compress.record import Record
+
+WIDTH = 120  # fixed, so that what is quoted looks the same wherever it was printed
+
+
+def print_record(record: Record, console: Console | None = None) -> None:
+    """Print tasks, fidelity, speed, memory, size and verdict."""
+    console = console or Console(width=WIDTH, highlight=False)
+    console.print(_tasks(record), _fidelity(record), _rows(record), sep="\n", soft_wrap=True)
+    for gate in record.gates:
+        bound = "at most" if gate.name == "size_ratio" else "at least"
+        console.print(
+            f"gate {gate.name}: {gate.value:.4f}, {bound} {gate.bound:g} wanted: {'kept' if gate.kept else 'MISSED'}"
+        )
+    console.print(f"verdict: {record.verdict}", soft_wrap=True)
+
+
+def _tasks(record: Record) -> Table:
+    table = Table(
+        title=f"{record.run}\naccuracy against {record.baseline.split(':')[0]}, scores x 100",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("task")
+    for heading in ("metric", "baseline", "variant", "delta"):
+        table.add_column(heading, justify="right" if heading != "metric" else "left")
+    for task in record.tasks:
+        table.add_row(
+            task.task,
+            task.metric,
+            *(f"{100 * score:.2f}" for score in (task.baseline, task.variant)),
+            f"{100 * task.delta:+.2f}",
+        )
+    means = [
+        sum(scores) / len(record.tasks)
+        for scores in zip(*((task.baseline, task.variant) for task in record.tasks), strict=True)
+    ]
+    table.add_section()
+    table.add_row("mean", "", *(f"{100 * mean:.2f}" for mean in means), f"{100 * (means[1] - means[0]):+.2f}")
+    return table
+
+
+def _fidelity(record: Record) -> str:
+    agreement = record.fidelity
+    return (
+        f"fidelity on {agreement['texts']} texts: cosine mean {agreement['cosine_mean']:.5f}, p1 {agreement['cosine_p1']:.5f}, "
+        f"min {agreement['cosine_min']:.5f}; neighbour overlap@10 {agreement['overlap_at_10']:.3f}"
+    )
+
+
+def _rows(record: Record) -> Table:
+    threads = (record.rows[0].speed or {}).get("threads")
+    table = Table(
+        title=f"{record.measured_on}; {record.machine.gpu or record.machine.cpu}, {threads} threads",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    baselines = [row.name for row in record.rows if row.role == "baseline"]
+    table.add_column("", no_wrap=True)
+    for heading in (
+        "texts/s",
+        "tokens/s",
+        *(f"vs {name}" for name in baselines),
+        "p50 ms",
+        "p99 ms",
+        "peak memory",
+        "on disk",
+    ):
+        table.add_column(heading, justify="right")
+    for row in record.rows:
+        speed = row.speed or {}
+        peak = speed["gpu_peak_bytes"] if record.machine.gpu else speed["peak_bytes"]
+        table.add_row(
+            row.name if row.role == "baseline" else f"{row.weights} x {row.activations}",
+            f"{speed['texts_per_second']:.0f}",
+            f"{speed['tokens_per_second']:,.0f}",
+            *(f"{row.speedup[name]:.2f}x" if name in row.speedup else "1" for name in baselines),
+            f"{speed['latency_p50_ms']:.1f}",
+            f"{speed['latency_p99_ms']:.1f}",
+            gigabytes(peak) if peak is not None else "?",
+            gigabytes(row.size_bytes),
+        )
+    return table
