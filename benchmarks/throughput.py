@@ -60,9 +60,7 @@ def main() -> None:
     texts = measure_texts(arguments.texts, arguments.count, arguments.seed)
     speeds = measure_speed(candidates, texts, rounds=arguments.rounds, requests=100)
     peer = speeds["sentence-transformers"]
-    print(
-        f"{'':24}{'texts/s':>9}{'tokens/s':>10}{'vs peer':>9}{'p50 ms':>8}{'p99 ms':>8}{'loaded MB':>11}{'peak MB':>9}"
-    )
+    print(f"{'':24}{'texts/s':>9}{'tokens/s':>10}{'vs peer':>9}{'p50 ms':>8}{'p99 ms':>8}{'loaded MB':>11}{'peak MB':>9}")
     for name, speed in speeds.items():
         print(
             f"{name:24}{speed.texts_per_second:9.0f}{speed.tokens_per_second:10,.0f}{speed_ratio(speed, peer):8.2f}x"

@@ -24,9 +24,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", metavar="M", help="A built-in name, a folder or a hub name; overrides the recipe's."),
 ]
-DeviceOption = Annotated[
-    str | None, typer.Option(metavar="D", help="cpu or cuda; by default the GPU where there is one.")
-]
+DeviceOption = Annotated[str | None, typer.Option(metavar="D", help="cpu or cuda; by default the GPU where there is one.")]
 OutputOption = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the runs.")]
 
 
@@ -34,12 +32,8 @@ OutputOption = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of th
 def run(
     recipe: RecipeArgument,
     model: ModelOption = None,
-    data: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Local data of the tasks; without it, the hub.")
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Task names, or mini; overrides the recipe's.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Local data of the tasks; without it, the hub.")] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Task names, or mini; overrides the recipe's.")] = None,
     texts: Annotated[str | None, typer.Option(metavar="FILE", help="Texts to measure speed and fidelity on.")] = None,
     output: OutputOption = Path("results"),
     device: DeviceOption = None,
@@ -53,9 +47,7 @@ def run(
     from compress.report import print_record
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None
-    record = run_recipe(
-        checked, model=model, data=data, tasks=names, texts=texts, output=output, device=device, fresh=fresh
-    )
+    record = run_recipe(checked, model=model, data=data, tasks=names, texts=texts, output=output, device=device, fresh=fresh)
     print_record(record)
     print(f"record: {output / record.run}")
     if not all(gate.kept for gate in record.gates):

@@ -75,9 +75,7 @@ def find(model: str) -> Source:
         return Source(folder.resolve().name, folder / "variant" if is_variant(folder / "variant") else folder)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not folder.suffix == ".yaml":
         return Source(model, _download(model))
-    raise UserError(
-        f"model {model!r}: not a folder, a hub name (owner/name) or a built-in model", nearest(model, BUILT_IN)
-    )
+    raise UserError(f"model {model!r}: not a folder, a hub name (owner/name) or a built-in model", nearest(model, BUILT_IN))
 
 
 def _download(name: str) -> Path:
@@ -133,9 +131,7 @@ def load(model: str, *, device: str | None = None, dtype: str | None = None, com
     return open_source(source, device=device, dtype=dtype, compile=compile)
 
 
-def open_source(
-    source: Source, *, device: str | None = None, dtype: str | None = None, compile: bool = False
-) -> Embedder:
+def open_source(source: Source, *, device: str | None = None, dtype: str | None = None, compile: bool = False) -> Embedder:
     """Load the embedder of a model that was found; see `load`."""
     from compress.runtimes import torch_runtime
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from compress.measure.fidelity import Fidelity, cosines, fidelity
 from compress.measure.speed import Candidate, Speed, measure_speed, speed_ratio
 from compress.measure.texts import measure_texts
 from compress.models.shape import read_shape
-from compress.models.variant import WEIGHTS_FILE, VariantInfo
+from compress.models.variant import WEIGHTS_FILE, QuantizedLayer, VariantInfo
 from compress.plan import make_plan
 from compress.recipe import Recipe, read_recipe
 from compress.record import RECORD_FILE, GateResult, Journal, Model, Record, Row, Step, TaskRow, machine, now, versions
@@ -72,14 +73,10 @@ def run(
         UserError: what a user can mend; found before anything is computed wherever possible.
     """
     resolved = _override(recipe if isinstance(recipe, Recipe) else read_recipe(recipe), model, data, tasks, texts)
-    return _Run(resolved, Path(output), device, say or (lambda line: print(line, file=sys.stderr, flush=True))).finish(
-        fresh
-    )
+    return _Run(resolved, Path(output), device, say or (lambda line: print(line, file=sys.stderr, flush=True))).finish(fresh)
 
 
-def _override(
-    recipe: Recipe, model: str | None, data: Path | str | None, tasks: Sequence[str] | None, texts: str | None
-) -> Recipe:
+def _override(recipe: Recipe, model: str | None, data: Path | str | None, tasks: Sequence[str] | None, texts: str | None) -> Recipe:
     evaluate, measure = recipe.evaluate, recipe.measure
     if data is not None:
         evaluate = evaluate.model_copy(update={"data": str(data)})
@@ -115,9 +112,7 @@ class _Run:
         self.plan = make_plan(recipe, self.shape, output)
         _check_writable(output)
         self.texts = measure_texts(recipe.measure.texts, recipe.measure.count, recipe.seed)
-        self.tasks: list[Task] = find_tasks(
-            recipe.evaluate.tasks, Path(recipe.evaluate.data) if recipe.evaluate.data else None
-        )
+        self.tasks: list[Task] = find_tasks(recipe.evaluate.tasks, Path(recipe.evaluate.data) if recipe.evaluate.data else None)
         self.device = _device(device)
         self.fingerprint = self.source.fingerprint()
         self.name = f"{recipe.name}-{self.source.name.split('/')[-1]}-{self._identity()}"
@@ -167,7 +162,8 @@ class _Run:
         from compress.runtimes.torch_runtime import open_network, read_text_side, save_variant
 
         model = open_network(self.source.folder, torch.float32)
-        done, quantized = [], {}
+        done: list[dict[str, Any]] = []
+        quantized: dict[str, QuantizedLayer] = {}
         for index, step in enumerate(self.recipe.steps):
             start = time.perf_counter()
             try:
@@ -206,9 +202,7 @@ class _Run:
     def _stand_in(self) -> dict[str, Any]:
         texts = self.texts[:STAND_IN_TEXTS]
         worst = float(
-            cosines(
-                self._open("baseline", "float16").encode(texts), self._open("baseline", "float32").encode(texts)
-            ).min()
+            cosines(self._open("baseline", "float16").encode(texts), self._open("baseline", "float32").encode(texts)).min()
         )
         agree = worst >= STAND_IN_COSINE
         why = f"{'stands in for' if agree else 'used, because float32 differs from'} float16: " + (
@@ -218,21 +212,20 @@ class _Run:
 
     def _scores(self, reference: _Reference) -> dict[str, dict[str, dict[str, Any]]]:
         """Score baseline, then variant, on every task; only one of the two is in memory at a time."""
-        from compress.measure.accuracy import evaluate
-
         scores: dict[str, dict[str, dict[str, Any]]] = {}
         for role, dtype in (("baseline", reference.dtype), (VARIANT, None)):
             with self._lazily(role, dtype) as embedder:
                 for task in self.tasks:
-                    key = f"accuracy {role} {task.name}"
-                    score = self.journal.once(
-                        key, lambda task=task: evaluate(embedder(), task, self.recipe.measure.batch_tokens).model_dump()
-                    )
+                    make = partial(self._score, embedder, task)
+                    score = self.journal.once(f"accuracy {role} {task.name}", make)
                     scores.setdefault(task.name, {})[role] = score
-                    self.say(
-                        f"{role} {task.name}: {score['metric']} {100 * score['score']:.2f} ({score['seconds']:.0f} s)"
-                    )
+                    self.say(f"{role} {task.name}: {score['metric']} {100 * score['score']:.2f} ({score['seconds']:.0f} s)")
         return scores
+
+    def _score(self, embedder: Callable[[], Embedder], task: Task) -> dict[str, Any]:
+        from compress.measure.accuracy import evaluate
+
+        return evaluate(embedder(), task, self.recipe.measure.batch_tokens).model_dump()
 
     def _fidelity(self, reference: _Reference) -> Fidelity:
         vectors: list[Vectors] = []
@@ -258,14 +251,11 @@ class _Run:
     def _speed(self) -> dict[str, Any]:
         """Measure baselines and variant in fresh processes."""
         candidates = {
-            dtype: Candidate({"model": str(self.source.folder), "device": self.device, "dtype": dtype})
-            for dtype in self._dtypes()
+            dtype: Candidate({"model": str(self.source.folder), "device": self.device, "dtype": dtype}) for dtype in self._dtypes()
         }
         candidates[VARIANT] = Candidate({"model": str(self.folder / VARIANT), "device": self.device})
         measure = self.recipe.measure
-        self.say(
-            f"speed: {', '.join(candidates)}, {measure.rounds} rounds of {measure.count} texts, each in a process of its own"
-        )
+        self.say(f"speed: {', '.join(candidates)}, {measure.rounds} rounds of {measure.count} texts, each in a process of its own")
         speeds = measure_speed(
             candidates,
             self.texts,

@@ -66,9 +66,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         touched += estimate.bytes_touched
         notes.append(f"{step.method}: {estimate.note}")
     model_bytes = shape.parameters * FLOAT32_BYTES
-    activations = ALLOCATOR_FACTOR * shape.activation_bytes(recipe.measure.batch_tokens or CPU_BATCH_TOKENS) + int(
-        RUNTIME_BYTES
-    )
+    activations = ALLOCATOR_FACTOR * shape.activation_bytes(recipe.measure.batch_tokens or CPU_BATCH_TOKENS) + int(RUNTIME_BYTES)
     rate = _float_operations_per_second()
     encode = shape.flops_per_token(TYPICAL_LENGTH) / rate
     texts_tokens = recipe.measure.count * TYPICAL_LENGTH
@@ -98,9 +96,7 @@ def _problems(plan: Plan, output: Path) -> list[str]:
     existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if plan.variant_bytes > free:
-        problems.append(
-            f"the variant takes {gigabytes(plan.variant_bytes)} on disk, {gigabytes(free)} are free in {existing}"
-        )
+        problems.append(f"the variant takes {gigabytes(plan.variant_bytes)} on disk, {gigabytes(free)} are free in {existing}")
     return problems
 
 

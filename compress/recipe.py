@@ -206,11 +206,7 @@ def _line(data: Any, location: Sequence[str | int]) -> int:
     line = 0
     for part in location:
         marks = getattr(data, "lc", None)
-        if (
-            marks is None
-            or marks.data is None
-            or (part not in data if isinstance(data, Mapping) else not isinstance(part, int))
-        ):
+        if marks is None or marks.data is None or (part not in data if isinstance(data, Mapping) else not isinstance(part, int)):
             break
         position = marks.key(part) if isinstance(data, Mapping) else marks.item(part)
         line = position[0] + 1

@@ -141,9 +141,7 @@ class Record(Part):
 
     def write(self, folder: Path) -> None:
         """Write `record.json`, whole or not at all."""
-        write_text_atomic(
-            folder / RECORD_FILE, json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-        )
+        write_text_atomic(folder / RECORD_FILE, json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Record:

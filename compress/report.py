@@ -18,9 +18,7 @@ def print_record(record: Record, console: Console | None = None) -> None:
     console.print(_tasks(record), _fidelity(record), _rows(record), sep="\n", soft_wrap=True)
     for gate in record.gates:
         bound = "at most" if gate.name == "size_ratio" else "at least"
-        console.print(
-            f"gate {gate.name}: {gate.value:.4f}, {bound} {gate.bound:g} wanted: {'kept' if gate.kept else 'MISSED'}"
-        )
+        console.print(f"gate {gate.name}: {gate.value:.4f}, {bound} {gate.bound:g} wanted: {'kept' if gate.kept else 'MISSED'}")
     console.print(f"verdict: {record.verdict}", soft_wrap=True)
 
 
@@ -42,8 +40,7 @@ def _tasks(record: Record) -> Table:
             f"{100 * task.delta:+.2f}",
         )
     means = [
-        sum(scores) / len(record.tasks)
-        for scores in zip(*((task.baseline, task.variant) for task in record.tasks), strict=True)
+        sum(scores) / len(record.tasks) for scores in zip(*((task.baseline, task.variant) for task in record.tasks), strict=True)
     ]
     table.add_section()
     table.add_row("mean", "", *(f"{100 * mean:.2f}" for mean in means), f"{100 * (means[1] - means[0]):+.2f}")

@@ -40,4 +40,5 @@ class CastEmbedding(nn.Module):
 
 def has_onednn_linear() -> bool:
     """Whether this build of torch carries oneDNN and its packed linear layer."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")

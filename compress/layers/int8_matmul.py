@@ -115,6 +115,4 @@ def int8_matmul(device_type: str) -> type[Int8Matmul]:
         if _is_exact(kernel, torch.device(device_type)):
             return kernel
     names = ", ".join(kernel.name for kernel in kernels)
-    raise RuntimeError(
-        f"no exact int8 matrix product on {device_type!r} with torch {torch.__version__} (tried {names})"
-    )
+    raise RuntimeError(f"no exact int8 matrix product on {device_type!r} with torch {torch.__version__} (tried {names})")

@@ -110,6 +110,4 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Show sizes and scheme in the printed model."""
-        return (
-            f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}, activations={self.scheme}"
-        )
+        return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}, activations={self.scheme}"

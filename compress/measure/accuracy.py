@@ -41,9 +41,7 @@ class MtebEncoder(AbsEncoder):  # type: ignore[misc]
         self.batch_tokens = batch_tokens
         self.model_prompts = embedder.spec.prompts or None
         # mteb files results under owner/name; ours go into the record.
-        self.mteb_model_meta = ModelMeta.create_empty(
-            {"name": f"compress/{embedder.name.replace('/', '--')}", "revision": "local"}
-        )
+        self.mteb_model_meta = ModelMeta.create_empty({"name": f"compress/{embedder.name.replace('/', '--')}", "revision": "local"})
         self.prompts_used: dict[str, str] = {}
 
     def encode(

@@ -64,9 +64,7 @@ class WorkerProcess:
             env=environment,
         )
         try:
-            self.loaded = self.ask(
-                "load", loader=candidate.loader, arguments=dict(candidate.arguments), threads=threads
-            )
+            self.loaded = self.ask("load", loader=candidate.loader, arguments=dict(candidate.arguments), threads=threads)
         except BaseException:
             self.close()
             raise
@@ -100,9 +98,7 @@ class WorkerProcess:
     def __enter__(self) -> WorkerProcess:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 

@@ -42,9 +42,7 @@ class Task:
             return str(self.mteb.metadata.revision)
         digest = hashlib.sha256()
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
-            digest.update(
-                str(path.relative_to(self.folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest()
-            )
+            digest.update(str(path.relative_to(self.folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()[:16]
 
 
@@ -80,9 +78,7 @@ class MiniRetrieval(AbsTaskRetrieval):  # type: ignore[misc]
 class MiniIntentClassification(AbsTaskClassification):  # type: ignore[misc]
     """Intents of a shop's help desk, several of them close to each other."""
 
-    metadata = _metadata(
-        "MiniIntentClassification", "Classification", "accuracy", "Help-desk intents of the embedded suite."
-    )
+    metadata = _metadata("MiniIntentClassification", "Classification", "accuracy", "Help-desk intents of the embedded suite.")
 
 
 EMBEDDED = {task.metadata.name: task for task in (MiniSTS, MiniRetrieval, MiniIntentClassification)}
@@ -173,9 +169,7 @@ def _load_splits(task: AbsTask, folder: Path) -> DatasetDict:
         required = (*task.column_names, "score")
     elif isinstance(task, AbsTaskClassification):
         required = (task.input_column_name, task.label_column_name)
-    files = {
-        path.name.split(".jsonl")[0]: path for path in sorted(folder.glob("*.jsonl*")) if path.name.endswith(SUFFIXES)
-    }
+    files = {path.name.split(".jsonl")[0]: path for path in sorted(folder.glob("*.jsonl*")) if path.name.endswith(SUFFIXES)}
     if not files:
         raise UserError(f"{folder}: holds no <split>.jsonl or <split>.jsonl.gz")
     return DatasetDict({split: Dataset.from_list(read_jsonl(path, required)) for split, path in files.items()})
@@ -186,9 +180,7 @@ def _load_retrieval(task: AbsTask, folder: Path) -> dict[str, dict[str, Any]]:
         {"id": str(row["_id"]), "title": row.get("title") or "", "text": row["text"]}
         for row in read_jsonl(_file(folder, "corpus"), ("_id", "text"))
     ]
-    queries = [
-        {"id": str(row["_id"]), "text": row["text"]} for row in read_jsonl(_file(folder, "queries"), ("_id", "text"))
-    ]
+    queries = [{"id": str(row["_id"]), "text": row["text"]} for row in read_jsonl(_file(folder, "queries"), ("_id", "text"))]
     splits: dict[str, dict[str, Any]] = {}
     for path in sorted((folder / "qrels").glob("*.tsv")):
         relevant = _read_qrels(path, {row["id"] for row in queries}, {row["id"] for row in corpus})

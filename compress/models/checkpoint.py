@@ -77,11 +77,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
     except (struct.error, ValueError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})", "download or write it again") from error
-    tensors = {
-        name: TensorInfo(entry["dtype"], tuple(entry["shape"]))
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"}
     expected = 8 + length + sum(tensor.bytes for tensor in tensors.values())
     if path.stat().st_size != expected:
         raise UserError(

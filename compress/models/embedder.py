@@ -44,9 +44,7 @@ class Embedder(Protocol):
 class BatchedEmbedder(ABC):
     """Sorts by length, batches by a token budget, restores the order; subclasses run one batch."""
 
-    def __init__(
-        self, name: str, spec: EmbedderSpec, tokenizer: TextTokenizer, dimension: int, batch_tokens: int
-    ) -> None:
+    def __init__(self, name: str, spec: EmbedderSpec, tokenizer: TextTokenizer, dimension: int, batch_tokens: int) -> None:
         self.name = name
         self.spec = spec
         self.tokenizer = tokenizer
@@ -108,9 +106,7 @@ class BatchedEmbedder(ABC):
         return np.concatenate(chunks) if chunks else np.empty((0, self.dimension), dtype=np.float32)
 
 
-def _watched(
-    batches: Iterator[npt.NDArray[np.intp]], total: int, progress: bool | None
-) -> Iterator[npt.NDArray[np.intp]]:
+def _watched(batches: Iterator[npt.NDArray[np.intp]], total: int, progress: bool | None) -> Iterator[npt.NDArray[np.intp]]:
     """Pass batches through, under a progress bar when asked for or when it is long and a terminal watches."""
     if progress is False or (progress is None and total < LONG_WORK_TEXTS):
         yield from batches

@@ -30,9 +30,7 @@ def read_config(folder: Path) -> Any:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(
-            f"{folder}: no config.json", "a model's folder holds config.json, tokenizer files and safetensors weights"
-        )
+        raise UserError(f"{folder}: no config.json", "a model's folder holds config.json, tokenizer files and safetensors weights")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError) as error:
@@ -60,16 +58,14 @@ def load_network(folder: Path, dtype: torch.dtype) -> nn.Module:
     )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        raise UserError(
-            f"{folder}: the checkpoint lacks {len(missing)} tensors of its own network, such as {missing[0]!r}"
-        )
+        raise UserError(f"{folder}: the checkpoint lacks {len(missing)} tensors of its own network, such as {missing[0]!r}")
     return _without_pooler(model)
 
 
 def _without_pooler(model: nn.Module) -> nn.Module:
     """Take away BERT's pooler: it feeds next-sentence prediction, not the embedding."""
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None
+        setattr(model, "pooler", None)  # noqa: B010  a plain assignment is typed as a module
     return model
 
 
@@ -81,10 +77,10 @@ def _parameters_on_meta() -> Iterator[None]:
     """
     register = nn.Module.register_parameter
 
-    def register_on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(self, name, parameter)
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(self, name, param)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
     try:
@@ -114,9 +110,7 @@ def fill_network(model: nn.Module, path: Path) -> None:
         stored = set(file.keys())
         if stored != wanted.keys():
             differing = sorted(stored ^ wanted.keys())
-            raise UserError(
-                f"{path}: does not fit its network: {len(differing)} tensors differ, such as {differing[0]!r}"
-            )
+            raise UserError(f"{path}: does not fit its network: {len(differing)} tensors differ, such as {differing[0]!r}")
         for name, current in wanted.items():
             tensor = file.get_tensor(name)
             if tensor.shape != current.shape:

@@ -27,7 +27,7 @@ _LOOKED_UP = re.compile(r"relative_attention_bias|embed|rotary")
 def is_block_linear(name: str, dimensions: int) -> bool:
     """Whether a parameter is the weight of a linear layer inside a block: the layers that compression works on."""
     block = _BLOCK.search(name)
-    return bool(block) and name.endswith(".weight") and dimensions == 2 and not _LOOKED_UP.search(name, block.end())
+    return block is not None and name.endswith(".weight") and dimensions == 2 and not _LOOKED_UP.search(name, block.end())
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,7 @@ class ModelShape:
     @cached_property
     def block_linears(self) -> dict[str, TensorInfo]:
         """Weights of the linear layers inside blocks, by the name of the layer (without `.weight`)."""
-        return {
-            name.removesuffix(".weight"): info
-            for name, info in self.tensors.items()
-            if is_block_linear(name, len(info.shape))
-        }
+        return {name.removesuffix(".weight"): info for name, info in self.tensors.items() if is_block_linear(name, len(info.shape))}
 
     @property
     def hidden_size(self) -> int:

@@ -71,9 +71,7 @@ class VariantInfo(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
-            raise UserError(
-                f"{path}: {place}: {first['msg']}", "it may have been written by another version"
-            ) from error
+            raise UserError(f"{path}: {place}: {first['msg']}", "it may have been written by another version") from error
 
 
 def is_variant(folder: Path) -> bool:

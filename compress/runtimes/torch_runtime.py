@@ -113,9 +113,7 @@ def open_checkpoint(folder: Path, name: str, *, device: str | None = None, dtype
     target = pick_device(device)
     compute = pick_dtype(dtype, target)
     spec, tokenizer = read_text_side(folder)
-    return TorchEmbedder(
-        name, spec, tokenizer, prepare(open_network(folder, compute), compute, target), target, compute
-    )
+    return TorchEmbedder(name, spec, tokenizer, prepare(open_network(folder, compute), compute, target), target, compute)
 
 
 def save_variant(model: nn.Module, tokenizer: TextTokenizer, info: VariantInfo, source: Path, target: Path) -> None:

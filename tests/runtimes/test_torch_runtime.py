@@ -1,0 +1,155 @@
+"""Variants on disk: what is opened is what was saved, in the memory it was saved in."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import compress
+from compress.errors import UserError
+from compress.methods.quantize.rtn import RTN
+from compress.models.checkpoint import read_headers
+from compress.models.shape import read_shape
+from compress.models.torch_embedder import BATCH_TOKENS, TorchEmbedder
+from compress.models.variant import VariantInfo
+from compress.plan import CPU_BATCH_TOKENS
+from compress.runtimes.torch_runtime import open_network, prepare, read_text_side, save_variant
+
+SCHEMES = ["none", "dynamic_per_tensor", "dynamic_per_token"]
+
+
+def compress_to(folder: Path, target: Path, *steps: RTN) -> torch.nn.Module:
+    """Apply steps and save; return the network that was saved."""
+    network = open_network(folder, torch.float32)
+    quantized = {}
+    for step in steps:
+        quantized |= step.apply(network)
+    spec, tokenizer = read_text_side(folder)
+    info = VariantInfo(
+        base="tiny", base_fingerprint="0", licence=None, max_length=tokenizer.max_length, spec=spec, quantized=quantized, steps=[]
+    )
+    save_variant(network, tokenizer, info, folder, target)
+    return network
+
+
+@pytest.mark.parametrize("kind", ["bert", "mistral"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_opened_variant_is_the_one_that_was_saved(make_model, mixed_texts, tmp_path: Path, kind: str, scheme: str) -> None:
+    folder = make_model(kind, prompts={"query": "find: "})
+    network = compress_to(folder, tmp_path / "variant", RTN(activations=scheme))
+    spec, tokenizer = read_text_side(folder)
+    # What the file holds, in memory: floating tensors rounded to half precision, scales as they were.
+    for module in network.modules():
+        if not hasattr(module, "weight_scale"):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.half().float()
+        elif module.bias is not None:
+            module.bias = module.bias.half().float()
+    cpu = torch.device("cpu")
+    in_memory = TorchEmbedder("tiny", spec, tokenizer, prepare(network, torch.float32, cpu), cpu, torch.float32)
+    opened = compress.load(str(tmp_path / "variant"), device="cpu")
+    assert opened.spec == spec
+    texts = mixed_texts[:40]
+    np.testing.assert_allclose(opened.encode(texts), in_memory.encode(texts), atol=2e-6)
+    baseline = compress.load(str(folder), device="cpu").encode(texts)
+    cosine = (opened.encode(texts) * baseline).sum(axis=1)
+    assert 0.98 < cosine.min() < cosine.max() < 1 - 1e-7
+
+
+def test_no_steps_give_the_model_in_half_precision(bert: Path, mixed_texts: list[str], tmp_path: Path) -> None:
+    compress_to(bert, tmp_path / "variant")
+    opened, baseline = (compress.load(str(folder), device="cpu").encode(mixed_texts[:20]) for folder in (tmp_path / "variant", bert))
+    np.testing.assert_allclose(opened, baseline, atol=2e-3)
+    assert {info.dtype for info in read_headers(tmp_path / "variant").values()} == {"F16"}
+
+
+@pytest.mark.parametrize("kind", ["bert", "mistral"])
+@pytest.mark.parametrize("step", [RTN(), RTN(activations="none")], ids=["w8a8", "w8"])
+def test_the_estimate_is_the_size_of_the_file(make_model, tmp_path: Path, kind: str, step: RTN) -> None:
+    folder = make_model(kind)
+    compress_to(folder, tmp_path / "variant", step)
+    stored = sum(info.bytes for info in read_headers(tmp_path / "variant").values())
+    assert step.estimate(read_shape("tiny", folder)).bytes_after == stored
+
+
+def test_integers_are_stored_as_integers(bert: Path, tmp_path: Path) -> None:
+    compress_to(bert, tmp_path / "variant", RTN())
+    tensors = load_file(tmp_path / "variant" / "model.safetensors")
+    assert tensors["encoder.layer.0.output.dense.weight"].dtype == torch.int8
+    assert tensors["encoder.layer.0.output.dense.weight_scale"].dtype == torch.float32
+    assert tensors["embeddings.word_embeddings.weight"].dtype == torch.float16
+    info = VariantInfo.read(tmp_path / "variant")
+    assert (info.weights, info.activations) == ("int8", "dynamic_per_token")
+
+
+def test_a_weight_too_large_for_half_precision_is_refused(bert: Path, tmp_path: Path) -> None:
+    network = open_network(bert, torch.float32)
+    network.embeddings.LayerNorm.weight.data[0] = 1e6
+    spec, tokenizer = read_text_side(bert)
+    info = VariantInfo(base="tiny", base_fingerprint="0", licence=None, max_length=48, spec=spec, quantized={}, steps=[])
+    with pytest.raises(UserError, match=r"embeddings\.LayerNorm\.weight is not finite in float16"):
+        save_variant(network, tokenizer, info, bert, tmp_path / "variant")
+    assert not (tmp_path / "variant").exists()
+
+
+def test_a_variant_that_does_not_fit_its_network_is_refused(bert: Path, tmp_path: Path) -> None:
+    compress_to(bert, tmp_path / "variant", RTN())
+    path = tmp_path / "variant" / "variant.json"
+    info = json.loads(path.read_text())
+    del info["quantized"]["encoder.layer.0.output.dense"]
+    path.write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"does not fit its network: 1 tensors differ.*weight_scale"):
+        compress.load(str(tmp_path / "variant"), device="cpu")
+    path.write_text(json.dumps(info | {"format": 2}))
+    with pytest.raises(UserError, match=r"variant\.json: format"):
+        compress.load(str(tmp_path / "variant"), device="cpu")
+
+
+def test_a_device_that_is_not_there_is_refused(bert: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="sees no GPU"):
+        compress.load(str(bert), device="cuda")
+
+
+def test_the_plan_knows_the_runtime_s_batches() -> None:
+    assert BATCH_TOKENS["cpu"] == CPU_BATCH_TOKENS
+
+
+MEMORY = """
+import json, sys
+from compress.loading import load, preload
+from compress.measure.memory import PeakAnonymous, anonymous_bytes, release_free_pages
+from compress.measure.texts import mixed_texts
+texts = mixed_texts(200, 0)
+preload(sys.argv[1])
+release_free_pages()
+before = anonymous_bytes()
+embedder = load(sys.argv[1], device="cpu")
+release_free_pages()
+loaded = anonymous_bytes() - before
+with PeakAnonymous() as peak:
+    embedder.encode(texts)
+print(json.dumps({"loaded": loaded, "peak": peak.bytes - before}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not tell anonymous memory")
+def test_a_loaded_variant_takes_no_more_than_its_file_and_activations(minilm: Path, tmp_path: Path) -> None:
+    from compress.plan import make_plan
+    from compress.recipe import parse_recipe
+
+    compress_to(minilm, tmp_path / "variant", RTN())
+    stored = (tmp_path / "variant" / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "variant")]
+    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert measured["loaded"] <= stored
+    plan = make_plan(parse_recipe({"steps": [{"method": "rtn"}]}), read_shape("minilm", minilm), tmp_path)
+    assert measured["peak"] <= plan.run_memory_bytes
