@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -43,11 +45,12 @@ def run(
     from compress.recipe import read_recipe
 
     checked = read_recipe(recipe)  # before anything heavy is imported
-    from compress.pipeline import run as run_recipe
-    from compress.report import print_record
-
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None
-    record = run_recipe(checked, model=model, data=data, tasks=names, texts=texts, output=output, device=device, fresh=fresh)
+    with stoppable():
+        from compress.pipeline import run as run_recipe
+        from compress.report import print_record
+
+        record = run_recipe(checked, model=model, data=data, tasks=names, texts=texts, output=output, device=device, fresh=fresh)
     print_record(record)
     print(f"record: {output / record.run}")
     if not all(gate.kept for gate in record.gates):
@@ -77,11 +80,12 @@ def encode(
     from compress.measure.texts import read_texts
 
     lines = read_texts(texts)
-    from compress.loading import load
-    from compress.models.checkpoint import save_array
+    with stoppable():
+        from compress.loading import load
+        from compress.models.checkpoint import save_array
 
-    vectors = load(model, device=device).encode(lines, prompt)
-    save_array(output, vectors)
+        vectors = load(model, device=device).encode(lines, prompt)
+        save_array(output, vectors)
     print(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]} dimensions")
 
 
@@ -93,6 +97,15 @@ def schema() -> None:
     print(json.dumps(recipe_schema(), indent=1))
 
 
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Answer Ctrl-C in our words; typer would end the process without any."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise UserError("stopped", "what a run had finished is kept; the same command continues it") from error
+
+
 def main() -> None:
     """Run the command line."""
     try:
@@ -101,10 +114,6 @@ def main() -> None:
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:
             print(error.hint, file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("error: stopped", file=sys.stderr)
-        print("what was finished is kept; the same command continues", file=sys.stderr)
         sys.exit(2)
 
 

@@ -73,7 +73,7 @@ def find(model: str) -> Source:
     folder = Path(model)
     if folder.is_dir():
         return Source(folder.resolve().name, folder / "variant" if is_variant(folder / "variant") else folder)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not folder.suffix == ".yaml":
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and folder.suffix != ".yaml":
         return Source(model, _download(model))
     raise UserError(f"model {model!r}: not a folder, a hub name (owner/name) or a built-in model", nearest(model, BUILT_IN))
 

@@ -1,4 +1,4 @@
-"""The one way every recipe goes: find, compress, evaluate, compare, measure, record. A run that was stopped goes on where it was."""
+"""The one way every recipe goes: find, compress, evaluate, compare, measure, record. A stopped run goes on where it was."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from ruamel.yaml import YAML
 
+from compress.assemble import RECIPE_FILE, VARIANT, Findings, assemble
 from compress.errors import UserError
 from compress.loading import Source, find, open_source
 from compress.measure.fidelity import Fidelity, cosines, fidelity
-from compress.measure.speed import Candidate, Speed, measure_speed, speed_ratio
+from compress.measure.speed import Candidate, Speed, measure_speed
 from compress.measure.texts import measure_texts
 from compress.models.shape import read_shape
-from compress.models.variant import WEIGHTS_FILE, QuantizedLayer, VariantInfo
+from compress.models.variant import QuantizedLayer, VariantInfo
 from compress.plan import make_plan
 from compress.recipe import Recipe, read_recipe
-from compress.record import RECORD_FILE, GateResult, Journal, Model, Record, Row, Step, TaskRow, machine, now, versions
+from compress.record import RECORD_FILE, Journal, Record, Step, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,12 +36,10 @@ if TYPE_CHECKING:
     from compress.measure.tasks import Task
     from compress.models.embedder import Embedder, Vectors
 
-VARIANT = "variant"
 JOURNAL = "journal"
 # How closely float32 must agree with float16 to stand in for it, and on how many texts that is looked at.
 STAND_IN_COSINE = 1 - 1e-4
 STAND_IN_TEXTS = 32
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def run(
@@ -152,8 +150,8 @@ class _Run:
         agreement = Fidelity(**self.journal.once("fidelity", lambda: self._fidelity(reference).model_dump()))
         self.say(f"fidelity: cosine mean {agreement.cosine_mean:.5f}, min {agreement.cosine_min:.5f}")
         speeds = {name: Speed(**speed) for name, speed in self.journal.once("speed", self._speed).items()}
-        record = self._record(steps, reference, scores, agreement, speeds)
-        return self._keep(record, final)
+        found = Findings(steps, f"{reference.dtype}: {reference.why}", scores, agreement, speeds)
+        return self._keep(assemble(self.name, self.recipe, self.source, self.shape, self.folder, self.device, found), final)
 
     def _make_variant(self) -> dict[str, Any]:
         """Load the model in float32, apply the steps, write the variant."""
@@ -270,89 +268,6 @@ class _Run:
         """Precisions that speed is compared with; the first is the one that gates look at."""
         return ("float32", "bfloat16") if self.device == "cpu" else ("float16",)
 
-    def _rows(self, speeds: Mapping[str, Speed]) -> tuple[Row, ...]:
-        info = VariantInfo.read(self.folder / VARIANT)
-        variant_bytes = (self.folder / VARIANT / WEIGHTS_FILE).stat().st_size
-        compute = "float32" if self.device == "cpu" else "float16"
-        rows = []
-        for name, speed in speeds.items():
-            is_variant = name == VARIANT
-            rows.append(
-                Row(
-                    name=name,
-                    role="variant" if is_variant else "baseline",
-                    runtime=self.recipe.runtime,
-                    device=self.device,
-                    compute=compute if is_variant else name,
-                    weights=info.weights if is_variant else name,
-                    activations=info.activations if is_variant else "none",
-                    size_bytes=variant_bytes if is_variant else self.shape.parameters * BYTES[name],
-                    speed=speed.model_dump(mode="json"),
-                    speedup={other: speed_ratio(speed, speeds[other]) for other in self._dtypes() if other != name},
-                )
-            )
-        return tuple(rows)
-
-    def _record(
-        self,
-        steps: tuple[Step, ...],
-        reference: _Reference,
-        scores: Mapping[str, Mapping[str, Mapping[str, Any]]],
-        agreement: Fidelity,
-        speeds: Mapping[str, Speed],
-    ) -> Record:
-        tasks = tuple(_task_row(name, roles["baseline"], roles[VARIANT]) for name, roles in scores.items())
-        rows = self._rows(speeds)
-        retained = float(np.mean([task.variant for task in tasks]) / np.mean([task.baseline for task in tasks]))
-        gates = self._gates(retained, agreement, rows[-1])
-        info = VariantInfo.read(self.folder / VARIANT)
-        return Record(
-            run=self.name,
-            created=now(),
-            command=self._command(),
-            recipe=self.recipe.model_dump(mode="json"),
-            model=Model(
-                name=self.source.name,
-                fingerprint=self.fingerprint,
-                architecture=str(self.shape.config.get("model_type")),
-                licence=info.licence,
-                weights="pretrained",
-                parameters=self.shape.parameters,
-                dimension=self.shape.hidden_size,
-                max_length=info.max_length,
-            ),
-            steps=steps,
-            baseline=f"{reference.dtype}: {reference.why}",
-            tasks=tasks,
-            retained=retained,
-            fidelity=agreement.model_dump(mode="json"),
-            rows=rows,
-            measured_on=f"{self.recipe.measure.count} texts from {self.recipe.measure.texts}, {self.recipe.measure.rounds} rounds",
-            gates=gates,
-            verdict=_verdict(retained, gates),
-            machine=machine(_gpu_name(self.device)),
-            versions=versions(),
-            seed=self.recipe.seed,
-        )
-
-    def _gates(self, retained: float, agreement: Fidelity, variant: Row) -> tuple[GateResult, ...]:
-        values = {
-            "retained": retained,
-            "cosine_mean": agreement.cosine_mean,
-            "overlap_at_10": agreement.overlap_at_10,
-            "speedup": variant.speedup[self._dtypes()[0]],
-            "size_ratio": variant.size_bytes / self.shape.half_bytes,
-        }
-        results = []
-        for name, bound in self.recipe.gates.model_dump(exclude_none=True).items():
-            kept = values[name] <= bound if name == "size_ratio" else values[name] >= bound
-            results.append(GateResult(name=name, bound=bound, value=values[name], kept=kept))
-        return tuple(results)
-
-    def _command(self) -> str:
-        """Say how to do this again: the recipe is the run's own copy, in which every default is filled in."""
-        return f"compress run {RECIPE_FILE} --model {self.recipe.model}"
-
     def _keep(self, record: Record, final: Path) -> Record:
         """Complete the run's folder and give it its name."""
         with (self.folder / RECIPE_FILE).open("w", encoding="utf-8") as file:
@@ -363,31 +278,6 @@ class _Run:
         shutil.rmtree(self.journal.folder)
         self.folder.rename(final)
         return record
-
-
-RECIPE_FILE = "recipe.yaml"
-
-
-def _task_row(name: str, baseline: Mapping[str, Any], variant: Mapping[str, Any]) -> TaskRow:
-    return TaskRow(
-        task=name,
-        type=baseline["type"],
-        metric=baseline["metric"],
-        baseline=baseline["score"],
-        variant=variant["score"],
-        prompts=baseline["prompts"],
-        data=baseline["data"],
-        seconds={"baseline": baseline["seconds"], "variant": variant["seconds"]},
-    )
-
-
-def _verdict(retained: float, gates: Sequence[GateResult]) -> str:
-    """Say in a sentence what came out."""
-    missed = [gate.name for gate in gates if not gate.kept]
-    kept = f"{100 * retained:.2f} % of the baseline's mean score kept"
-    if missed:
-        return f"{kept}; misses {', '.join(missed)}"
-    return f"{kept}; all {len(gates)} gates passed" if gates else f"{kept}; the recipe sets no gates"
 
 
 def _check_writable(output: Path) -> None:
@@ -410,11 +300,3 @@ def _device(device: str | None) -> str:
     from compress.runtimes.torch_runtime import pick_device
 
     return str(pick_device(device))
-
-
-def _gpu_name(device: str) -> str | None:
-    if device == "cpu":
-        return None
-    import torch
-
-    return str(torch.cuda.get_device_name(device))

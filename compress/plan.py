@@ -19,11 +19,12 @@ from compress.record import memory_bytes
 # What the estimates of time rest on; rough by nature, and said to be so where they are printed.
 MEMORY_BYTES_PER_SECOND = 2e9  # elementwise passes over weights and reading files
 EMBEDDED_TASK_TOKENS = 45_000  # the embedded suite, once
-TYPICAL_LENGTH = 128
+PROCESS_SECONDS = 8  # starting a process that measures
+TYPICAL_LENGTH = 64  # tokens, of the texts that speed is measured on
 CPU_BATCH_TOKENS = 1_024  # `torch_embedder.BATCH_TOKENS`, which cannot be read without torch
 FLOAT32_BYTES = 4
-# Beside weights and arrays: compiled kernels, the threads' buffers, and freed blocks that the allocator keeps, which measured as much
-# again as the arrays that live at once.
+# Beside weights and live arrays: compiled kernels, the threads' buffers, and freed blocks that the allocator keeps, measured as
+# much again as the arrays that live at once.
 RUNTIME_BYTES = 64e6
 ALLOCATOR_FACTOR = 2
 
@@ -81,7 +82,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         run_memory_bytes=variant_bytes + activations,
         apply_seconds=(touched + model_bytes + variant_bytes) / MEMORY_BYTES_PER_SECOND,
         evaluate_seconds=2 * EMBEDDED_TASK_TOKENS * encode if mini_only else None,
-        measure_seconds=3 * (recipe.measure.rounds + 1) * texts_tokens * encode,
+        measure_seconds=3 * (PROCESS_SECONDS + (recipe.measure.rounds + 1) * texts_tokens * encode),
         problems=(),
     )
     return Plan(**{**plan.__dict__, "problems": tuple(_problems(plan, output))})
@@ -138,10 +139,11 @@ def describe(plan: Plan) -> str:
         *(f"step      {note}" for note in plan.steps or ("none: the model is measured as it is",)),
         f"size      {gigabytes(plan.half_bytes)} in half precision -> {gigabytes(plan.variant_bytes)} "
         f"({plan.variant_bytes / plan.half_bytes:.2f}x)",
-        f"memory    {gigabytes(plan.apply_memory_bytes)} while compressing, {gigabytes(plan.run_memory_bytes)} while the variant runs",
+        f"memory    {gigabytes(plan.apply_memory_bytes)} while compressing, "
+        f"{gigabytes(plan.run_memory_bytes)} while the variant runs",
         f"time      about {duration(plan.apply_seconds)} to compress, "
         + (f"{duration(plan.evaluate_seconds)} to evaluate, " if plan.evaluate_seconds is not None else "")
-        + f"{duration(plan.measure_seconds)} to measure, on {os.cpu_count()} cores (from a {512} x {512} product timed now; rough)",
+        + f"{duration(plan.measure_seconds)} to measure, on {os.cpu_count()} cores (rough)",
     ]
     if plan.evaluate_seconds is None:
         lines.append("          evaluating takes as long as the tasks are large; they are not read for a plan")

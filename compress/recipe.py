@@ -96,7 +96,7 @@ def read_recipe(path: Path | str) -> Recipe:
     """Read a recipe file.
 
     Raises:
-        UserError: the file is missing, is not YAML, or says something that a recipe may not say; every fault is named with its line.
+        UserError: the file is missing, is not YAML, or says what a recipe may not say; every fault is named with its line.
     """
     path = Path(path)
     try:

@@ -119,7 +119,21 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 @pytest.fixture(scope="session")
 def mixed_texts() -> list[str]:
     """500 texts of every kind: empty, blank, emoji, CJK, mixed scripts, one word, 5,000 words."""
-    odd = ["", " ", "\n\t", "a", "🙂", "🙂👩‍👩‍👧 ok", "日本語の文章です。", "中文 and English", "Ünïcödé ñ", "word " * 5000, "x" * 3000, "1 2 3", "?!"]
+    odd = [
+        "",
+        " ",
+        "\n\t",
+        "a",
+        "🙂",
+        "🙂👩‍👩‍👧 ok",
+        "日本語の文章です。",
+        "中文 and English",
+        "Ünïcödé ñ",
+        "word " * 5000,
+        "x" * 3000,
+        "1 2 3",
+        "?!",
+    ]
     pool = list(suite_texts())
     joined = [" ".join(pool[index : index + 1 + index % 9]) for index in range(0, 487)]
     return odd + joined

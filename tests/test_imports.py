@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1] / "compress"
 LEVELS = [
     ["cli"],
     ["pipeline", "report"],
+    ["assemble"],
     ["plan"],
     ["recipe"],
     ["record"],

@@ -42,7 +42,10 @@ def test_defaults_are_filled_in_and_survive_a_round_trip() -> None:
         ("steps:\n  - method: [1]", "line 2: steps.0.method: unknown method"),
         ("steps:\n  - rtn", "line 2: steps.0: a step is a mapping with a 'method'"),
         ("steps: 3", "line 1: steps: must be a list of steps"),
-        ("steps:\n  - method: rtn\n  - method: rtn\n    bitts: 8", "line 4: steps.1.bitts: unknown key 'bitts'; did you mean 'bits'?"),
+        (
+            "steps:\n  - method: rtn\n  - method: rtn\n    bitts: 8",
+            "line 4: steps.1.bitts: unknown key 'bitts'; did you mean 'bits'?",
+        ),
         ("steps:\n  - method: rtn\n    bits: 4", "line 3: steps.0.bits: 4 is not allowed here; known: 8"),
         (
             "steps:\n  - method: rtn\n    activations: dynamic_per_tokens",
@@ -95,3 +98,7 @@ def test_the_schema_describes_every_key_of_every_method() -> None:
         assert definition["additionalProperties"] is False
         undocumented = [key for key, value in definition["properties"].items() if key != "method" and "description" not in value]
         assert undocumented == []
+
+
+def test_the_schema_beside_the_recipes_is_current() -> None:
+    assert json.loads((RECIPES[0].parent / "schema.json").read_text()) == schema()

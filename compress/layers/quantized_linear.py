@@ -47,7 +47,7 @@ class QuantizedLinear(nn.Module):
         """Take int8 `weight` [out, in], float32 `scale` [out], `bias` [out] and, for the static scheme, `input_scale` [].
 
         Raises:
-            ValueError: the weight is not int8, or an input scale is given for another scheme than the static one, or missing for it.
+            ValueError: the weight is not int8, or an input scale is missing for the static scheme or given for another.
         """
         super().__init__()
         if weight.dtype != torch.int8:

@@ -54,7 +54,7 @@ class WorkerProcess:
     def __init__(self, candidate: Candidate, threads: int | None) -> None:
         environment = {**os.environ, **candidate.environment}
         # A file, not a pipe: nobody reads while the process works, and a full pipe would stop it.
-        self._printed = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._printed = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  closed by close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "compress.measure.worker"],
             stdin=subprocess.PIPE,
@@ -75,7 +75,8 @@ class WorkerProcess:
         Raises:
             RuntimeError: the process ended instead; carries the end of what it printed.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
             self._process.stdin.flush()

@@ -1,7 +1,7 @@
 """A process that holds one embedder and measures it on request: JSON lines in, JSON lines out.
 
-Each measured embedder lives in a fresh process of its own, so that none profits from what another loaded, and its memory is its own.
-`python -m compress.measure.worker` is started by `compress.measure.speed`; nobody calls it by hand.
+Each measured embedder lives in a fresh process of its own, so that its memory is its own and nothing is shared.
+`compress.measure.speed` starts it (`python -m compress.measure.worker`); nobody calls it by hand.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def test_skip_leaves_layers_alone(bert: Path) -> None:
     assert set(quantized) == {f"encoder.layer.0.{part}" for part in (
         "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense", "output.dense"
     )}  # fmt: skip
-    with pytest.raises(ValueError, match="'\\*.nosuch' matches none"):
+    with pytest.raises(ValueError, match=r"'\*\.nosuch' matches none"):
         RTN(skip=("*.nosuch",)).apply(open_network(bert, torch.float32))
 
 

@@ -28,7 +28,9 @@ def test_minilm_gives_the_vectors_of_sentence_transformers(minilm: Path, mixed_t
 @pytest.mark.parametrize("kind", ["bert", "mistral"])
 @pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_every_pooling_of_encoders_and_decoders(make_model, mixed_texts: list[str], kind: str, pooling: str, normalize: bool) -> None:
+def test_every_pooling_of_encoders_and_decoders(
+    make_model, mixed_texts: list[str], kind: str, pooling: str, normalize: bool
+) -> None:
     folder = make_model(kind, pooling, normalize)
     texts = mixed_texts[:80]
     np.testing.assert_allclose(compress.load(str(folder), device="cpu").encode(texts), reference(folder, texts), atol=1e-5)

@@ -65,7 +65,9 @@ def test_an_opened_variant_is_the_one_that_was_saved(make_model, mixed_texts, tm
 
 def test_no_steps_give_the_model_in_half_precision(bert: Path, mixed_texts: list[str], tmp_path: Path) -> None:
     compress_to(bert, tmp_path / "variant")
-    opened, baseline = (compress.load(str(folder), device="cpu").encode(mixed_texts[:20]) for folder in (tmp_path / "variant", bert))
+    opened, baseline = (
+        compress.load(str(folder), device="cpu").encode(mixed_texts[:20]) for folder in (tmp_path / "variant", bert)
+    )
     np.testing.assert_allclose(opened, baseline, atol=2e-3)
     assert {info.dtype for info in read_headers(tmp_path / "variant").values()} == {"F16"}
 

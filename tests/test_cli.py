@@ -1,0 +1,128 @@
+"""The command line as a user meets it: exit codes, clean lines, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compress
+
+RECIPE = """
+description: for tests
+steps:
+  - method: rtn
+measure: {count: 24, rounds: 1, requests: 10, threads: 1}
+evaluate: {tasks: [MiniSTS]}
+"""
+
+
+def call(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "compress.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "quick.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_run_prints_and_records(recipe: Path, bert: Path, tmp_path: Path) -> None:
+    result = call("run", recipe, "--model", bert, "--output", tmp_path / "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for wanted in ("MiniSTS", "cosine_spearman", "int8 x dynamic_per_token", "vs float32", "verdict:", "record: "):
+        assert wanted in result.stdout
+    run_folder = next((tmp_path / "out").iterdir())
+    (tmp_path / "texts.txt").write_text("one\ntwo words\n")
+    encoded = call("encode", run_folder, tmp_path / "texts.txt", "-o", tmp_path / "v.npy", cwd=tmp_path)
+    assert encoded.returncode == 0, encoded.stderr
+    expected = compress.load(str(run_folder)).encode(["one", "two words"])
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-6)
+
+
+def test_a_missed_gate_is_exit_code_1(recipe: Path, bert: Path, tmp_path: Path) -> None:
+    recipe.write_text(RECIPE + "gates: {size_ratio: 0.01}\n")
+    result = call("run", recipe, "--model", bert, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "MISSED" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("stepps: []", [], "quick.yaml, line 1: stepps: unknown key"),
+        ("seed: x", [], "quick.yaml, line 1: seed:"),
+        ("steps:\n- method: rtm", [], "unknown method 'rtm'"),
+        ("a: [", [], "not YAML"),
+        (RECIPE, ["--model", "no/such/folder"], "not a folder"),
+        (RECIPE, ["--model", "PICKLE"], "only pickled weights"),
+        (RECIPE, ["--tasks", "STSBenchmrk"], "unknown task 'STSBenchmrk'"),
+        (RECIPE, ["--data", "BROKEN", "--tasks", "STSBenchmark"], "test.jsonl, line 2: not JSON"),
+        (RECIPE, ["--output", "quick.yaml/results"], "cannot be written"),
+        (RECIPE, ["--device", "cuda"], "sees no GPU"),
+    ],
+)
+def test_bad_input_is_a_clean_error(
+    recipe: Path, bert: Path, tmp_path: Path, text: str, arguments: list[str], message: str
+) -> None:
+    recipe.write_text(text)
+    (tmp_path / "PICKLE").mkdir()
+    (tmp_path / "PICKLE" / "config.json").write_text((bert / "config.json").read_text())
+    (tmp_path / "PICKLE" / "pytorch_model.bin").write_bytes(b"\x80")
+    (tmp_path / "BROKEN" / "STSBenchmark").mkdir(parents=True)
+    good = '{"sentence1": "a", "sentence2": "b", "score": 1}\n'
+    (tmp_path / "BROKEN" / "STSBenchmark" / "test.jsonl").write_text(good + "{broken\n")
+    before = sorted(tmp_path.rglob("*"))
+    model = [] if "--model" in arguments else ["--model", bert]
+    result = call("run", "quick.yaml", *model, *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: ") or result.stderr.splitlines()[-2].startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.name != "results"] == []
+
+
+def test_ctrl_c_keeps_what_is_done_and_a_second_run_continues(recipe: Path, bert: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "compress.cli", "run", str(recipe), "--model", str(bert)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("baseline MiniSTS"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "error: stopped" in printed
+    assert "Traceback" not in printed
+    (partial,) = (tmp_path / "results").iterdir()
+    assert partial.name.endswith(".partial")
+    time.sleep(0.1)
+    result = call("run", recipe, "--model", bert, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "continuing " in result.stderr
+    assert "rtn: " not in result.stderr
+    assert not partial.exists()
+
+
+def test_plan_says_what_does_not_fit(tmp_path: Path, recipe: Path) -> None:
+    result = call("plan", recipe, "--model", "nvidia/NV-Embed-v2", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "7,851.0 M parameters" in result.stdout
+    assert "224 linear layers, 6,979.3 M weights to int8" in result.stdout
+    assert "15.70 GB in half precision -> 8.7" in result.stdout
+    assert not (tmp_path / "results").exists()

@@ -1,0 +1,204 @@
+"""A recipe from end to end on a tiny model: what is recorded, what is kept when it is stopped, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import compress
+from compress import pipeline
+from compress.errors import UserError
+from compress.measure import accuracy
+from compress.models.checkpoint import read_headers
+from compress.pipeline import run
+from compress.recipe import Recipe, parse_recipe, read_recipe
+from compress.record import Journal, Record
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "steps": [{"method": "rtn"}],
+    "measure": {"count": 24, "rounds": 2, "requests": 10, "threads": 1},
+}
+
+
+@pytest.fixture
+def small() -> Recipe:
+    return parse_recipe(SMALL)
+
+
+@pytest.fixture(scope="module")
+def finished(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Record, Path]:
+    """A run that nobody disturbed, and its folder."""
+    output = tmp_path_factory.mktemp("results")
+    record = run(parse_recipe(SMALL), model=str(bert), output=output, device="cpu")
+    return record, output / record.run
+
+
+def what_was_found(record: Record) -> dict[str, Any]:
+    """The part of a record that repeating the run gives again: everything but times and memory."""
+    tasks = [(task.task, task.baseline, task.variant, task.data, task.prompts) for task in record.tasks]
+    sizes = [(row.name, row.size_bytes, row.weights, row.activations) for row in record.rows]
+    return {"run": record.run, "tasks": tasks, "fidelity": record.fidelity, "sizes": sizes, "model": record.model}
+
+
+def test_the_run_s_folder_is_its_content(finished: tuple[Record, Path]) -> None:
+    record, folder = finished
+    assert sorted(path.name for path in folder.iterdir()) == ["recipe.yaml", "record.json", "variant"]
+    assert [path.name for path in folder.parent.iterdir()] == [record.run]
+    assert Record.read(folder) == record
+    resolved = read_recipe(folder / "recipe.yaml")
+    assert resolved.model_dump() == parse_recipe(record.recipe).model_dump()
+    assert {row.name for row in record.rows} == {"float32", "bfloat16", "variant"}
+
+
+def test_the_record_says_what_the_variant_is(finished: tuple[Record, Path], bert: Path) -> None:
+    record, folder = finished
+    variant = record.row("variant")
+    assert (variant.weights, variant.activations, variant.runtime, variant.device) == ("int8", "dynamic_per_token", "torch", "cpu")
+    assert variant.size_bytes == (folder / "variant" / "model.safetensors").stat().st_size
+    assert record.row("float32").size_bytes == 4 * record.model.parameters
+    assert record.baseline.startswith("float32: stands in for float16: lowest cosine")
+    assert (record.model.dimension, record.model.max_length, record.model.weights) == (48, 48, "pretrained")
+    assert record.retained == pytest.approx(
+        np.mean([task.variant for task in record.tasks]) / np.mean([task.baseline for task in record.tasks])
+    )
+
+
+def test_fidelity_and_scores_are_those_of_the_saved_variant(finished: tuple[Record, Path], bert: Path) -> None:
+    """Measured independently of the pipeline: the record's figures belong to the file in the run's folder."""
+    from compress.measure.fidelity import fidelity
+    from compress.measure.tasks import find_tasks
+    from compress.measure.texts import mixed_texts
+
+    record, folder = finished
+    texts = mixed_texts(24, 0)
+    opened, baseline = compress.load(str(folder), device="cpu"), compress.load(str(bert), device="cpu")
+    assert record.fidelity == fidelity(baseline.encode(texts), opened.encode(texts)).model_dump()
+    task = find_tasks(["MiniSTS"], None)[0]
+    assert record.tasks[0].task == "MiniSTS"
+    assert record.tasks[0].variant == accuracy.evaluate(opened, task).score
+    assert record.tasks[0].baseline == accuracy.evaluate(baseline, task).score
+    assert {info.dtype for info in read_headers(folder / "variant").values()} == {"I8", "F16", "F32"}
+
+
+def test_a_finished_run_is_returned_and_fresh_runs_it_again(finished: tuple[Record, Path], bert: Path, small: Recipe) -> None:
+    record, folder = finished
+    said: list[str] = []
+    assert run(small, model=str(bert), output=folder.parent, device="cpu", say=said.append) == record
+    assert "is there already" in said[0]
+
+
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_a_stopped_run_continues_where_it_was(
+    finished: tuple[Record, Path], bert: Path, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    calls: list[str] = []
+    right = accuracy.evaluate
+
+    def counted(embedder: Any, task: Any, batch_tokens: int | None = None) -> Any:
+        calls.append(task.name)
+        if len(calls) == stop_at + 1:
+            raise KeyboardInterrupt
+        return right(embedder, task, batch_tokens)
+
+    monkeypatch.setattr(accuracy, "evaluate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(small, model=str(bert), output=tmp_path, device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == [f".{finished[0].run}.partial"]
+    monkeypatch.setattr(pipeline._Run, "_make_variant", lambda self: pytest.fail("the variant was made again"))
+    said: list[str] = []
+    record = run(small, model=str(bert), output=tmp_path, device="cpu", say=said.append)
+    assert said[0] == f"continuing {record.run}"
+    assert len(calls) == 6 + 1  # each of the two models on three tasks, and the one that was stopped
+    assert what_was_found(record) == what_was_found(finished[0])
+    assert [path.name for path in tmp_path.iterdir()] == [record.run]
+
+
+def test_another_recipe_model_or_package_set_is_another_run(
+    finished: tuple[Record, Path], bert: Path, make_model: Any, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def name(recipe: Recipe, model: Path) -> str:
+        recipe = recipe.model_copy(update={"model": str(model)})
+        return pipeline._Run(recipe, tmp_path, "cpu", print).name.rsplit("-", 1)[1]
+
+    same = name(small, bert)
+    assert finished[0].run.endswith(same)
+    changed = parse_recipe({**SMALL, "steps": [{"method": "rtn", "activations": "none"}]})
+    names = {same, name(changed, bert), name(small, make_model("mistral"))}
+    monkeypatch.setattr(pipeline, "versions", lambda: {"torch": "0"})
+    names.add(name(small, bert))
+    assert len(names) == 4
+    described = small.model_copy(update={"description": "other words"})
+    monkeypatch.undo()
+    assert name(described, bert) == same
+
+
+def test_gates_decide_and_no_export_leaves_the_record_alone(bert: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe(
+        {**SMALL, "gates": {"retained": 2.0, "cosine_mean": 0.5, "size_ratio": 0.99, "overlap_at_10": 0.1}, "export": []}
+        | {"evaluate": {"tasks": ["MiniSTS"]}}
+    )
+    record = run(recipe, model=str(bert), output=tmp_path, device="cpu")
+    assert {gate.name: gate.kept for gate in record.gates} == {
+        "retained": False,
+        "cosine_mean": True,
+        "size_ratio": True,
+        "overlap_at_10": True,
+    }
+    assert "misses retained" in record.verdict
+    assert sorted(path.name for path in (tmp_path / record.run).iterdir()) == ["recipe.yaml", "record.json"]
+
+
+def test_float16_is_the_baseline_where_float32_differs(
+    bert: Path, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "STAND_IN_COSINE", 1.1)
+    recipe = small.model_copy(update={"evaluate": small.evaluate.model_copy(update={"tasks": ("MiniSTS",)})})
+    record = run(recipe, model=str(bert), output=tmp_path, device="cpu")
+    assert record.baseline.startswith("float16: used, because float32 differs")
+
+
+def test_faults_are_found_before_anything_is_written(bert: Path, small: Recipe, tmp_path: Path) -> None:
+    output = tmp_path / "results"
+    for arguments, message in (
+        ({"tasks": ["nonesuch"]}, "unknown task"),
+        ({"model": "nonesuch"}, "not a folder"),
+        ({"texts": str(tmp_path / "none.txt")}, "cannot be read"),
+        ({"data": tmp_path / "none"}, "not a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(small, **{"model": str(bert), "output": output, "device": "cpu", **arguments})
+        assert not output.exists() or list(output.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        run(small, model=str(bert), output=tmp_path / "file" / "results", device="cpu")
+
+
+def test_a_variant_is_not_compressed_again(finished: tuple[Record, Path], small: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a variant that was compressed already"):
+        run(small, model=str(finished[1]), output=tmp_path, device="cpu")
+
+
+def test_a_pattern_that_matches_no_layer_is_refused_before_loading(bert: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe({**SMALL, "steps": [{"method": "rtn", "skip": ["*.q_proj"]}]})
+    with pytest.raises(UserError, match=r"steps\.0: pattern '\*\.q_proj' matches none of the model's 12 linear layers"):
+        run(recipe, model=str(bert), output=tmp_path, device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_journal_makes_each_part_once(tmp_path: Path) -> None:
+    journal, made = Journal(tmp_path), []
+
+    def make() -> dict[str, Any]:
+        made.append(1)
+        return {"value": len(made)}
+
+    assert journal.once("a b/c", make) == journal.once("a b/c", make) == {"value": 1}
+    assert json.loads(next(tmp_path.iterdir()).read_text()) == {"value": 1}
+    with pytest.raises(ZeroDivisionError):
+        journal.once("d", lambda: {"value": 1 // 0})
+    assert len(list(tmp_path.iterdir())) == 1
