@@ -25,7 +25,7 @@ CPU_BATCH_TOKENS = 1_024  # `torch_embedder.BATCH_TOKENS`, which cannot be read 
 FLOAT32_BYTES = 4
 # Beside weights and live arrays: compiled kernels, the threads' buffers, and freed blocks that the allocator keeps, measured as
 # much again as the arrays that live at once.
-RUNTIME_BYTES = 64e6
+RUNTIME_BYTES = 96e6
 ALLOCATOR_FACTOR = 2
 
 
