@@ -1,6 +1,6 @@
 """Whether float32 may stand in for the float16 baseline on a CPU, where float16 is slow: scores and cosines of both.
 
-    python benchmarks/half_baseline.py [--model minilm] [--tasks mini] [--data FOLDER]
+python benchmarks/half_baseline.py [--model minilm] [--tasks mini] [--data FOLDER]
 """
 
 from __future__ import annotations
