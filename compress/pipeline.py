@@ -157,18 +157,21 @@ class _Run:
         """Load the model in float32, apply the steps, write the variant."""
         import torch
 
+        from compress.models.nv_embed import is_folded
         from compress.runtimes.torch_runtime import open_network, read_text_side, save_variant
 
         model = open_network(self.source.folder, torch.float32)
         done: list[dict[str, Any]] = []
         quantized: dict[str, QuantizedLayer] = {}
+        shape = self.shape
         for index, step in enumerate(self.recipe.steps):
             start = time.perf_counter()
             try:
                 quantized |= step.apply(model)
             except ValueError as error:
                 raise UserError(f"recipe {self.recipe.name}: steps.{index} ({step.method}): {error}") from error
-            note = step.estimate(self.shape).note
+            estimate = step.estimate(shape)
+            note, shape = estimate.note, estimate.after
             done.append({"config": step.model_dump(mode="json"), "seconds": time.perf_counter() - start, "note": note})
             self.say(f"{step.method}: {note} ({done[-1]['seconds']:.1f} s)")
         spec, tokenizer = read_text_side(self.source.folder)
@@ -178,6 +181,7 @@ class _Run:
             licence=self.source.licence(),
             max_length=tokenizer.max_length,
             spec=spec,
+            folded=is_folded(model),
             quantized=quantized,
             steps=[step["config"] for step in done],
         )

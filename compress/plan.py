@@ -56,17 +56,17 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
     Raises:
         UserError: a step does not fit the model (a pattern that matches none of its layers, say).
     """
-    variant_bytes, step_memory, touched, notes = shape.half_bytes, 0, 0, []
+    after, step_memory, touched, notes = shape.as_stored(), 0, 0, []
     for index, step in enumerate(recipe.steps):
         try:
-            estimate = step.estimate(shape)
+            estimate = step.estimate(after)
         except ValueError as error:
             raise UserError(f"recipe {recipe.name}: steps.{index}: {error}") from error
-        variant_bytes = estimate.bytes_after
+        after = estimate.after
         step_memory = max(step_memory, estimate.memory_bytes)
         touched += estimate.bytes_touched
         notes.append(f"{step.method}: {estimate.note}")
-    model_bytes = shape.parameters * FLOAT32_BYTES
+    model_bytes, variant_bytes = shape.parameters * FLOAT32_BYTES, after.bytes
     activations = ALLOCATOR_FACTOR * shape.activation_bytes(recipe.measure.batch_tokens or CPU_BATCH_TOKENS) + int(RUNTIME_BYTES)
     rate = _float_operations_per_second()
     encode = shape.flops_per_token(TYPICAL_LENGTH) / rate

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests_support import SHARED
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModel, BertConfig, MistralConfig, PreTrainedTokenizerFast
 
 from compress.measure.texts import suite_texts
-
-SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import importlib
 from compress.methods.base import Method
 
 METHODS = {
+    "fold": "compress.methods.fold:Fold",
     "rtn": "compress.methods.quantize.rtn:RTN",
 }
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Estimate:
     """What a method would do, from the shape alone."""
 
-    bytes_after: int
-    """Bytes of the variant's tensors on disk."""
+    after: ModelShape
+    """The shape as it would be stored; the next step's estimate starts from it."""
     memory_bytes: int
     """Most memory that applying it takes beside the model itself."""
     bytes_touched: int

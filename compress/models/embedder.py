@@ -76,7 +76,7 @@ class BatchedEmbedder(ABC):
 
         Raises:
             TypeError: `texts` is a single string, or holds something else than strings.
-            ValueError: `batch_tokens` is not positive.
+            ValueError: `batch_tokens` is not positive, or an unpooled prompt fills the model's whole length.
             FloatingPointError: a vector is not finite.
         """
         if isinstance(texts, str):
@@ -87,6 +87,10 @@ class BatchedEmbedder(ABC):
         prompt = self.spec.default_prompt if prompt is None else prompt
         pool_from = self.tokenizer.prompt_length(prompt) if prompt and not self.spec.pool_prompt else 0
 
+        if pool_from >= self.tokenizer.max_length:
+            raise ValueError(
+                f"the prompt's {pool_from} tokens leave nothing of {self.tokenizer.max_length} for a text to be pooled"
+            )
         chunks: list[Vectors] = []
         iterator, seen = iter(texts), 0
         while chunk := list(islice(iterator, CHUNK_TEXTS)):

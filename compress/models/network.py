@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from compress.errors import UserError
+from compress.models.checkpoint import read_header, weight_files
+from compress.models.nv_embed import NVEmbedNetwork, is_nv_embed, read_nv_config
 
 
 def _quietly() -> None:
@@ -29,6 +31,8 @@ def read_config(folder: Path) -> Any:
         UserError: there is none, or its architecture is not one of transformers' own.
     """
     path = folder / "config.json"
+    if is_nv_embed(folder):
+        return read_nv_config(folder)[0]
     if not path.exists():
         raise UserError(f"{folder}: no config.json", "a model's folder holds config.json, tokenizer files and safetensors weights")
     try:
@@ -50,6 +54,10 @@ def load_network(folder: Path, dtype: torch.dtype) -> nn.Module:
         UserError: a tensor that the network needs is not in the checkpoint; nothing is filled in at random.
     """
     _quietly()
+    if is_nv_embed(folder):
+        model = empty_network(folder)
+        fill_network(model, weight_files(folder), dtype)
+        return model
     config = read_config(folder)
     # use_cache: an embedder reads each text once, so a decoder's key/value cache would only cost memory.
     config.use_cache = False
@@ -89,36 +97,41 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def empty_network(folder: Path) -> nn.Module:
-    """Build the network of `folder`'s config with real buffers and parameters that have no memory yet."""
+def empty_network(folder: Path, folded: bool = False) -> nn.Module:
+    """Build the network of `folder`'s config with real buffers and parameters that have no memory yet.
+
+    `folded`: NV-Embed's head in its folded form.
+    """
     _quietly()
-    config = read_config(folder)
-    config.use_cache = False
     with _parameters_on_meta():
+        if is_nv_embed(folder):
+            return NVEmbedNetwork(*read_nv_config(folder), folded=folded)
+        config = read_config(folder)
+        config.use_cache = False
         model: nn.Module = AutoModel.from_config(config)
     return _without_pooler(model)
 
 
-def fill_network(model: nn.Module, path: Path) -> None:
-    """Put the tensors of a safetensors file into `model`, as they are stored, mapped rather than copied.
+def fill_network(model: nn.Module, paths: Sequence[Path], dtype: torch.dtype | None = None) -> None:
+    """Put the tensors of safetensors files into `model`: as they are stored, mapped rather than copied, or cast to `dtype`.
 
     Raises:
-        UserError: the file and the network disagree on a tensor's name or shape.
+        UserError: the files and the network disagree on a tensor's name or shape.
     """
     wanted = dict(model.state_dict(keep_vars=True))
-    with safe_open(path, framework="pt") as file:
-        stored = set(file.keys())
-        if stored != wanted.keys():
-            differing = sorted(stored ^ wanted.keys())
-            raise UserError(f"{path}: does not fit its network: {len(differing)} tensors differ, such as {differing[0]!r}")
-        for name, current in wanted.items():
-            tensor = file.get_tensor(name)
-            if tensor.shape != current.shape:
-                raise UserError(f"{path}: {name} is {list(tensor.shape)}, its network wants {list(current.shape)}")
-            owner, _, attribute = name.rpartition(".")
-            module = model.get_submodule(owner)
-            if isinstance(current, nn.Parameter):
-                tensor = nn.Parameter(tensor, requires_grad=False)
-            setattr(module, attribute, tensor)
+    place = {name: path for path in paths for name in read_header(path)}
+    if place.keys() != wanted.keys():
+        differing = sorted(place.keys() ^ wanted.keys())
+        raise UserError(f"{paths[0]}: does not fit its network: {len(differing)} tensors differ, such as {differing[0]!r}")
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  safe_open is no mapping
+                tensor = file.get_tensor(name)
+                if tensor.shape != wanted[name].shape:
+                    raise UserError(f"{path}: {name} is {list(tensor.shape)}, its network wants {list(wanted[name].shape)}")
+                owner, _, attribute = name.rpartition(".")
+                if isinstance(wanted[name], nn.Parameter):
+                    tensor = nn.Parameter(tensor.to(dtype or tensor.dtype), requires_grad=False)
+                setattr(model.get_submodule(owner), attribute, tensor)
     left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     assert not left, f"parameters left without values: {left[:3]}"

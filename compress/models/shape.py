@@ -48,6 +48,19 @@ class ModelShape:
         """Bytes of the half-precision baseline."""
         return self.parameters * HALF_BYTES
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors as they are."""
+        return sum(info.bytes for info in self.tensors.values())
+
+    def as_stored(self) -> ModelShape:
+        """Return this shape as a variant stores it: floating point in half precision, scales of quantized layers in float32."""
+        tensors = {
+            name: info if info.dtype.startswith(("I", "U")) or name.endswith("_scale") else TensorInfo("F16", info.shape)
+            for name, info in self.tensors.items()
+        }
+        return ModelShape(self.name, tensors, self.config)
+
     @cached_property
     def block_linears(self) -> dict[str, TensorInfo]:
         """Weights of the linear layers inside blocks, by the name of the layer (without `.weight`)."""

@@ -36,6 +36,10 @@ class EmbedderSpec(BaseModel):
     max_length: int | None = None
     """Longest input in tokens, special tokens counted; None: what the tokenizer or the network's positions allow."""
     lowercase: bool = False
+    suffix: str = ""
+    """Appended to every text before tokenizing; lost, like any end of a text, when the text is too long."""
+    prompt_specials: bool = True
+    """Whether the special tokens before a prompt count among its tokens."""
     prompts: dict[str, str] = {}
     default_prompt: str = ""
     """Put before every text for which the caller names no prompt."""

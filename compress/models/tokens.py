@@ -9,29 +9,37 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from compress.models.spec import EmbedderSpec
+
 Ids = npt.NDArray[np.int64]
 
 
 class TextTokenizer:
     """The model's own tokenizer, cut to its longest input and never padding (a batch pads itself)."""
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int, lowercase: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_length: int, spec: EmbedderSpec) -> None:
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length=max_length)
-        self._lowercase = lowercase
+        self._spec = spec
         self.max_length = max_length
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text, special tokens included, at most `max_length` of them."""
-        if self._lowercase:
+        if self._spec.lowercase:
             texts = [text.lower() for text in texts]
+        if self._spec.suffix:
+            texts = [text + self._spec.suffix for text in texts]
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
     def prompt_length(self, prompt: str) -> int:
-        """Return how many leading tokens a prompt takes, counted as sentence-transformers does: tokenized alone, less the
-        special token that ends it."""
-        encoding = self._tokenizer.encode(prompt.lower() if self._lowercase else prompt)
+        """Return how many leading tokens a prompt takes, counted as the model was trained.
+
+        Tokenized alone, less the special token that ends it (sentence-transformers), or without any special token (NV-Embed: the
+        prompt's last piece merges with the text's first word, so that this count covers the leading special token instead).
+        """
+        prompt = prompt.lower() if self._spec.lowercase else prompt
+        encoding = self._tokenizer.encode(prompt, add_special_tokens=self._spec.prompt_specials)
         ends_special = bool(encoding.special_tokens_mask) and encoding.special_tokens_mask[-1] == 1
         return len(encoding.ids) - int(ends_special)
 

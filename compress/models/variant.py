@@ -38,6 +38,8 @@ class VariantInfo(BaseModel):
     """Licence of the base model, as far as its files name it; it holds for the variant too."""
     max_length: int
     spec: EmbedderSpec
+    folded: bool = False
+    """Whether NV-Embed's latent head is folded."""
     quantized: dict[str, QuantizedLayer]
     """By the layer's name in the network."""
     steps: list[dict[str, Any]]

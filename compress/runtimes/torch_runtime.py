@@ -16,6 +16,7 @@ from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme
 from compress.models.checkpoint import atomic_folder
 from compress.models.network import empty_network, fill_network, load_network, read_config
+from compress.models.nv_embed import NVEmbedder, NVEmbedNetwork, is_nv_embed, read_nv_spec
 from compress.models.spec import EmbedderSpec, read_spec, transformer_folder
 from compress.models.tokens import TextTokenizer
 from compress.models.torch_embedder import TorchEmbedder
@@ -84,6 +85,21 @@ def open_network(folder: Path, dtype: torch.dtype) -> nn.Module:
     return load_network(transformer_folder(folder), dtype)
 
 
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """Open a folder's `tokenizer.json`."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no tokenizer.json")
+    return Tokenizer.from_file(str(path))
+
+
+def _embedder(
+    name: str, spec: EmbedderSpec, tokenizer: TextTokenizer, model: nn.Module, device: torch.device, dtype: torch.dtype
+) -> TorchEmbedder:
+    kind = NVEmbedder if isinstance(model, NVEmbedNetwork) else TorchEmbedder
+    return kind(name, spec, tokenizer, prepare(model, dtype, device), device, dtype)
+
+
 def read_text_side(folder: Path) -> tuple[EmbedderSpec, TextTokenizer]:
     """Read how a model folder's embedder takes texts: its spec, and its tokenizer as transformers sets it up.
 
@@ -95,6 +111,10 @@ def read_text_side(folder: Path) -> tuple[EmbedderSpec, TextTokenizer]:
     """
     from transformers import AutoTokenizer
 
+    if is_nv_embed(folder):
+        spec = read_nv_spec(folder)
+        # Its tokenizer.json as it stands: that is what the original loads, and it needs nothing from a hub.
+        return spec, TextTokenizer(open_tokenizer(folder), spec.max_length or LONGEST, spec)
     spec, inner = read_spec(folder), transformer_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(inner, local_files_only=True, trust_remote_code=False)
@@ -105,7 +125,7 @@ def read_text_side(folder: Path) -> tuple[EmbedderSpec, TextTokenizer]:
         raise UserError(f"{inner}: {type(tokenizer).__name__} has no Rust tokenizer (tokenizer.json)")
     positions = getattr(read_config(inner), "max_position_embeddings", None) or LONGEST
     longest = spec.max_length or min(int(tokenizer.model_max_length), positions, LONGEST)
-    return spec, TextTokenizer(backend, longest, spec.lowercase)
+    return spec, TextTokenizer(backend, longest, spec)
 
 
 def open_checkpoint(folder: Path, name: str, *, device: str | None = None, dtype: str | None = None) -> TorchEmbedder:
@@ -113,7 +133,7 @@ def open_checkpoint(folder: Path, name: str, *, device: str | None = None, dtype
     target = pick_device(device)
     compute = pick_dtype(dtype, target)
     spec, tokenizer = read_text_side(folder)
-    return TorchEmbedder(name, spec, tokenizer, prepare(open_network(folder, compute), compute, target), target, compute)
+    return _embedder(name, spec, tokenizer, open_network(folder, compute), target, compute)
 
 
 def save_variant(model: nn.Module, tokenizer: TextTokenizer, info: VariantInfo, source: Path, target: Path) -> None:
@@ -144,7 +164,7 @@ def open_variant(folder: Path, name: str, *, device: str | None = None, dtype: s
     """Open a variant as it was saved: quantized weights go from the file to their kernels, never through floating point."""
     info, target = VariantInfo.read(folder), pick_device(device)
     compute = pick_dtype(dtype, target)
-    model = empty_network(folder)
+    model = empty_network(folder, info.folded)
     for layer, quantized in info.quantized.items():
         owner, _, attribute = layer.rpartition(".")
         linear = model.get_submodule(layer)
@@ -155,6 +175,6 @@ def open_variant(folder: Path, name: str, *, device: str | None = None, dtype: s
         input_scale = torch.empty((), device="meta") if static else None
         empty = QuantizedLinear(weight, scale, linear.bias, quantized.activations, input_scale)
         setattr(model.get_submodule(owner), attribute, empty)
-    fill_network(model, folder / WEIGHTS_FILE)
-    tokenizer = TextTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), info.max_length, info.spec.lowercase)
-    return TorchEmbedder(name, info.spec, tokenizer, prepare(model, compute, target), target, compute)
+    fill_network(model, [folder / WEIGHTS_FILE])
+    tokenizer = TextTokenizer(open_tokenizer(folder), info.max_length, info.spec)
+    return _embedder(name, info.spec, tokenizer, model, target, compute)

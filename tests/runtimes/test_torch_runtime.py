@@ -78,7 +78,7 @@ def test_the_estimate_is_the_size_of_the_file(make_model, tmp_path: Path, kind: 
     folder = make_model(kind)
     compress_to(folder, tmp_path / "variant", step)
     stored = sum(info.bytes for info in read_headers(tmp_path / "variant").values())
-    assert step.estimate(read_shape("tiny", folder)).bytes_after == stored
+    assert step.estimate(read_shape("tiny", folder)).after.bytes == stored
 
 
 def test_integers_are_stored_as_integers(bert: Path, tmp_path: Path) -> None:

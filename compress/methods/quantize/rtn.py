@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Literal
 
 from compress.layers.scheme import ActivationScheme
 from compress.methods.base import Estimate, Method
+from compress.models.checkpoint import TensorInfo
 from compress.models.shape import ModelShape, is_block_linear, match_patterns
 from compress.models.variant import QuantizedLayer
 
 if TYPE_CHECKING:
     from torch import nn
-
-SCALE_BYTES = 4
 
 
 class RTN(Method):
@@ -39,10 +38,13 @@ class RTN(Method):
         linears = shape.block_linears
         chosen = self._quantized_names(list(linears))
         weights = sum(linears[name].parameters for name in chosen)
-        scales = sum(linears[name].shape[0] for name in chosen) * SCALE_BYTES
         largest = max((linears[name].parameters for name in chosen), default=0)
+        tensors = dict(shape.as_stored().tensors)
+        for name in chosen:
+            tensors[f"{name}.weight"] = TensorInfo("I8", linears[name].shape)
+            tensors[f"{name}.weight_scale"] = TensorInfo("F32", linears[name].shape[:1])
         return Estimate(
-            bytes_after=shape.half_bytes - weights * 2 + weights + scales,
+            after=ModelShape(shape.name, tensors, shape.config),
             memory_bytes=largest * (4 + 4 + 1),  # a float32 copy, its rounded copy, the integers
             bytes_touched=weights * (4 + 4 + 1),
             note=f"{len(chosen)} linear layers, {weights / 1e6:,.1f} M weights to int8, activations {self.activations}",

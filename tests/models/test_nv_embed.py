@@ -1,0 +1,215 @@
+"""NV-Embed against outputs of the original code, with the head as published and folded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from tests_support import SHARED
+from tokenizers import AddedToken, Tokenizer, models, normalizers, processors, trainers
+
+import compress
+from compress.errors import UserError
+from compress.measure.texts import suite_texts
+from compress.methods.fold import Fold
+from compress.methods.quantize.rtn import RTN
+from compress.models.network import empty_network, load_network
+from compress.models.nv_embed import EOS, PREFIX, NVEmbedNetwork, fold, instruction_prompts
+from compress.models.shape import known_shape, read_shape
+from compress.pipeline import run
+from compress.recipe import parse_recipe, read_recipe
+
+GOLDEN = Path(__file__).parent / "golden"
+SETS = ["queries", "passages", "truncated", "edge_instructed"]
+
+
+def golden_weights(seed: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The golden checkpoint's weights, which follow from the seed, key by key."""
+    made = {}
+    for key, shape in shapes.items():
+        r = np.random.default_rng(zlib.crc32(f"{seed}:{key}".encode())).standard_normal(shape)
+        if "norm" in key:
+            r = 1 + 0.2 * r if key.endswith("weight") else 0.1 * r
+        elif key.endswith("bias"):
+            r = 0.1 * r
+        else:
+            r = 0.5 * r if "embed_tokens" in key or key.endswith("latents") else r * 1.5 / np.sqrt(shape[1])
+        made[key] = r.astype(np.float32)
+    return made
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny golden checkpoint in the published form, two shards, with a small tokenizer made here."""
+    folder = tmp_path_factory.mktemp("nv-embed")
+    shutil.copy(GOLDEN / "config.json", folder)
+    empty = empty_network(folder)
+    weights = golden_weights(7, {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()})
+    names = sorted(weights)
+    for shard, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
+        save_file(
+            {name: weights[name] for name in part}, folder / f"model-0000{shard}-of-00002.safetensors", metadata={"format": "pt"}
+        )
+    # As Mistral's: pieces with a leading mark, BOS before, "</s>" a special token that is found in the text.
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", EOS)]
+    tokenizer.train_from_iterator(suite_texts(), trainers.BpeTrainer(vocab_size=800, special_tokens=special, max_token_length=8))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["published", "folded"])
+def network(request: pytest.FixtureRequest, checkpoint: Path) -> NVEmbedNetwork:
+    loaded = load_network(checkpoint, torch.float32)
+    assert isinstance(loaded, NVEmbedNetwork)
+    if request.param == "folded":
+        Fold().apply(loaded)
+    return loaded.eval()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_original_s_embeddings(network: NVEmbedNetwork, name: str) -> None:
+    golden = load_file(GOLDEN / "golden.safetensors")
+    inputs = [torch.from_numpy(golden[f"{name}.{part}"]) for part in ("input_ids", "attention_mask", "pool_mask")]
+    with torch.inference_mode():
+        ours = network(*inputs).numpy()
+    assert np.abs(ours - golden[f"{name}.embeddings"]).max() <= 1e-6
+
+
+def test_the_original_s_hidden_states(network: NVEmbedNetwork) -> None:
+    golden = load_file(GOLDEN / "golden.safetensors")
+    ids, mask = (torch.from_numpy(golden[f"passages.{part}"]) for part in ("input_ids", "attention_mask"))
+    with torch.inference_mode():
+        hidden = network.embedding_model(input_ids=ids, attention_mask=mask).last_hidden_state.numpy()
+    real = mask.numpy().astype(bool)
+    assert np.abs(hidden - golden["passages.last_hidden_state"])[real].max() <= 1e-6
+
+
+def test_no_block_is_causal(network: NVEmbedNetwork) -> None:
+    """A later token changes the first token's hidden state already in the first block's output, with and without padding."""
+    ids = torch.tensor([[1, 50, 60, 70]])
+    other = torch.tensor([[1, 50, 60, 99]])
+    for mask in (torch.ones(1, 4, dtype=torch.long), torch.tensor([[1, 1, 1, 1]])):
+        with torch.inference_mode():
+            first, second = (
+                network.embedding_model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+                for tokens in (ids, other)
+            )
+        assert torch.equal(first[0][:, 0], second[0][:, 0])
+        for block in range(1, len(first)):
+            assert (first[block][:, 0] - second[block][:, 0]).abs().max() > 1e-4
+
+
+def test_prompts_padding_and_batches(checkpoint: Path) -> None:
+    embedder = compress.load(str(checkpoint), device="cpu")
+    texts = ["parcel", "42 is the answer", "日本語", "\nnewline first", "", "🙂 a longer one about a parcel that came late"] * 3
+    prefix = PREFIX.format(instruction="Find the parcel")
+    for prompt in ("", prefix):
+        alone = np.concatenate([embedder.encode([text], prompt) for text in texts])
+        for batch_tokens in (1, 60, 10_000):
+            np.testing.assert_allclose(embedder.encode(texts, prompt, batch_tokens=batch_tokens), alone, atol=1e-5)
+    assert np.abs(np.linalg.norm(alone, axis=1) - 1).max() < 1e-5
+    assert np.abs(embedder.encode(texts, "") - alone).max() > 1e-2
+
+
+def test_a_prompt_that_fills_the_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "short")
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 8}')
+    with pytest.raises(ValueError, match="leave nothing of 8"):
+        compress.load(str(folder), device="cpu").encode(["a"], PREFIX.format(instruction="a rather long instruction it is"))
+
+
+def test_missing_and_extra_tensors_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    shard = folder / "model-00002-of-00002.safetensors"
+    tensors = load_file(shard)
+    dropped = sorted(tensors)[-1]
+    save_file({name: tensor for name, tensor in tensors.items() if name != dropped}, shard)
+    with pytest.raises(UserError, match="1 tensors differ"):
+        compress.load(str(folder), device="cpu")
+
+
+def test_the_fold_keeps_the_function_in_half_precision_too(checkpoint: Path) -> None:
+    head = load_network(checkpoint, torch.float64).latent_attention_model
+    folded = fold(head)
+    hidden, text = torch.randn(9, 64, dtype=torch.float64), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2])
+    with torch.inference_mode():
+        expected = head(hidden, text, 3)  # before anything is cast: folding shares the head's norms and feed-forward part
+        torch.testing.assert_close(folded(hidden, text, 3), expected, rtol=1e-5, atol=1e-6)
+        rounded = folded.to(torch.bfloat16)(hidden.bfloat16(), text, 3)
+        assert lowest_cosine(rounded, expected) > 0.999
+
+
+def lowest_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.double(), b.double()).min())
+
+
+def test_the_fold_of_the_real_shape_saves_what_was_derived() -> None:
+    shape = known_shape("nvidia/NV-Embed-v2")
+    assert shape is not None
+    after = Fold().estimate(shape).after
+    assert shape.parameters - after.parameters == 538_984_448 - 2 * 4096 * 8 * 512 - 2 * 4096
+    both = RTN().estimate(after).after
+    assert both.bytes < 7.8e9
+    with pytest.raises(ValueError, match="no latent-attention head"):
+        Fold().estimate(after)
+
+
+@pytest.mark.parametrize("steps", [[], [{"method": "fold"}], [{"method": "fold"}, {"method": "rtn"}], [{"method": "rtn"}]])
+def test_recipes_run_on_it_from_end_to_end(checkpoint: Path, tmp_path: Path, steps: list[dict[str, str]]) -> None:
+    measure = {"count": 16, "rounds": 1, "requests": 10, "threads": 1}
+    recipe = parse_recipe({"name": "r", "steps": steps, "measure": measure, "evaluate": {"tasks": ["MiniSTS"]}})
+    record = run(recipe, model=str(checkpoint), output=tmp_path, device="cpu")
+    lossy = {"method": "rtn"} in steps
+    assert record.fidelity["cosine_min"] > (0.95 if lossy else 0.9999)
+    stored = sum(info.bytes for info in read_shape("v", tmp_path / record.run / "variant").tensors.values())
+    shape = read_shape("tiny", checkpoint)
+    for step in recipe.steps:
+        shape = step.estimate(shape).after
+    assert stored == shape.as_stored().bytes
+
+
+def test_lossless_is_for_models_with_a_latent_head(bert: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(Path(__file__).parents[2] / "recipes" / "lossless.yaml")
+    with pytest.raises(UserError, match=r"steps\.0: .* has no latent-attention head to fold"):
+        run(recipe, model=str(bert), output=tmp_path, device="cpu")
+
+
+def test_instructions_of_the_tasks() -> None:
+    prompts = instruction_prompts()
+    assert prompts["SciFact-query"] == (
+        "Instruct: Given a scientific claim, retrieve documents that support or refute the claim\nQuery: "
+    )
+    assert prompts["SciFact-document"] == ""
+    assert prompts["STSBenchmark"] == "Instruct: Retrieve semantically similar text\nQuery: "
+
+
+@pytest.mark.skipif(
+    not (SHARED / "reference").is_dir(), reason="the original tokenizer is not beside this checkout (../shared/reference)"
+)
+@pytest.mark.parametrize("name", SETS)
+def test_tokens_and_masks_of_the_original(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    shutil.copy(SHARED / "reference" / "nv-embed-v2" / "tokenizer.json", folder / "tokenizer.json")
+    if name == "truncated":
+        (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 24}')
+    embedder = compress.load(str(folder), device="cpu")
+    texts = json.loads((GOLDEN / "texts.json").read_text())
+    golden = load_file(GOLDEN / "golden.safetensors")
+    prompt = texts["instruction"] if name in ("queries", "edge_instructed") else ""
+    chosen = texts[{"queries": "queries", "edge_instructed": "edge"}.get(name, "passages")]
+    rows = embedder.tokenizer([prompt + text for text in chosen])
+    pool_from = embedder.tokenizer.prompt_length(prompt) if prompt else 0
+    for row, tokens in enumerate(rows):
+        assert tokens.tolist() == golden[f"{name}.input_ids"][row][golden[f"{name}.attention_mask"][row] == 1].tolist()
+        pooled = [int(position >= pool_from) for position in range(len(tokens))]
+        assert pooled == golden[f"{name}.pool_mask"][row][: len(tokens)].tolist()
+    assert np.abs(embedder.encode(chosen, prompt) - golden[f"{name}.embeddings"]).max() <= 1e-6
