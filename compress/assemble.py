@@ -68,7 +68,7 @@ def assemble(name: str, recipe: Recipe, source: Source, shape: ModelShape, folde
         measured_on=f"{recipe.measure.count} texts from {recipe.measure.texts}, {recipe.measure.rounds} rounds",
         gates=gates,
         verdict=_verdict(retained, gates),
-        machine=machine(_gpu_name(device)),
+        machine=machine(gpu_name(device)),
         versions=versions(),
         seed=recipe.seed,
     )
@@ -136,7 +136,8 @@ def _verdict(retained: float, gates: Sequence[GateResult]) -> str:
     return f"{kept}; all {len(gates)} gates passed" if gates else f"{kept}; the recipe sets no gates"
 
 
-def _gpu_name(device: str) -> str | None:
+def gpu_name(device: str) -> str | None:
+    """Return the name of the accelerator that a device is, or None for a CPU."""
     if device == "cpu":
         return None
     import torch

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
-from compress.assemble import RECIPE_FILE, VARIANT, Findings, assemble
+from compress.assemble import RECIPE_FILE, VARIANT, Findings, assemble, gpu_name
 from compress.errors import UserError
 from compress.loading import Source, find, open_source
 from compress.measure.fidelity import Fidelity, cosines, fidelity
@@ -28,7 +28,7 @@ from compress.models.shape import read_shape
 from compress.models.variant import QuantizedLayer, VariantInfo
 from compress.plan import make_plan
 from compress.recipe import Recipe, read_recipe
-from compress.record import RECORD_FILE, Journal, Record, Step, versions
+from compress.record import RECORD_FILE, Journal, Record, Step, machine, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,7 +118,8 @@ class _Run:
         self.journal = Journal(self.folder / JOURNAL)
 
     def _identity(self) -> str:
-        """Hash everything that decides the result: another recipe, model, data or package set is another run."""
+        """Hash everything that decides the result: another recipe, model, data, package set or machine is another run."""
+        here = machine(gpu_name(self.device))
         decided = {
             "recipe": self.recipe.model_dump(mode="json", exclude={"name", "description", "model"}),
             "model": self.fingerprint,
@@ -126,6 +127,7 @@ class _Run:
             "texts": self.texts,
             "device": self.device,
             "versions": versions(),
+            "machine": [here.cpu, here.cores, here.gpu],
         }
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -135,7 +137,10 @@ class _Run:
         if fresh:
             shutil.rmtree(final, ignore_errors=True)
             shutil.rmtree(self.folder, ignore_errors=True)
-        if (final / RECORD_FILE).exists():
+        wanted = final / VARIANT if VARIANT in self.recipe.export else final
+        if (final / RECORD_FILE).exists() and not wanted.exists():
+            self.say(f"{final} is a record without its variant; running it again")
+        elif (final / RECORD_FILE).exists():
             self.say(f"{final} is there already; --fresh runs it again")
             return Record.read(final)
         if self.journal.folder.exists():
@@ -280,6 +285,7 @@ class _Run:
         if VARIANT not in self.recipe.export:
             shutil.rmtree(self.folder / VARIANT)
         shutil.rmtree(self.journal.folder)
+        shutil.rmtree(final, ignore_errors=True)  # a record whose variant was taken away
         self.folder.rename(final)
         return record
 

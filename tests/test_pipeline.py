@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,20 @@ def test_a_finished_run_is_returned_and_fresh_runs_it_again(finished: tuple[Reco
     said: list[str] = []
     assert run(small, model=str(bert), output=folder.parent, device="cpu", say=said.append) == record
     assert "is there already" in said[0]
+
+
+def test_a_record_whose_variant_is_gone_is_no_finished_run(
+    finished: tuple[Record, Path], bert: Path, small: Recipe, tmp_path: Path
+) -> None:
+    """Records are kept in the repository without their variants, and must not answer in place of a run."""
+    kept = Path(shutil.copytree(finished[1], tmp_path / finished[0].run))
+    shutil.rmtree(kept / "variant")
+    said: list[str] = []
+    record = run(small, model=str(bert), output=tmp_path, device="cpu", say=said.append)
+    assert "running it again" in said[0]
+    assert record.created >= finished[0].created
+    assert record.rows != finished[0].rows
+    assert (kept / "variant" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("stop_at", [1, 4])

@@ -127,10 +127,11 @@ def measure_speed(
             peaks[name] = workers[name].ask("memory", texts=texts, batch_tokens=batch_tokens)
         tokens = next(iter(workers.values())).ask("count", texts=texts)["tokens"]
         seconds: dict[str, list[float]] = {name: [] for name in workers}
-        for _ in range(rounds):
+        latencies: dict[str, list[float]] = {name: [] for name in workers}
+        for turn in range(rounds):
             for name, worker in workers.items():
                 seconds[name].append(worker.ask("throughput", texts=texts, batch_tokens=batch_tokens)["seconds"])
-        latencies = {name: worker.ask("latency", texts=singles)["seconds"] for name, worker in workers.items()}
+                latencies[name] += worker.ask("latency", texts=singles[turn::rounds])["seconds"]
         return {
             name: Speed(
                 texts_per_second=len(texts) / median(seconds[name]),
