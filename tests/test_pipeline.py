@@ -154,17 +154,17 @@ def test_another_recipe_model_or_package_set_is_another_run(
 
 def test_gates_decide_and_no_export_leaves_the_record_alone(bert: Path, tmp_path: Path) -> None:
     recipe = parse_recipe(
-        {**SMALL, "gates": {"retained": 2.0, "cosine_mean": 0.5, "size_ratio": 0.99, "overlap_at_10": 0.1}, "export": []}
+        {**SMALL, "gates": {"speedup": 1000.0, "cosine_mean": 0.5, "size_ratio": 0.99, "overlap_at_10": 0.1}, "export": []}
         | {"evaluate": {"tasks": ["MiniSTS"]}}
     )
     record = run(recipe, model=str(bert), output=tmp_path, device="cpu")
     assert {gate.name: gate.kept for gate in record.gates} == {
-        "retained": False,
+        "speedup": False,
         "cosine_mean": True,
         "size_ratio": True,
         "overlap_at_10": True,
     }
-    assert "misses retained" in record.verdict
+    assert "misses speedup" in record.verdict
     assert sorted(path.name for path in (tmp_path / record.run).iterdir()) == ["recipe.yaml", "record.json"]
 
 
