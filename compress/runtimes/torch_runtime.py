@@ -23,8 +23,6 @@ from compress.models.torch_embedder import TorchEmbedder
 from compress.models.variant import WEIGHTS_FILE, VariantInfo
 from compress.runtimes.allocator import keep_freed_memory
 
-NAME = "torch"
-SCHEMES = frozenset(ActivationScheme)
 LONGEST = 2**31 - 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # float16 products on a CPU are left to torch: oneDNN takes them only on the newest CPUs.
