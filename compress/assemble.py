@@ -12,8 +12,9 @@ import numpy as np
 from compress.loading import Source
 from compress.measure.fidelity import Fidelity
 from compress.measure.speed import Speed, speed_ratio
+from compress.models.checkpoint import weight_bytes
 from compress.models.shape import ModelShape
-from compress.models.variant import WEIGHTS_FILE, VariantInfo
+from compress.models.variant import VariantInfo
 from compress.recipe import Gates, Recipe
 from compress.record import GateResult, Model, Record, Row, Step, TaskRow, machine, now, versions
 
@@ -104,7 +105,7 @@ def _rows(
                 compute=("float32" if device == "cpu" else "float16") if is_variant else name,
                 weights=info.weights if is_variant else name,
                 activations=info.activations if is_variant else "none",
-                size_bytes=(folder / VARIANT / WEIGHTS_FILE).stat().st_size if is_variant else shape.parameters * BYTES[name],
+                size_bytes=weight_bytes(folder / VARIANT) if is_variant else shape.parameters * BYTES[name],
                 speed=speeds[name].model_dump(mode="json"),
                 speedup={other: speed_ratio(speeds[name], speeds[other]) for other in baselines if other != name},
             )

@@ -115,7 +115,9 @@ def preload(model: str, **_: object) -> None:
     import_architecture(find(model).folder)
 
 
-def load(model: str, *, device: str | None = None, dtype: str | None = None, compile: bool = False) -> Embedder:
+def load(
+    model: str, *, device: str | None = None, dtype: str | None = None, compile: bool = False, stream: bool = False
+) -> Embedder:
     """Load an embedder.
 
     Args:
@@ -123,22 +125,27 @@ def load(model: str, *, device: str | None = None, dtype: str | None = None, com
         device: `cpu`, `cuda`, `cuda:1`; by default the GPU where there is one.
         dtype: compute dtype, `float32`, `float16` or `bfloat16`; by default float32 on a CPU and float16 on a GPU.
         compile: run the network through `torch.compile` (needs a C++ compiler).
+        stream: do not load the model; each call of `encode` reads it block by block, in the memory of one block.
 
     Raises:
         UserError: the model is not there, or is of a kind that this version does not run.
+        ValueError: `compile` and `stream` together; a network that is never whole cannot be compiled.
     """
-    source = find(model)
-    return open_source(source, device=device, dtype=dtype, compile=compile)
+    return open_source(find(model), device=device, dtype=dtype, compile=compile, stream=stream)
 
 
-def open_source(source: Source, *, device: str | None = None, dtype: str | None = None, compile: bool = False) -> Embedder:
+def open_source(
+    source: Source, *, device: str | None = None, dtype: str | None = None, compile: bool = False, stream: bool = False
+) -> Embedder:
     """Load the embedder of a model that was found; see `load`."""
     from compress.runtimes import torch_runtime
 
+    if stream:
+        if compile:
+            raise ValueError("compile and stream exclude each other")
+        return torch_runtime.open_streamed(source.folder, source.name, device=device, dtype=dtype)
     opener = torch_runtime.open_variant if source.is_variant else torch_runtime.open_checkpoint
     embedder = opener(source.folder, source.name, device=device, dtype=dtype)
     if compile:
-        import torch
-
-        embedder.model = torch.compile(embedder.model, dynamic=True)  # type: ignore[assignment]
+        embedder.compile()
     return embedder

@@ -8,7 +8,6 @@ import json
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
+from compress.apply import make_variant
 from compress.assemble import RECIPE_FILE, VARIANT, Findings, assemble, gpu_name
 from compress.errors import UserError
 from compress.loading import Source, find, open_source
@@ -25,7 +25,7 @@ from compress.measure.fidelity import Fidelity, cosines, fidelity
 from compress.measure.speed import Candidate, Speed, measure_speed
 from compress.measure.texts import measure_texts
 from compress.models.shape import read_shape
-from compress.models.variant import QuantizedLayer, VariantInfo
+from compress.models.variant import VariantInfo
 from compress.plan import make_plan
 from compress.recipe import Recipe, read_recipe
 from compress.record import RECORD_FILE, Journal, Record, Step, machine, versions
@@ -159,39 +159,8 @@ class _Run:
         return self._keep(assemble(self.name, self.recipe, self.source, self.shape, self.folder, self.device, found), final)
 
     def _make_variant(self) -> dict[str, Any]:
-        """Load the model in float32, apply the steps, write the variant."""
-        import torch
-
-        from compress.models.nv_embed import is_folded
-        from compress.runtimes.torch_runtime import open_network, read_text_side, save_variant
-
-        model = open_network(self.source.folder, torch.float32)
-        done: list[dict[str, Any]] = []
-        quantized: dict[str, QuantizedLayer] = {}
-        shape = self.shape
-        for index, step in enumerate(self.recipe.steps):
-            start = time.perf_counter()
-            try:
-                quantized |= step.apply(model)
-            except ValueError as error:
-                raise UserError(f"recipe {self.recipe.name}: steps.{index} ({step.method}): {error}") from error
-            estimate = step.estimate(shape)
-            note, shape = estimate.note, estimate.after
-            done.append({"config": step.model_dump(mode="json"), "seconds": time.perf_counter() - start, "note": note})
-            self.say(f"{step.method}: {note} ({done[-1]['seconds']:.1f} s)")
-        spec, tokenizer = read_text_side(self.source.folder)
-        info = VariantInfo(
-            base=self.source.name,
-            base_fingerprint=self.fingerprint,
-            licence=self.source.licence(),
-            max_length=tokenizer.max_length,
-            spec=spec,
-            folded=is_folded(model),
-            quantized=quantized,
-            steps=[step["config"] for step in done],
-        )
-        save_variant(model, tokenizer, info, self.source.folder, self.folder / VARIANT)
-        return {"steps": done}
+        target = self.folder / VARIANT
+        return {"steps": make_variant(self.source, self.shape, self.recipe.steps, self.fingerprint, target, self.journal, self.say)}
 
     def _open(self, role: str, dtype: str | None) -> Embedder:
         source = Source(f"{self.name} {role}", self.folder / VARIANT) if role == VARIANT else self.source

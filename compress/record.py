@@ -172,13 +172,25 @@ class Journal:
 
     def once(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what `make` returned the first time, now or in an earlier process; kept as JSON under `key`."""
-        path = self.folder / f"{re.sub(r'[^A-Za-z0-9._-]', '-', key)}.json"
-        if path.exists():
-            kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return kept
-        made = make()
-        write_text_atomic(path, json.dumps(made))
-        return made
+        if not self.has(key):
+            self.put(key, make())
+        return self.get(key)
+
+    def has(self, key: str) -> bool:
+        """Whether something is kept under `key`."""
+        return self._path(key).exists()
+
+    def get(self, key: str) -> dict[str, Any]:
+        """Return what is kept under `key`."""
+        kept: dict[str, Any] = json.loads(self._path(key).read_text(encoding="utf-8"))
+        return kept
+
+    def put(self, key: str, value: dict[str, Any]) -> None:
+        """Keep `value` under `key`, in the place of what was there."""
+        write_text_atomic(self._path(key), json.dumps(value))
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9._-]', '-', key)}.json"
 
 
 def now() -> str:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "compress"
 LEVELS = [
     ["cli"],
     ["pipeline", "report"],
-    ["assemble"],
+    ["apply", "assemble"],
     ["plan"],
     ["recipe"],
     ["record"],
@@ -23,9 +23,10 @@ LEVELS = [
     ["measure"],
     ["loading"],
     ["runtimes"],
+    ["walk"],
     ["models"],
     ["layers"],
-    ["errors", "data"],
+    ["errors", "data", "cache"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 NO_TORCH = ["recipe", "plan", "record", "errors", "methods", "loading", "report", "cli", "models/embedder.py", "models/tokens.py"]

@@ -38,7 +38,14 @@ class CastEmbedding(nn.Module):
         return nn.functional.embedding(ids, self.weight).to(self._dtype)
 
 
-def has_onednn_linear() -> bool:
-    """Whether this build of torch carries oneDNN and its packed linear layer."""
+def has_onednn_linear(dtype: torch.dtype) -> bool:
+    """Whether this build of torch carries oneDNN's packed linear layer, and this CPU multiplies `dtype` with it.
+
+    float16 is left to torch: oneDNN takes it only on the newest CPUs.
+    """
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not available or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float32

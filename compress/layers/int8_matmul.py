@@ -59,6 +59,37 @@ class OneDnnMatmul:
         return product[: x.shape[0]]
 
 
+class OneDnnSplitMatmul:
+    """oneDNN's int8 linear on CPUs without VNNI, in two products that cannot saturate.
+
+    AVX2 adds pairs of unsigned x signed 8-bit products in 16 bits: 2 x 255 x 127 overflows them, 2 x 127 x 127 does not. So the
+    shifted activation is split into its upper seven bits and its last one.
+    """
+
+    name = "onednn_split"
+    ZERO_POINT = 64  # of the upper bits: half of 128
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        self._weight = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+        self._scale = scale.contiguous()
+        self._ones = torch.ones(weight.shape[0])
+        self._zeros = torch.zeros(weight.shape[0], dtype=torch.int32)
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply; see `Int8Matmul`."""
+        shifted = pad_rows(x).view(torch.uint8).bitwise_xor(0x80)
+        sums = self._product(shifted.bitwise_right_shift(1), self.ZERO_POINT).mul_(2)
+        # Scaled after the addition, so that the integers are added and not their rounded multiples.
+        sums = sums.add_(self._product(shifted.bitwise_and(1), 0)).mul_(self._scale)
+        return sums[: x.shape[0]].to(dtype)
+
+    def _product(self, x: torch.Tensor, zero_point: int) -> torch.Tensor:
+        product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            x, 1.0, zero_point, self._weight, self._ones, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return product
+
+
 class IntMmMatmul:
     """`torch._int_mm`: cuBLASLt on CUDA, a plain loop or oneDNN on the CPU.
 
@@ -88,7 +119,7 @@ class IntMmMatmul:
         return (sums * self._scale).to(dtype)
 
 
-def _is_exact(kernel: type[Int8Matmul], device: torch.device) -> bool:
+def is_exact(kernel: type[Int8Matmul], device: torch.device) -> bool:
     """Whether `kernel` runs here and gives the exact integers at the ends of the range.
 
     CPUs without VNNI add pairs of 8-bit products in 16 bits, which saturates silently; the probe's rows are all at the limits.
@@ -110,9 +141,9 @@ def int8_matmul(device_type: str) -> type[Int8Matmul]:
     Raises:
         RuntimeError: no kernel does; nothing here falls back to floating point unasked.
     """
-    kernels: list[type[Int8Matmul]] = [OneDnnMatmul, IntMmMatmul] if device_type == "cpu" else [IntMmMatmul]
+    kernels: list[type[Int8Matmul]] = [OneDnnMatmul, OneDnnSplitMatmul, IntMmMatmul] if device_type == "cpu" else [IntMmMatmul]
     for kernel in kernels:
-        if _is_exact(kernel, torch.device(device_type)):
+        if is_exact(kernel, torch.device(device_type)):
             return kernel
     names = ", ".join(kernel.name for kernel in kernels)
     raise RuntimeError(f"no exact int8 matrix product on {device_type!r} with torch {torch.__version__} (tried {names})")

@@ -12,7 +12,7 @@ from compress.models.shape import ModelShape
 from compress.models.variant import QuantizedLayer
 
 if TYPE_CHECKING:
-    from torch import nn
+    from compress.models.segments import Parts
 
 
 @dataclass(frozen=True)
@@ -45,5 +45,16 @@ class Method(BaseModel):
         """
 
     @abstractmethod
-    def apply(self, model: nn.Module) -> dict[str, QuantizedLayer]:
-        """Change `model` in place; return how each layer that it quantized is stored."""
+    def apply(self, parts: Parts) -> dict[str, QuantizedLayer]:
+        """Change a segment of the model; called for each of its segments in turn, the model itself is never whole.
+
+        Args:
+            parts: the segment's modules by their names in the network, their weights as the checkpoint stores them. They may be
+                changed or replaced, here or inside of them.
+
+        Returns:
+            How each layer that was quantized is stored, by its name in the network.
+
+        Raises:
+            ValueError: the segment's weights do not allow it.
+        """

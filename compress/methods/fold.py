@@ -10,7 +10,7 @@ from compress.models.shape import ModelShape
 from compress.models.variant import QuantizedLayer
 
 if TYPE_CHECKING:
-    from torch import nn
+    from compress.models.segments import Parts
 
 HEAD = "latent_attention_model."
 ATTEND, FEED = f"{HEAD}cross_attend_blocks.0", f"{HEAD}cross_attend_blocks.1"
@@ -51,16 +51,13 @@ class Fold(Method):
             note=f"latent head folded, {saved / 1e6:,.1f} M parameters fewer, nothing lost but rounding",
         )
 
-    def apply(self, model: nn.Module) -> dict[str, QuantizedLayer]:
-        """Put the folded head in the place of the published one.
+    def apply(self, parts: Parts) -> dict[str, QuantizedLayer]:
+        """Put the folded head in the place of the published one, where the segment is the head."""
+        name = HEAD.rstrip(".")
+        if name in parts:
+            from compress.models.nv_embed import LatentAttention, fold
 
-        Raises:
-            ValueError: the model has none.
-        """
-        from compress.models.nv_embed import LatentAttention, fold
-
-        head = getattr(model, HEAD.rstrip("."), None)
-        if not isinstance(head, LatentAttention):
-            raise ValueError("the model has no latent-attention head to fold")
-        model.latent_attention_model = fold(head)
+            head = parts[name]
+            assert isinstance(head, LatentAttention)  # `estimate` refuses models without one, or with a folded one
+            parts[name] = fold(head)
         return {}

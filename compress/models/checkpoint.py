@@ -6,11 +6,8 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +60,11 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def weight_bytes(folder: Path) -> int:
+    """Return the size of a folder's safetensors files."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read the tensors that a safetensors file lists, without reading any of them.
 
@@ -101,21 +103,6 @@ def fingerprint(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Give a folder to write into; it takes the name `target` when the block ends well, and vanishes when it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield temporary
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ from compress.models.spec import EmbedderSpec
 from compress.models.tokens import Ids, TextTokenizer, batches_by_tokens, pad_batch
 
 Vectors = npt.NDArray[np.float32]
+Batch = tuple[Ids, Ids]
+"""Padded ids and their mask, both int64 [texts, length]."""
+Item = TypeVar("Item")
 
 # Texts are taken from the iterable this many at a time: enough for sorting by length to pay, few enough to hold.
 CHUNK_TEXTS = 16_384
@@ -42,7 +45,7 @@ class Embedder(Protocol):
 
 
 class BatchedEmbedder(ABC):
-    """Sorts by length, batches by a token budget, restores the order; subclasses run one batch."""
+    """Sorts by length, batches by a token budget, restores the order; subclasses run the batches."""
 
     def __init__(self, name: str, spec: EmbedderSpec, tokenizer: TextTokenizer, dimension: int, batch_tokens: int) -> None:
         self.name = name
@@ -52,8 +55,14 @@ class BatchedEmbedder(ABC):
         self.batch_tokens = batch_tokens
 
     @abstractmethod
-    def forward(self, ids: Ids, mask: Ids, pool_from: int) -> Vectors:
-        """Embed one padded batch: int64 [b, length] twice to float32 [b, dimension]. Tokens before `pool_from` are not pooled."""
+    def forward(self, batches: Sequence[Batch], pool_from: int, show: bool) -> Iterator[Vectors]:
+        """Embed padded batches: yield float32 [texts, dimension] of each, in order.
+
+        Args:
+            batches: in the order in which they are to be run.
+            pool_from: tokens before this position are not pooled.
+            show: show progress.
+        """
 
     def encode(
         self,
@@ -100,9 +109,11 @@ class BatchedEmbedder(ABC):
             seen += len(chunk)
             rows = self.tokenizer([prompt + text for text in chunk] if prompt else chunk)
             vectors = np.empty((len(rows), self.dimension), dtype=np.float32)
-            for batch in _watched(batches_by_tokens([len(row) for row in rows], budget), len(rows), progress):
-                ids, mask = pad_batch([rows[index] for index in batch])
-                vectors[batch] = self.forward(ids, mask, pool_from)
+            order = list(batches_by_tokens([len(row) for row in rows], budget))
+            batches = [pad_batch([rows[index] for index in batch]) for batch in order]
+            show = len(rows) >= LONG_WORK_TEXTS if progress is None else progress
+            for batch, made in zip(order, self.forward(batches, pool_from, show), strict=True):
+                vectors[batch] = made
             if not np.isfinite(vectors).all():
                 first = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
                 raise FloatingPointError(f"{self.name} gave a vector that is not finite, for {chunk[first][:80]!r}")
@@ -110,17 +121,14 @@ class BatchedEmbedder(ABC):
         return np.concatenate(chunks) if chunks else np.empty((0, self.dimension), dtype=np.float32)
 
 
-def _watched(batches: Iterator[npt.NDArray[np.intp]], total: int, progress: bool | None) -> Iterator[npt.NDArray[np.intp]]:
-    """Pass batches through, under a progress bar when asked for or when it is long and a terminal watches."""
-    if progress is False or (progress is None and total < LONG_WORK_TEXTS):
-        yield from batches
+def watched(items: Sequence[Item], what: str, show: bool) -> Iterator[Item]:
+    """Pass items through, under a progress bar where asked for and a terminal watches."""
+    if not show:
+        yield from items
         return
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (progress or console.is_terminal)) as bar:
-        task = bar.add_task("encoding", total=total)
-        for batch in batches:
-            yield batch
-            bar.advance(task, len(batch))
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield from bar.track(items, description=what)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from compress.errors import UserError
-from compress.models.checkpoint import read_header, weight_files
+from compress.models.checkpoint import weight_files
 from compress.models.nv_embed import NVEmbedNetwork, is_nv_embed, read_nv_config
+from compress.models.weights import Weights
 
 
 def _quietly() -> None:
@@ -56,7 +56,7 @@ def load_network(folder: Path, dtype: torch.dtype) -> nn.Module:
     _quietly()
     if is_nv_embed(folder):
         model = empty_network(folder)
-        fill_network(model, weight_files(folder), dtype)
+        Weights(weight_files(folder), model, exact=True).fill(model, dtype=dtype)
         return model
     config = read_config(folder)
     # use_cache: an embedder reads each text once, so a decoder's key/value cache would only cost memory.
@@ -110,28 +110,3 @@ def empty_network(folder: Path, folded: bool = False) -> nn.Module:
         config.use_cache = False
         model: nn.Module = AutoModel.from_config(config)
     return _without_pooler(model)
-
-
-def fill_network(model: nn.Module, paths: Sequence[Path], dtype: torch.dtype | None = None) -> None:
-    """Put the tensors of safetensors files into `model`: as they are stored, mapped rather than copied, or cast to `dtype`.
-
-    Raises:
-        UserError: the files and the network disagree on a tensor's name or shape.
-    """
-    wanted = dict(model.state_dict(keep_vars=True))
-    place = {name: path for path in paths for name in read_header(path)}
-    if place.keys() != wanted.keys():
-        differing = sorted(place.keys() ^ wanted.keys())
-        raise UserError(f"{paths[0]}: does not fit its network: {len(differing)} tensors differ, such as {differing[0]!r}")
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  safe_open is no mapping
-                tensor = file.get_tensor(name)
-                if tensor.shape != wanted[name].shape:
-                    raise UserError(f"{path}: {name} is {list(tensor.shape)}, its network wants {list(wanted[name].shape)}")
-                owner, _, attribute = name.rpartition(".")
-                if isinstance(wanted[name], nn.Parameter):
-                    tensor = nn.Parameter(tensor.to(dtype or tensor.dtype), requires_grad=False)
-                setattr(model.get_submodule(owner), attribute, tensor)
-    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    assert not left, f"parameters left without values: {left[:3]}"

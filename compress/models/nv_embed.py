@@ -17,9 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import MistralConfig, MistralModel
 
-from compress.models.embedder import Vectors
 from compress.models.spec import EmbedderSpec, Pooling, read_json
-from compress.models.tokens import Ids
 from compress.models.torch_embedder import TorchEmbedder
 
 MODEL_TYPE = "nvembed"
@@ -199,7 +197,11 @@ def _mean(x: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
 
 @torch.no_grad()
 def fold(head: LatentAttention) -> FoldedLatentAttention:
-    """Multiply the constants of a head out, in float64; the result is in the head's own dtype and on its device."""
+    """Multiply the constants of a head out, in float64.
+
+    The two new matrices are in float32 where the head is in half precision, so that rounding is left to whoever stores them; the
+    rest is the head's own.
+    """
     attend, feed = _blocks(head)
     attention: CrossAttention = attend.fn
     heads, head_width = attention.heads, attention.head_width
@@ -223,7 +225,7 @@ def fold(head: LatentAttention) -> FoldedLatentAttention:
         value = context @ attention.to_kv.weight[shifted].double().t()
         scores.append(key @ attention.to_q.weight[rows].double() / head_width**0.5)
         values.append(value @ attention.to_out.weight[:, rows].double().t())
-    dtype = head.latents.dtype
+    dtype = torch.promote_types(head.latents.dtype, torch.float32)
     folded.scores.weight = nn.Parameter(torch.cat(scores).to(dtype), requires_grad=False)
     folded.values.weight = nn.Parameter(torch.cat(values).t().contiguous().to(dtype), requires_grad=False)
     folded.norm, folded.feed_norm, folded.net = attend.norm, feed.norm, feed.fn.net
@@ -244,9 +246,12 @@ class NVEmbedNetwork(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
         """Embed a batch: int64 [b, length] three times to float32 [b, width]; every text needs a pooled token."""
-        hidden = self.embedding_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.pool(self.embedding_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, pool_mask)
+
+    def pool(self, hidden: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
+        """Pool hidden states [b, length, width] by a mask, int64 [b, length], to float32 [b, width]."""
         text, position = pool_mask.nonzero(as_tuple=True)
-        pooled: torch.Tensor = self.latent_attention_model(hidden[text, position], text, len(input_ids))
+        pooled: torch.Tensor = self.latent_attention_model(hidden[text, position], text, len(hidden))
         return F.normalize(pooled, dim=1) if self.normalize else pooled
 
 
@@ -258,11 +263,19 @@ def is_folded(model: nn.Module) -> bool:
 class NVEmbedder(TorchEmbedder):
     """NV-Embed as an embedder."""
 
-    @torch.inference_mode()
-    def forward(self, ids: Ids, mask: Ids, pool_from: int) -> Vectors:
-        """Embed one padded batch; see `BatchedEmbedder.forward`."""
-        pool_mask = mask.copy()
+    model: NVEmbedNetwork
+
+    def compile(self) -> None:
+        """Run the backbone through `torch.compile` from now on; the head is a few products."""
+        self.model.embedding_model = torch.compile(self.model.embedding_model, dynamic=True)  # type: ignore[assignment]
+
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Run the backbone; see `TorchEmbedder.hidden`."""
+        hidden: torch.Tensor = self.model.embedding_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden
+
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor, pool_from: int) -> torch.Tensor:
+        """Run the head on the tokens from `pool_from` on; see `TorchEmbedder.pool`."""
+        pool_mask = mask.clone()
         pool_mask[:, :pool_from] = 0
-        tensors = (torch.from_numpy(array).to(self.device) for array in (ids, mask, pool_mask))
-        vectors: Vectors = self.model(*tensors).cpu().numpy()
-        return vectors
+        return self.model.pool(hidden, pool_mask)

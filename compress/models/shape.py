@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -96,28 +97,29 @@ class ModelShape:
         return batch_tokens * (2 * self.hidden_size + max(3 * widest, 4 * self.hidden_size)) * bytes_each
 
 
-def match_patterns(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
-    """Return the names that any of the shell-style patterns matches.
+def matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    """Return the names that any of the shell-style patterns matches."""
+    patterns = list(patterns)
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def check_patterns(names: Iterable[str], patterns: Iterable[str]) -> None:
+    """See that every pattern is good for something.
 
     Raises:
         ValueError: a pattern matches none of the names, most likely a typing error.
     """
-    from fnmatch import fnmatchcase
-
-    names, matched = list(names), set()
+    names = list(names)
     for pattern in patterns:
-        hits = {name for name in names if fnmatchcase(name, pattern)}
-        if not hits:
+        if not matching(names, [pattern]):
             example = f", such as {names[0]!r}" if names else ""
             raise ValueError(f"pattern {pattern!r} matches none of the model's {len(names)} linear layers{example}")
-        matched |= hits
-    return matched
 
 
 def read_shape(name: str, folder: Path) -> ModelShape:
     """Read a shape from a model's folder: its config and its safetensors headers."""
     inner = transformer_folder(folder)
-    return ModelShape(name, _without_pooler(read_headers(inner)), read_json(inner / "config.json"))
+    return ModelShape(name, _without_task_head(read_headers(inner)), read_json(inner / "config.json"))
 
 
 def known_shape(name: str) -> ModelShape | None:
@@ -130,6 +132,6 @@ def known_shape(name: str) -> ModelShape | None:
     return ModelShape(name, tensors, listing["config"])
 
 
-def _without_pooler(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Drop BERT's pooler, which no embedder of ours uses and none of our loaders keeps."""
-    return {name: info for name, info in tensors.items() if not re.search(r"(?:^|\.)pooler\.", name)}
+def _without_task_head(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Drop what no embedder uses and none of our loaders keeps: BERT's pooler, the heads of language models."""
+    return {name: info for name, info in tensors.items() if not re.search(r"(?:^|\.)pooler\.|^(?:lm_head|cls)\.", name)}

@@ -1,4 +1,4 @@
-"""A variant on disk: what `variant.json` says beside `model.safetensors`, `config.json` and `tokenizer.json`. No torch here."""
+"""A variant on disk: what `variant.json` says beside its safetensors files, `config.json` and `tokenizer.json`. No torch here."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from compress.models.spec import EmbedderSpec
 
 VARIANT_FILE = "variant.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 
 
 class QuantizedLayer(BaseModel):

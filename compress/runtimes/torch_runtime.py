@@ -1,12 +1,11 @@
-"""The torch runtime: opens checkpoints and variants as embedders, and writes variants."""
+"""The torch runtime: opens checkpoints and variants as embedders, whole or streamed."""
 
 from __future__ import annotations
 
-import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -14,19 +13,20 @@ from compress.errors import UserError
 from compress.layers.float_layers import CastEmbedding, OneDnnLinear, has_onednn_linear
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme
-from compress.models.checkpoint import atomic_folder
-from compress.models.network import empty_network, fill_network, load_network, read_config
+from compress.models.checkpoint import weight_files
+from compress.models.network import empty_network, load_network, read_config
 from compress.models.nv_embed import NVEmbedder, NVEmbedNetwork, is_nv_embed, read_nv_spec
 from compress.models.spec import EmbedderSpec, read_spec, transformer_folder
 from compress.models.tokens import TextTokenizer
 from compress.models.torch_embedder import TorchEmbedder
-from compress.models.variant import WEIGHTS_FILE, VariantInfo
+from compress.models.variant import VariantInfo, is_variant
+from compress.models.weights import Weights
 from compress.runtimes.allocator import keep_freed_memory
+from compress.runtimes.streamed import StreamedEmbedder
+from compress.walk import Streamed
 
 LONGEST = 2**31 - 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# float16 products on a CPU are left to torch: oneDNN takes them only on the newest CPUs.
-ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -61,7 +61,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
                 child.pack()
             elif type(child) is nn.Embedding and child.weight.dtype != dtype:
                 setattr(module, name, CastEmbedding(child, dtype))
-            elif type(child) is nn.Linear and device.type == "cpu" and dtype in ONEDNN_DTYPES and has_onednn_linear():
+            elif type(child) is nn.Linear and device.type == "cpu" and has_onednn_linear(dtype):
                 setattr(module, name, OneDnnLinear(child.to(dtype)))
     for module in model.modules():
         if isinstance(module, QuantizedLinear | CastEmbedding):
@@ -78,11 +78,6 @@ def import_architecture(folder: Path) -> None:
     AutoModel._model_mapping[type(read_config(transformer_folder(folder)))]
 
 
-def open_network(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Load the network of a sentence-transformers or transformers folder, unprepared: what methods work on."""
-    return load_network(transformer_folder(folder), dtype)
-
-
 def open_tokenizer(folder: Path) -> Tokenizer:
     """Open a folder's `tokenizer.json`."""
     path = folder / "tokenizer.json"
@@ -91,15 +86,18 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
+def _kind(model: nn.Module) -> type[TorchEmbedder]:
+    return NVEmbedder if isinstance(model, NVEmbedNetwork) else TorchEmbedder
+
+
 def _embedder(
     name: str, spec: EmbedderSpec, tokenizer: TextTokenizer, model: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> TorchEmbedder:
-    kind = NVEmbedder if isinstance(model, NVEmbedNetwork) else TorchEmbedder
-    return kind(name, spec, tokenizer, prepare(model, dtype, device), device, dtype)
+    return _kind(model)(name, spec, tokenizer, prepare(model, dtype, device), device, dtype)
 
 
 def read_text_side(folder: Path) -> tuple[EmbedderSpec, TextTokenizer]:
-    """Read how a model folder's embedder takes texts: its spec, and its tokenizer as transformers sets it up.
+    """Read how a model's or a variant's embedder takes texts: its spec, and its tokenizer as transformers sets it up.
 
     The longest input is what the folder's settings say, else what both the tokenizer and the network's positions allow, as in
     sentence-transformers.
@@ -109,6 +107,9 @@ def read_text_side(folder: Path) -> tuple[EmbedderSpec, TextTokenizer]:
     """
     from transformers import AutoTokenizer
 
+    if is_variant(folder):
+        info = VariantInfo.read(folder)
+        return info.spec, TextTokenizer(open_tokenizer(folder), info.max_length, info.spec)
     if is_nv_embed(folder):
         spec = read_nv_spec(folder)
         # Its tokenizer.json as it stands: that is what the original loads, and it needs nothing from a hub.
@@ -131,37 +132,14 @@ def open_checkpoint(folder: Path, name: str, *, device: str | None = None, dtype
     target = pick_device(device)
     compute = pick_dtype(dtype, target)
     spec, tokenizer = read_text_side(folder)
-    return _embedder(name, spec, tokenizer, open_network(folder, compute), target, compute)
+    return _embedder(name, spec, tokenizer, load_network(transformer_folder(folder), compute), target, compute)
 
 
-def save_variant(model: nn.Module, tokenizer: TextTokenizer, info: VariantInfo, source: Path, target: Path) -> None:
-    """Write a variant's folder, whole or not at all.
-
-    Floating-point tensors are stored in half precision, except the scales of quantized layers; one that float16 cannot hold is
-    refused rather than turned into infinity.
-
-    Raises:
-        UserError: a weight is not finite in float16.
-    """
-    tensors = {}
-    scales = {f"{name}.{part}" for name in info.quantized for part in ("weight_scale", "input_scale")}
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and name not in scales:
-            tensor = tensor.to(torch.float16)
-            if not torch.isfinite(tensor).all():
-                raise UserError(f"{info.base}: {name} is not finite in float16; the variant was not written")
-        tensors[name] = tensor.contiguous()
-    with atomic_folder(target) as folder:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        shutil.copy(transformer_folder(source) / "config.json", folder / "config.json")
-        tokenizer.save(folder / "tokenizer.json")
-        info.write(folder)
-
-
-def open_variant(folder: Path, name: str, *, device: str | None = None, dtype: str | None = None) -> TorchEmbedder:
-    """Open a variant as it was saved: quantized weights go from the file to their kernels, never through floating point."""
-    info, target = VariantInfo.read(folder), pick_device(device)
-    compute = pick_dtype(dtype, target)
+def empty_model(folder: Path) -> nn.Module:
+    """Build the network of a model's or a variant's folder, its parameters without values."""
+    if not is_variant(folder):
+        return empty_network(transformer_folder(folder))
+    info = VariantInfo.read(folder)
     model = empty_network(folder, info.folded)
     for layer, quantized in info.quantized.items():
         owner, _, attribute = layer.rpartition(".")
@@ -173,6 +151,32 @@ def open_variant(folder: Path, name: str, *, device: str | None = None, dtype: s
         input_scale = torch.empty((), device="meta") if static else None
         empty = QuantizedLinear(weight, scale, linear.bias, quantized.activations, input_scale)
         setattr(model.get_submodule(owner), attribute, empty)
-    fill_network(model, [folder / WEIGHTS_FILE])
-    tokenizer = TextTokenizer(open_tokenizer(folder), info.max_length, info.spec)
-    return _embedder(name, info.spec, tokenizer, model, target, compute)
+    return model
+
+
+def weights_of(folder: Path, model: nn.Module) -> Weights:
+    """Open the weights of a model's or a variant's folder for `empty_model`'s network; none is read yet."""
+    exact = is_variant(folder) or is_nv_embed(folder)
+    return Weights(weight_files(transformer_folder(folder)), model, exact=exact)
+
+
+def open_variant(folder: Path, name: str, *, device: str | None = None, dtype: str | None = None) -> TorchEmbedder:
+    """Open a variant as it was saved: quantized weights go from the file to their kernels, never through floating point."""
+    target = pick_device(device)
+    compute = pick_dtype(dtype, target)
+    model = empty_model(folder)
+    weights_of(folder, model).fill(model)
+    return _embedder(name, *read_text_side(folder), model, target, compute)
+
+
+def open_streamed(folder: Path, name: str, *, device: str | None = None, dtype: str | None = None) -> StreamedEmbedder:
+    """Open a model or a variant without loading it: its blocks are read one after another each time texts are encoded."""
+    target = pick_device(device)
+    compute = pick_dtype(dtype, target)
+    model = empty_model(folder)
+    for module in model.modules():  # such as rotary frequencies: no file holds them
+        for buffer, tensor in module.named_buffers(recurse=False):
+            if not tensor.is_meta:
+                setattr(module, buffer, tensor.to(target))
+    source = Streamed(model, weights_of(folder, model), partial(prepare, dtype=compute, device=target))
+    return StreamedEmbedder(_kind(model)(name, *read_text_side(folder), model, target, compute), source)

@@ -7,11 +7,18 @@ import torch
 from torch import nn
 
 from compress.layers.float_layers import CastEmbedding, OneDnnLinear
-from compress.layers.int8_matmul import IntMmMatmul, OneDnnMatmul, int8_matmul
+from compress.layers.int8_matmul import IntMmMatmul, OneDnnMatmul, OneDnnSplitMatmul, int8_matmul, is_exact
 from compress.layers.quantized_linear import QMAX, QuantizedLinear, quantize_symmetric, weight_scale
 from compress.layers.scheme import ActivationScheme
 
-KERNELS = [OneDnnMatmul, IntMmMatmul]
+# A CPU without VNNI saturates in `OneDnnMatmul`; that it is not chosen there is what `is_exact` is for.
+KERNELS = [
+    pytest.param(
+        kernel,
+        marks=pytest.mark.skipif(not is_exact(kernel, torch.device("cpu")), reason="saturates on this CPU, which has no VNNI"),
+    )
+    for kernel in (OneDnnMatmul, OneDnnSplitMatmul, IntMmMatmul)
+]
 SCHEMES = [ActivationScheme.NONE, ActivationScheme.DYNAMIC_PER_TENSOR, ActivationScheme.DYNAMIC_PER_TOKEN]
 
 
@@ -35,9 +42,18 @@ def test_extremes_do_not_saturate(kernel) -> None:
     assert (kernel(weight, torch.ones(8))(x, torch.float32) == 4096 * 127 * 127).all()
 
 
+def test_the_chosen_kernel_is_exact() -> None:
+    x = torch.full((20, 4096), -128, dtype=torch.int8)
+    weight = torch.full((8, 4096), 127, dtype=torch.int8)
+    assert (int8_matmul("cpu")(weight, torch.ones(8))(x, torch.float32) == 4096 * -128 * 127).all()
+
+
 def test_a_kernel_that_saturates_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = OneDnnMatmul.__call__
     monkeypatch.setattr(OneDnnMatmul, "__call__", lambda self, x, dtype: right(self, x, dtype).clamp(max=2**15 - 1))
+    int8_matmul.cache_clear()
+    assert int8_matmul("cpu") is OneDnnSplitMatmul
+    monkeypatch.setattr(OneDnnSplitMatmul, "__call__", lambda self, x, dtype: x.float())
     int8_matmul.cache_clear()
     assert int8_matmul("cpu") is IntMmMatmul
     monkeypatch.setattr(IntMmMatmul, "__call__", lambda self, x, dtype: torch.zeros(x.shape[0], 24))

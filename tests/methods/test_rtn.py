@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests_support import apply_in_memory
 
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.methods.quantize.rtn import RTN
+from compress.models.network import load_network
 from compress.models.shape import read_shape
-from compress.runtimes.torch_runtime import open_network
 
 
 @pytest.mark.parametrize("kind", ["bert", "mistral"])
 def test_every_linear_layer_of_the_blocks_and_nothing_else(make_model, kind: str) -> None:
     folder = make_model(kind)
-    network = open_network(folder, torch.float32)
+    network = load_network(folder, torch.float32)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    quantized = RTN().apply(network)
+    quantized = apply_in_memory(network, RTN())
     assert set(quantized) == set(read_shape("tiny", folder).block_linears)
     for name, module in network.named_modules():
         assert isinstance(module, QuantizedLinear) == (name in quantized)
@@ -28,10 +29,10 @@ def test_every_linear_layer_of_the_blocks_and_nothing_else(make_model, kind: str
 
 
 def test_weights_are_the_nearest_integers(bert: Path) -> None:
-    network = open_network(bert, torch.float32)
+    network = load_network(bert, torch.float32)
     name = "encoder.layer.0.attention.self.query"
     weight = network.get_submodule(name).weight.detach().clone()
-    RTN().apply(network)
+    apply_in_memory(network, RTN())
     layer = network.get_submodule(name)
     assert (layer.weight.abs().amax(dim=1) == 127).all()
     error = (layer.weight.float() * layer.weight_scale[:, None] - weight).abs()
@@ -39,21 +40,21 @@ def test_weights_are_the_nearest_integers(bert: Path) -> None:
 
 
 def test_skip_leaves_layers_alone(bert: Path) -> None:
-    network = open_network(bert, torch.float32)
-    quantized = RTN(skip=("*.intermediate.dense", "encoder.layer.1.*")).apply(network)
+    network = load_network(bert, torch.float32)
+    quantized = apply_in_memory(network, RTN(skip=("*.intermediate.dense", "encoder.layer.1.*")))
     assert set(quantized) == {f"encoder.layer.0.{part}" for part in (
         "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense", "output.dense"
     )}  # fmt: skip
     with pytest.raises(ValueError, match=r"'\*\.nosuch' matches none"):
-        RTN(skip=("*.nosuch",)).apply(open_network(bert, torch.float32))
+        RTN(skip=("*.nosuch",)).estimate(read_shape("tiny", bert))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(bert: Path, bad: float) -> None:
-    network = open_network(bert, torch.float32)
+    network = load_network(bert, torch.float32)
     network.get_submodule("encoder.layer.1.output.dense").weight.data[3, 5] = bad
     with pytest.raises(ValueError, match=r"encoder\.layer\.1\.output\.dense\.weight holds NaN"):
-        RTN().apply(network)
+        apply_in_memory(network, RTN())
 
 
 def test_zero_and_constant_channels() -> None:
@@ -65,7 +66,7 @@ def test_zero_and_constant_channels() -> None:
     block = Block()
     weight = torch.tensor([[0.0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5], [0.1, 0, -1.0, 0]])
     block.layers[0]["dense"].weight.data = weight
-    assert set(RTN().apply(block)) == {"layers.0.dense"}
+    assert set(RTN().apply({"layers.0": block.layers[0]})) == {"layers.0.dense"}
     layer = block.layers[0]["dense"]
     assert layer.weight.tolist() == [[0, 0, 0, 0], [127] * 4, [13, 0, -127, 0]]
     assert torch.isfinite(layer(torch.eye(4))).all()

@@ -10,40 +10,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tests_support import apply_in_memory, compress_to
 
 import compress
 from compress.errors import UserError
 from compress.methods.quantize.rtn import RTN
 from compress.models.checkpoint import read_headers
+from compress.models.network import load_network
 from compress.models.shape import read_shape
 from compress.models.torch_embedder import BATCH_TOKENS, TorchEmbedder
 from compress.models.variant import VariantInfo
 from compress.plan import CPU_BATCH_TOKENS
-from compress.runtimes.torch_runtime import open_network, prepare, read_text_side, save_variant
+from compress.runtimes.torch_runtime import prepare, read_text_side
 
 SCHEMES = ["none", "dynamic_per_tensor", "dynamic_per_token"]
-
-
-def compress_to(folder: Path, target: Path, *steps: RTN) -> torch.nn.Module:
-    """Apply steps and save; return the network that was saved."""
-    network = open_network(folder, torch.float32)
-    quantized = {}
-    for step in steps:
-        quantized |= step.apply(network)
-    spec, tokenizer = read_text_side(folder)
-    info = VariantInfo(
-        base="tiny", base_fingerprint="0", licence=None, max_length=tokenizer.max_length, spec=spec, quantized=quantized, steps=[]
-    )
-    save_variant(network, tokenizer, info, folder, target)
-    return network
 
 
 @pytest.mark.parametrize("kind", ["bert", "mistral"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_opened_variant_is_the_one_that_was_saved(make_model, mixed_texts, tmp_path: Path, kind: str, scheme: str) -> None:
     folder = make_model(kind, prompts={"query": "find: "})
-    network = compress_to(folder, tmp_path / "variant", RTN(activations=scheme))
+    compress_to(folder, tmp_path / "variant", RTN(activations=scheme))
+    network = load_network(folder, torch.float32)
+    apply_in_memory(network, RTN(activations=scheme))
     spec, tokenizer = read_text_side(folder)
     # What the file holds, in memory: floating tensors rounded to half precision, scales as they were.
     for module in network.modules():
@@ -91,13 +81,13 @@ def test_integers_are_stored_as_integers(bert: Path, tmp_path: Path) -> None:
     assert (info.weights, info.activations) == ("int8", "dynamic_per_token")
 
 
-def test_a_weight_too_large_for_half_precision_is_refused(bert: Path, tmp_path: Path) -> None:
-    network = open_network(bert, torch.float32)
-    network.embeddings.LayerNorm.weight.data[0] = 1e6
-    spec, tokenizer = read_text_side(bert)
-    info = VariantInfo(base="tiny", base_fingerprint="0", licence=None, max_length=48, spec=spec, quantized={}, steps=[])
+def test_a_weight_too_large_for_half_precision_is_refused(bert: Path, copy_of, tmp_path: Path) -> None:
+    folder = copy_of(bert)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embeddings.LayerNorm.weight"][0] = 1e6
+    save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"embeddings\.LayerNorm\.weight is not finite in float16"):
-        save_variant(network, tokenizer, info, bert, tmp_path / "variant")
+        compress_to(folder, tmp_path / "variant")
     assert not (tmp_path / "variant").exists()
 
 

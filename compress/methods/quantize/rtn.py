@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal
 from compress.layers.scheme import ActivationScheme
 from compress.methods.base import Estimate, Method
 from compress.models.checkpoint import TensorInfo
-from compress.models.shape import ModelShape, is_block_linear, match_patterns
+from compress.models.shape import ModelShape, check_patterns, is_block_linear, matching
 from compress.models.variant import QuantizedLayer
 
 if TYPE_CHECKING:
-    from torch import nn
+    from compress.models.segments import Parts
 
 
 class RTN(Method):
@@ -30,13 +30,15 @@ class RTN(Method):
     skip: tuple[str, ...] = ()
     """Layers left alone: shell-style patterns of their names, such as "*.output.dense"."""
 
-    def _quantized_names(self, names: list[str]) -> set[str]:
-        return set(names) - match_patterns(names, self.skip)
-
     def estimate(self, shape: ModelShape) -> Estimate:
-        """Size after: one byte a weight and four bytes an output channel; everything else in half precision."""
+        """Size after: one byte a weight and four bytes an output channel; everything else in half precision.
+
+        Raises:
+            ValueError: a pattern of `skip` matches no linear layer.
+        """
         linears = shape.block_linears
-        chosen = self._quantized_names(list(linears))
+        check_patterns(linears, self.skip)
+        chosen = linears.keys() - matching(linears, self.skip)
         weights = sum(linears[name].parameters for name in chosen)
         largest = max((linears[name].parameters for name in chosen), default=0)
         tensors = dict(shape.as_stored().tensors)
@@ -50,27 +52,29 @@ class RTN(Method):
             note=f"{len(chosen)} linear layers, {weights / 1e6:,.1f} M weights to int8, activations {self.activations}",
         )
 
-    def apply(self, model: nn.Module) -> dict[str, QuantizedLayer]:
-        """Replace every chosen `nn.Linear` by a `QuantizedLinear`.
+    def apply(self, parts: Parts) -> dict[str, QuantizedLayer]:
+        """Replace every chosen `nn.Linear` of a segment by a `QuantizedLinear`.
 
         Raises:
-            ValueError: a weight is NaN or infinite, or a pattern of `skip` matches nothing.
+            ValueError: a weight is NaN or infinite.
         """
         import torch
         from torch import nn
 
         from compress.layers.quantized_linear import QuantizedLinear
 
-        linears = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and is_block_linear(f"{name}.weight", module.weight.dim())
-        }
         scheme = ActivationScheme(self.activations)
-        chosen = self._quantized_names(list(linears))
-        for name in sorted(chosen):
-            if not torch.isfinite(linears[name].weight).all():
-                raise ValueError(f"{name}.weight holds NaN or infinity; it was not quantized")
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, QuantizedLinear.from_float(linears[name], scheme))
-        return {name: QuantizedLayer(bits=self.bits, activations=scheme) for name in sorted(chosen)}
+        quantized = {}
+        for path, part in parts.items():
+            linears = {
+                f"{path}.{name}": (name, module)
+                for name, module in part.named_modules()
+                if isinstance(module, nn.Linear) and is_block_linear(f"{path}.{name}.weight", module.weight.dim())
+            }
+            for layer in sorted(linears.keys() - matching(linears, self.skip)):
+                name, linear = linears[layer]
+                if not torch.isfinite(linear.weight).all():
+                    raise ValueError(f"{layer}.weight holds NaN or infinity; it was not quantized")
+                part.set_submodule(name, QuantizedLinear.from_float(linear, scheme))
+                quantized[layer] = QuantizedLayer(bits=self.bits, activations=scheme)
+        return quantized

@@ -1,0 +1,82 @@
+"""Weights from safetensors files, read a part at a time: mapped while a part is in use, closed after it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from compress.errors import UserError
+from compress.models.checkpoint import read_header
+
+# How checkpoints of older libraries name the parameters of a layer norm.
+_LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
+
+
+class Weights:
+    """The tensors of a checkpoint by the names that its network uses."""
+
+    def __init__(self, paths: Sequence[Path], network: nn.Module, *, exact: bool) -> None:
+        """Match the files' tensors with the network's, by names and shapes alone; no tensor is read.
+
+        Args:
+            paths: the safetensors files of one checkpoint.
+            network: its parameters need no values.
+            exact: whether the files must hold nothing else. Otherwise a task's head and a pooler are passed over, and the name
+                under which such a head keeps the network (`model.`, `bert.`) may stand before every name.
+
+        Raises:
+            UserError: a tensor is missing, is left over or has another shape.
+        """
+        self._wanted = network.state_dict(keep_vars=True)
+        found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+        for path in paths:
+            for stored, info in read_header(path).items():
+                found[stored if exact else _network_name(stored, network)] = (path, stored, info.shape)
+        missing = sorted(self._wanted.keys() - found.keys())
+        extra = sorted(found.keys() - self._wanted.keys()) if exact else []
+        if missing or extra:
+            raise UserError(
+                f"{paths[0].parent}: does not fit its network: {len(missing) + len(extra)} tensors differ, "
+                f"such as {(missing or extra)[0]!r} ({'missing' if missing else 'not wanted'})"
+            )
+        self._place: dict[str, tuple[Path, str]] = {}
+        for name, tensor in self._wanted.items():
+            path, stored, shape = found[name]
+            if shape != tuple(tensor.shape):
+                raise UserError(f"{path}: {stored} is {list(shape)}, its network wants {list(tensor.shape)}")
+            self._place[name] = (path, stored)
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors as they are stored; each is mapped from its file for as long as it lives."""
+        by_path: dict[Path, list[str]] = {}
+        for name in names:
+            by_path.setdefault(self._place[name][0], []).append(name)
+        for path, inside in by_path.items():
+            with safe_open(path, framework="pt") as file:
+                for name in inside:
+                    yield name, file.get_tensor(self._place[name][1])
+
+    def fill(self, module: nn.Module, prefix: str = "", dtype: torch.dtype | None = None) -> None:
+        """Put values into `module`, whose name in the network is `prefix`: as they are stored, or floating ones cast to `dtype`."""
+        start = f"{prefix}." if prefix else ""
+        for name, tensor in self.read(name for name in self._wanted if name.startswith(start)):
+            owner, _, attribute = name.removeprefix(start).rpartition(".")
+            if isinstance(self._wanted[name], nn.Parameter):
+                tensor = nn.Parameter(tensor.to(dtype or tensor.dtype), requires_grad=False)
+            setattr(module.get_submodule(owner), attribute, tensor)
+        left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+        assert not left, f"left without values: {left[:3]}"
+
+
+def _network_name(stored: str, network: nn.Module) -> str:
+    """Return the name that the base model uses for a tensor stored by a model with a task's head."""
+    prefix = getattr(network, "base_model_prefix", "")
+    name = stored.removeprefix(f"{prefix}.") if prefix else stored
+    for pattern, replacement in _LEGACY:
+        name = pattern.sub(replacement, name)
+    return name
