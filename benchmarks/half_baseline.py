@@ -12,7 +12,7 @@ import compress
 from compress.measure.accuracy import evaluate
 from compress.measure.fidelity import fidelity
 from compress.measure.tasks import find_tasks
-from compress.measure.texts import mixed_texts
+from compress.texts import mixed_texts
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 from compress.loading import find
 from compress.measure.speed import Candidate, measure_speed, speed_ratio
-from compress.measure.texts import measure_texts
 from compress.models.variant import VariantInfo
+from compress.texts import measure_texts
 
 PEER_BATCH = 32
 

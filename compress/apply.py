@@ -95,6 +95,7 @@ def make_variant(
         licence=source.licence(),
         max_length=tokenizer.max_length,
         spec=spec,
+        pretrained=not source.is_random,
         folded=any(step.method == "fold" for step in steps),
         quantized={name: QuantizedLayer(**layer) for entry in entries for name, layer in entry["quantized"].items()},
         steps=[step["config"] for step in done],

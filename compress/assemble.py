@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.loading import Source
+from compress.loading import DTYPE_BYTES, Source
 from compress.measure.fidelity import Fidelity
 from compress.measure.speed import Speed, speed_ratio
 from compress.models.checkpoint import weight_bytes
@@ -20,7 +20,6 @@ from compress.record import GateResult, Model, Record, Row, Step, TaskRow, machi
 
 VARIANT = "variant"
 RECIPE_FILE = "recipe.yaml"
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -32,18 +31,18 @@ class Findings:
     """Precision of the baseline's vectors, and why."""
     scores: Mapping[str, Mapping[str, Mapping[str, Any]]]
     """By task, then by role (`baseline`, `variant`)."""
-    agreement: Fidelity
+    agreement: Fidelity | None
     speeds: Mapping[str, Speed]
-    """Baselines by dtype, the first being the one that gates look at, and `variant`."""
+    """Baselines by dtype, the first being the one that gates look at, and `variant`; empty where speed was not measured."""
 
 
 def assemble(name: str, recipe: Recipe, source: Source, shape: ModelShape, folder: Path, device: str, found: Findings) -> Record:
     """Put a run's record together; `folder` holds its variant."""
     info = VariantInfo.read(folder / VARIANT)
     tasks = tuple(_task_row(task, roles["baseline"], roles[VARIANT]) for task, roles in found.scores.items())
-    retained = float(np.mean([task.variant for task in tasks]) / np.mean([task.baseline for task in tasks]))
+    retained = float(np.mean([task.variant for task in tasks]) / np.mean([task.baseline for task in tasks])) if tasks else None
     rows = _rows(recipe, info, shape, folder, device, found.speeds)
-    gates = _gates(recipe.gates, retained, found.agreement, rows[-1], shape)
+    gates, unjudged = _gates(recipe.gates, retained, found.agreement, rows[-1], shape)
     return Record(
         run=name,
         created=now(),
@@ -55,7 +54,7 @@ def assemble(name: str, recipe: Recipe, source: Source, shape: ModelShape, folde
             fingerprint=info.base_fingerprint,
             architecture=str(shape.config.get("model_type")),
             licence=info.licence,
-            weights="pretrained",
+            weights="pretrained" if info.pretrained else "random",
             parameters=shape.parameters,
             dimension=shape.hidden_size,
             max_length=info.max_length,
@@ -64,11 +63,11 @@ def assemble(name: str, recipe: Recipe, source: Source, shape: ModelShape, folde
         baseline=found.baseline,
         tasks=tasks,
         retained=retained,
-        fidelity=found.agreement.model_dump(mode="json"),
+        fidelity=found.agreement.model_dump(mode="json") if found.agreement else None,
         rows=rows,
         measured_on=f"{recipe.measure.count} texts from {recipe.measure.texts}, {recipe.measure.rounds} rounds",
         gates=gates,
-        verdict=_verdict(retained, gates),
+        verdict=_verdict(retained, gates, unjudged),
         machine=machine(gpu_name(device)),
         versions=versions(),
         seed=recipe.seed,
@@ -105,36 +104,49 @@ def _rows(
                 compute=("float32" if device == "cpu" else "float16") if is_variant else name,
                 weights=info.weights if is_variant else name,
                 activations=info.activations if is_variant else "none",
-                size_bytes=weight_bytes(folder / VARIANT) if is_variant else shape.parameters * BYTES[name],
-                speed=speeds[name].model_dump(mode="json"),
+                size_bytes=weight_bytes(folder / VARIANT) if is_variant else shape.parameters * DTYPE_BYTES[name],
+                speed=speeds[name].model_dump(mode="json") if speeds else None,
                 speedup={other: speed_ratio(speeds[name], speeds[other]) for other in baselines if other != name},
             )
         )
     return tuple(rows)
 
 
-def _gates(gates: Gates, retained: float, agreement: Fidelity, variant: Row, shape: ModelShape) -> tuple[GateResult, ...]:
+def _gates(
+    gates: Gates, retained: float | None, agreement: Fidelity | None, variant: Row, shape: ModelShape
+) -> tuple[tuple[GateResult, ...], list[str]]:
+    """Judge the gates; also return the names of those whose value was not measured."""
     values = {
         "retained": retained,
-        "cosine_mean": agreement.cosine_mean,
-        "overlap_at_10": agreement.overlap_at_10,
-        "speedup": next(iter(variant.speedup.values())),
+        "cosine_mean": agreement.cosine_mean if agreement else None,
+        "overlap_at_10": agreement.overlap_at_10 if agreement else None,
+        "speedup": next(iter(variant.speedup.values()), None),
         "size_ratio": variant.size_bytes / shape.half_bytes,
     }
-    results = []
+    results, unjudged = [], []
     for name, bound in gates.model_dump(exclude_none=True).items():
-        kept = values[name] <= bound if name == "size_ratio" else values[name] >= bound
-        results.append(GateResult(name=name, bound=bound, value=values[name], kept=kept))
-    return tuple(results)
+        value = values[name]
+        if value is None:
+            unjudged.append(name)
+            continue
+        kept = value <= bound if name == "size_ratio" else value >= bound
+        results.append(GateResult(name=name, bound=bound, value=value, kept=kept))
+    return tuple(results), unjudged
 
 
-def _verdict(retained: float, gates: Sequence[GateResult]) -> str:
+def _verdict(retained: float | None, gates: Sequence[GateResult], unjudged: Sequence[str]) -> str:
     """Say in a sentence what came out."""
     missed = [gate.name for gate in gates if not gate.kept]
-    kept = f"{100 * retained:.2f} % of the baseline's mean score kept"
+    said = ["accuracy not measured" if retained is None else f"{100 * retained:.2f} % of the baseline's mean score kept"]
     if missed:
-        return f"{kept}; misses {', '.join(missed)}"
-    return f"{kept}; all {len(gates)} gates passed" if gates else f"{kept}; the recipe sets no gates"
+        said.append(f"misses {', '.join(missed)}")
+    elif gates:
+        said.append(f"all {len(gates)} gates passed" if not unjudged else f"passes {', '.join(gate.name for gate in gates)}")
+    if unjudged:
+        said.append(f"not judged: {', '.join(unjudged)}")
+    elif not gates:
+        said.append("the recipe sets no gates")
+    return "; ".join(said)
 
 
 def gpu_name(device: str) -> str | None:

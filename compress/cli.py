@@ -39,6 +39,7 @@ def run(
     texts: Annotated[str | None, typer.Option(metavar="FILE", help="Texts to measure speed and fidelity on.")] = None,
     output: OutputOption = Path("results"),
     device: DeviceOption = None,
+    compress_only: Annotated[bool, typer.Option("--compress-only", help="Make the variant and measure nothing.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier run of the same name.")] = False,
 ) -> None:
     """Compress a model by a recipe and measure what that cost. A run that was stopped is continued."""
@@ -50,7 +51,17 @@ def run(
         from compress.pipeline import run as run_recipe
         from compress.report import print_record
 
-        record = run_recipe(checked, model=model, data=data, tasks=names, texts=texts, output=output, device=device, fresh=fresh)
+        record = run_recipe(
+            checked,
+            model=model,
+            data=data,
+            tasks=names,
+            texts=texts,
+            output=output,
+            device=device,
+            fresh=fresh,
+            compress_only=compress_only,
+        )
     print_record(record)
     print(f"record: {output / record.run}")
     if not all(gate.kept for gate in record.gates):
@@ -75,18 +86,37 @@ def encode(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the vectors go: float32 .npy.")],
     prompt: Annotated[str | None, typer.Option(metavar="P", help="Put before every text.")] = None,
     device: DeviceOption = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Read the model block by block; it need not fit in memory.")] = False,
 ) -> None:
     """Embed texts."""
-    from compress.measure.texts import read_texts
+    from compress.texts import read_texts
 
     lines = read_texts(texts)
     with stoppable():
         from compress.loading import load
         from compress.models.checkpoint import save_array
 
-        vectors = load(model, device=device).encode(lines, prompt)
+        vectors = load(model, device=device, stream=stream).encode(lines, prompt)
         save_array(output, vectors)
     print(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]} dimensions")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a run or a hub name.")],
+    device: DeviceOption = None,
+    dtype: Annotated[str | None, typer.Option(metavar="T", help="float32, float16 or bfloat16.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Read the model block by block; it need not fit in memory.")] = False,
+) -> None:
+    """Run the example of a model's card and compare with the scores that the card prints; exit code 1 where they differ."""
+    with stoppable():
+        from compress.verify import describe
+        from compress.verify import verify as verify_model
+
+        found = verify_model(model, device=device, dtype=dtype, stream=stream)
+    print(describe(found))
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

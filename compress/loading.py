@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import UserError, nearest
+from compress.memory import available_memory_bytes, gigabytes
 from compress.models.checkpoint import fingerprint
 from compress.models.shape import ModelShape, known_shape, read_shape
 from compress.models.variant import VariantInfo, is_variant
+from compress.random_checkpoint import PREFIX, RandomSpec, is_random, random_checkpoint, random_shape
 
 if TYPE_CHECKING:
     from compress.models.embedder import Embedder
 
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Files of a model on the hub that are worth downloading: never a pickle, never code.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md", "1_Pooling/*", "2_Normalize/*"]
 
@@ -43,6 +47,11 @@ class Source:
     folder: Path
 
     @property
+    def is_random(self) -> bool:
+        """Whether its weights are random, so that its vectors mean nothing."""
+        return not VariantInfo.read(self.folder).pretrained if self.is_variant else is_random(self.folder)
+
+    @property
     def is_variant(self) -> bool:
         """Whether it is a variant that this workbench wrote."""
         return is_variant(self.folder)
@@ -63,11 +72,18 @@ class Source:
 
 
 def find(model: str) -> Source:
-    """Find a model's folder: a built-in name, a folder (of a model, a variant or a run), or a hub name, which is downloaded.
+    """Find a model's folder.
+
+    Args:
+        model: a built-in name; a folder (of a model, a variant or a run); a hub name, which is downloaded; or one of these between
+            `random:` and overrides of its config (`random:nvidia/NV-Embed-v2,num_hidden_layers=8`), which is written.
 
     Raises:
-        UserError: it is nowhere, or the hub cannot be reached.
+        UserError: it is nowhere, the hub cannot be reached, or the disk has no room.
     """
+    if model.startswith(PREFIX):
+        spec = RandomSpec.parse(model)
+        return Source(spec.name, random_checkpoint(spec, _folder_without_weights(spec.model)))
     if model in BUILT_IN:
         return Source(model, BUILT_IN[model]())
     folder = Path(model)
@@ -78,12 +94,19 @@ def find(model: str) -> Source:
     raise UserError(f"model {model!r}: not a folder, a hub name (owner/name) or a built-in model", nearest(model, BUILT_IN))
 
 
-def _download(name: str) -> Path:
+def _folder_without_weights(model: str) -> Path | None:
+    """Return a folder with a model's config and tokenizer; None where the project knows the shape and needs none."""
+    if model in BUILT_IN or Path(model).is_dir():
+        return find(model).folder
+    return None if known_shape(model) else _download(model, [pattern for pattern in HUB_PATTERNS if "safetensors" not in pattern])
+
+
+def _download(name: str, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except RepositoryNotFoundError as error:
         raise UserError(f"model {name!r}: no such folder here and no such model on the hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -100,6 +123,12 @@ def find_shape(model: str) -> ModelShape:
     Raises:
         UserError: as `find` does.
     """
+    if model.startswith(PREFIX):
+        spec = RandomSpec.parse(model)
+        known = known_shape(spec.model)
+        if known is not None and not spec.overrides:
+            return dataclasses.replace(known, name=spec.name)
+        return random_shape(spec, _folder_without_weights(spec.model))
     if not Path(model).is_dir() and model not in BUILT_IN:
         shape = known_shape(model)
         if shape is not None:
@@ -121,7 +150,8 @@ def load(
     """Load an embedder.
 
     Args:
-        model: a built-in name (`minilm`), the folder of a model, a variant or a run, or a name on the hub.
+        model: a built-in name (`minilm`), the folder of a model, a variant or a run, a name on the hub, or `random:` and one of
+            these; see `find`.
         device: `cpu`, `cuda`, `cuda:1`; by default the GPU where there is one.
         dtype: compute dtype, `float32`, `float16` or `bfloat16`; by default float32 on a CPU and float16 on a GPU.
         compile: run the network through `torch.compile` (needs a C++ compiler).
@@ -134,12 +164,30 @@ def load(
     return open_source(find(model), device=device, dtype=dtype, compile=compile, stream=stream)
 
 
+def _check_fits(source: Source, dtype: str | None) -> None:
+    """See that a model fits in memory, where the operating system would otherwise end the process for it.
+
+    Raises:
+        UserError: it does not.
+    """
+    shape = read_shape(source.name, source.folder)
+    needed = shape.bytes if source.is_variant else shape.parameters * DTYPE_BYTES[dtype or "float32"]
+    free = available_memory_bytes()
+    if needed > free:
+        raise UserError(
+            f"model {source.name!r}: takes {gigabytes(needed)} of memory in {dtype or 'float32'}, {gigabytes(free)} are free",
+            "read it block by block instead: --stream, or stream=True; or a smaller dtype",
+        )
+
+
 def open_source(
     source: Source, *, device: str | None = None, dtype: str | None = None, compile: bool = False, stream: bool = False
 ) -> Embedder:
     """Load the embedder of a model that was found; see `load`."""
     from compress.runtimes import torch_runtime
 
+    if not stream and torch_runtime.pick_device(device).type == "cpu":
+        _check_fits(source, dtype)
     if stream:
         if compile:
             raise ValueError("compile and stream exclude each other")

@@ -8,9 +8,9 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,16 +19,18 @@ from ruamel.yaml import YAML
 
 from compress.apply import make_variant
 from compress.assemble import RECIPE_FILE, VARIANT, Findings, assemble, gpu_name
-from compress.errors import UserError
-from compress.loading import Source, find, open_source
+from compress.errors import UserError, nearest
+from compress.loading import DTYPE_BYTES, Source, find, open_source
 from compress.measure.fidelity import Fidelity, cosines, fidelity
 from compress.measure.speed import Candidate, Speed, measure_speed
-from compress.measure.texts import measure_texts
+from compress.memory import available_memory_bytes, gigabytes
 from compress.models.shape import read_shape
 from compress.models.variant import VariantInfo
 from compress.plan import make_plan
-from compress.recipe import Recipe, read_recipe
+from compress.random_checkpoint import PREFIX as RANDOM
+from compress.recipe import Recipe, read_recipe, steps_for
 from compress.record import RECORD_FILE, Journal, Record, Step, machine, versions
+from compress.texts import measure_texts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +54,7 @@ def run(
     output: Path | str = "results",
     device: str | None = None,
     fresh: bool = False,
+    compress_only: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Record:
     """Run a recipe and leave its folder under `output`.
@@ -65,12 +68,23 @@ def run(
         output: folder of the runs; the run's own name follows from recipe, model and what else decides its result.
         device: `cpu` or `cuda`; by default the GPU where there is one.
         fresh: forget an earlier run of the same name, whole or stopped, instead of returning or continuing it.
+        compress_only: measure nothing; overrides `evaluate.tasks` and `measure.what`.
         say: told each step as it ends, a line; by default they go to standard error.
 
     Raises:
         UserError: what a user can mend; found before anything is computed wherever possible.
     """
+    if tasks is not None and not tasks:
+        raise UserError("no tasks are named", "--tasks takes mini, or names of mteb's tasks")
     resolved = _override(recipe if isinstance(recipe, Recipe) else read_recipe(recipe), model, data, tasks, texts)
+    if compress_only:
+        nothing = {
+            "evaluate": resolved.evaluate.model_copy(update={"tasks": ()}),
+            "measure": resolved.measure.model_copy(update={"what": ()}),
+        }
+        resolved = resolved.model_copy(update=nothing)
+    elif resolved.model.startswith(RANDOM) and tasks:
+        raise UserError(f"model {resolved.model!r}: accuracy cannot be measured on random weights", "leave --tasks out")
     return _Run(resolved, Path(output), device, say or (lambda line: print(line, file=sys.stderr, flush=True))).finish(fresh)
 
 
@@ -99,7 +113,7 @@ class _Run:
     def __init__(self, recipe: Recipe, output: Path, device: str | None, say: Callable[[str], None]) -> None:
         from compress.measure.tasks import find_tasks
 
-        self.recipe, self.output, self.say = recipe, output, say
+        self.output, self.say = output, say
         self.source = find(recipe.model)
         if self.source.is_variant:
             raise UserError(
@@ -107,15 +121,31 @@ class _Run:
                 f"start from the model it was made from: {VariantInfo.read(self.source.folder).base}",
             )
         self.shape = read_shape(self.source.name, self.source.folder)
-        self.plan = make_plan(recipe, self.shape, output)
+        self.recipe = self._resolved(recipe)
+        self.plan = make_plan(self.recipe, self.shape, output)
         _check_writable(output)
-        self.texts = measure_texts(recipe.measure.texts, recipe.measure.count, recipe.seed)
-        self.tasks: list[Task] = find_tasks(recipe.evaluate.tasks, Path(recipe.evaluate.data) if recipe.evaluate.data else None)
+        evaluate, measure = self.recipe.evaluate, self.recipe.measure
+        self.texts = measure_texts(measure.texts, measure.count, recipe.seed) if measure.what else []
+        self.tasks: list[Task] = (
+            find_tasks(evaluate.tasks, Path(evaluate.data) if evaluate.data else None) if evaluate.tasks else []
+        )
+        _check_prompts(evaluate.prompts, self.tasks)
         self.device = _device(device)
         self.fingerprint = self.source.fingerprint()
-        self.name = f"{recipe.name}-{self.source.name.split('/')[-1]}-{self._identity()}"
+        short = ("random-" if self.source.is_random else "") + self.source.name.split("/")[-1].split(",")[0].removeprefix(RANDOM)
+        self.name = f"{recipe.name}-{short}-{self._identity()}"
         self.folder = output / f".{self.name}.partial"
         self.journal = Journal(self.folder / JOURNAL)
+
+    def _resolved(self, recipe: Recipe) -> Recipe:
+        """Fill in what depends on the model: the fold, and nothing of accuracy where the weights are random."""
+        recipe = recipe.model_copy(update={"steps": steps_for(recipe, self.shape)})
+        if not self.source.is_random or not (recipe.evaluate.tasks or "fidelity" in recipe.measure.what):
+            return recipe
+        self.say(f"{self.source.name}: random weights, so accuracy and fidelity are not measured")
+        what = tuple(part for part in recipe.measure.what if part != "fidelity")
+        evaluate, measure = recipe.evaluate.model_copy(update={"tasks": ()}), recipe.measure.model_copy(update={"what": what})
+        return recipe.model_copy(update={"evaluate": evaluate, "measure": measure})
 
     def _identity(self) -> str:
         """Hash everything that decides the result: another recipe, model, data, package set or machine is another run."""
@@ -150,12 +180,18 @@ class _Run:
         self.journal.folder.mkdir(parents=True, exist_ok=True)
 
         steps = tuple(Step(**step) for step in self.journal.once("steps", self._make_variant)["steps"])
-        reference = self._reference()
-        scores = self._scores(reference)
-        agreement = Fidelity(**self.journal.once("fidelity", lambda: self._fidelity(reference).model_dump()))
-        self.say(f"fidelity: cosine mean {agreement.cosine_mean:.5f}, min {agreement.cosine_min:.5f}")
-        speeds = {name: Speed(**speed) for name, speed in self.journal.once("speed", self._speed).items()}
-        found = Findings(steps, f"{reference.dtype}: {reference.why}", scores, agreement, speeds)
+        found = Findings(steps, "none: nothing was compared", {}, None, {})
+        what = self.recipe.measure.what
+        if self.tasks or "fidelity" in what:
+            reference = self._reference()
+            found = replace(found, baseline=f"{reference.dtype}: {reference.why}", scores=self._scores(reference))
+            if "fidelity" in what:
+                agreement = Fidelity(**self.journal.once("fidelity", lambda: self._fidelity(reference).model_dump()))
+                self.say(f"fidelity: cosine mean {agreement.cosine_mean:.5f}, min {agreement.cosine_min:.5f}")
+                found = replace(found, agreement=agreement)
+        if "speed" in what:
+            speeds = {name: Speed(**speed) for name, speed in self.journal.once("speed", self._speed).items()}
+            found = replace(found, speeds=speeds)
         return self._keep(assemble(self.name, self.recipe, self.source, self.shape, self.folder, self.device, found), final)
 
     def _make_variant(self) -> dict[str, Any]:
@@ -164,7 +200,15 @@ class _Run:
 
     def _open(self, role: str, dtype: str | None) -> Embedder:
         source = Source(f"{self.name} {role}", self.folder / VARIANT) if role == VARIANT else self.source
-        return open_source(source, device=self.device, dtype=dtype)
+        needed = self.plan.variant_bytes if role == VARIANT else self.shape.parameters * DTYPE_BYTES[dtype or "float32"]
+        stream = not self._fits(needed)
+        if stream:
+            self.say(f"{role}: {gigabytes(needed)} do not fit in memory; read block by block")
+        return open_source(source, device=self.device, dtype=dtype, stream=stream)
+
+    def _fits(self, needed: int) -> bool:
+        """Whether so many bytes of weights fit beside what running takes; a GPU is left to say so itself."""
+        return self.device != "cpu" or needed + self.plan.run_memory_bytes - self.plan.variant_bytes < available_memory_bytes()
 
     def _reference(self) -> _Reference:
         """Choose the baseline's precision: float16, or float32 in its place on a CPU once both are seen to agree."""
@@ -201,7 +245,7 @@ class _Run:
     def _score(self, embedder: Callable[[], Embedder], task: Task) -> dict[str, Any]:
         from compress.measure.accuracy import evaluate
 
-        return evaluate(embedder(), task, self.recipe.measure.batch_tokens).model_dump()
+        return evaluate(embedder(), task, self.recipe.measure.batch_tokens, self.recipe.evaluate.prompts).model_dump()
 
     def _fidelity(self, reference: _Reference) -> Fidelity:
         vectors: list[Vectors] = []
@@ -227,7 +271,8 @@ class _Run:
     def _speed(self) -> dict[str, Any]:
         """Measure baselines and variant in fresh processes."""
         candidates = {
-            dtype: Candidate({"model": str(self.source.folder), "device": self.device, "dtype": dtype}) for dtype in self._dtypes()
+            dtype: Candidate({"model": str(self.source.folder), "device": self.device, "dtype": dtype})
+            for dtype in self._dtypes_that_fit()
         }
         candidates[VARIANT] = Candidate({"model": str(self.folder / VARIANT), "device": self.device})
         measure = self.recipe.measure
@@ -242,9 +287,31 @@ class _Run:
         )
         return {name: speed.model_dump() for name, speed in speeds.items()}
 
+    def _dtypes_that_fit(self) -> list[str]:
+        """Leave out baselines that do not fit in memory beside the variant, the largest first; all are held at once."""
+        dtypes = list(self._dtypes())
+        while dtypes and not self._fits(
+            self.plan.variant_bytes + sum(self.shape.parameters * DTYPE_BYTES[dtype] for dtype in dtypes)
+        ):
+            largest = max(dtypes, key=DTYPE_BYTES.__getitem__)
+            self.say(f"speed: the {largest} baseline does not fit in memory beside the others; it is left out")
+            dtypes.remove(largest)
+        if not dtypes and not self._fits(self.plan.variant_bytes):
+            raise UserError(f"speed: the variant's {gigabytes(self.plan.variant_bytes)} do not fit in memory", "measure.what: []")
+        return dtypes
+
     def _dtypes(self) -> tuple[str, ...]:
-        """Precisions that speed is compared with; the first is the one that gates look at."""
-        return ("float32", "bfloat16") if self.device == "cpu" else ("float16",)
+        """Precisions that speed is compared with; the first is the one that gates look at.
+
+        bfloat16 only where the CPU multiplies it; elsewhere it is several times slower than float32 and no baseline at all.
+        """
+        if self.device != "cpu":
+            return ("float16",)
+        import torch
+
+        from compress.layers.float_layers import has_onednn_linear
+
+        return ("float32", "bfloat16") if has_onednn_linear(torch.bfloat16) else ("float32",)
 
     def _keep(self, record: Record, final: Path) -> Record:
         """Complete the run's folder and give it its name."""
@@ -257,6 +324,20 @@ class _Run:
         shutil.rmtree(final, ignore_errors=True)  # a record whose variant was taken away
         self.folder.rename(final)
         return record
+
+
+def _check_prompts(prompts: Mapping[str, str], tasks: Sequence[Task]) -> None:
+    """See that every prompt of the recipe is one that a task of the run looks for.
+
+    Raises:
+        UserError: one is not.
+    """
+    roles = ("query", "document")
+    owners = {name for task in tasks for name in (task.name, task.mteb.metadata.type)}
+    known = owners | {f"{owner}-{role}" for owner in owners for role in roles} | set(roles)
+    for name in prompts:
+        if name not in known:
+            raise UserError(f"evaluate.prompts: no task of this run looks for {name!r}", nearest(name, sorted(known)))
 
 
 def _check_writable(output: Path) -> None:

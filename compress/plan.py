@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -12,17 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from compress.errors import UserError
+from compress.memory import available_memory_bytes, gigabytes
 from compress.models.shape import ModelShape
-from compress.recipe import Recipe
-from compress.record import memory_bytes
+from compress.recipe import Recipe, steps_for
 
 # What the estimates of time rest on; rough by nature, and said to be so where they are printed.
 MEMORY_BYTES_PER_SECOND = 2e9  # elementwise passes over weights and reading files
+DISK_BYTES_PER_SECOND = 2.5e8  # writing, safe from power cuts
 EMBEDDED_TASK_TOKENS = 45_000  # the embedded suite, once
 PROCESS_SECONDS = 8  # starting a process that measures
 TYPICAL_LENGTH = 64  # tokens, of the texts that speed is measured on
 CPU_BATCH_TOKENS = 1_024  # `torch_embedder.BATCH_TOKENS`, which cannot be read without torch
-FLOAT32_BYTES = 4
 # Beside weights and live arrays: compiled kernels, the threads' buffers, and freed blocks that the allocator keeps, measured as
 # much again as the arrays that live at once.
 RUNTIME_BYTES = 96e6
@@ -39,7 +38,7 @@ class Plan:
     half_bytes: int
     variant_bytes: int
     apply_memory_bytes: int
-    """Most memory while compressing: the model in float32, what a step adds, and the variant's own tensors."""
+    """Most memory while compressing: one segment of the model as it becomes, what a step adds, and the runtime's own."""
     run_memory_bytes: int
     """Most anonymous memory above the imports while the variant encodes: stored bytes, activations, the runtime's own."""
     apply_seconds: float
@@ -57,7 +56,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         UserError: a step does not fit the model (a pattern that matches none of its layers, say).
     """
     after, step_memory, touched, notes = shape.as_stored(), 0, 0, []
-    for index, step in enumerate(recipe.steps):
+    for index, step in enumerate(steps_for(recipe, shape)):
         try:
             estimate = step.estimate(after)
         except ValueError as error:
@@ -66,7 +65,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         step_memory = max(step_memory, estimate.memory_bytes)
         touched += estimate.bytes_touched
         notes.append(f"{step.method}: {estimate.note}")
-    model_bytes, variant_bytes = shape.parameters * FLOAT32_BYTES, after.bytes
+    variant_bytes = after.bytes
     activations = ALLOCATOR_FACTOR * shape.activation_bytes(recipe.measure.batch_tokens or CPU_BATCH_TOKENS) + int(RUNTIME_BYTES)
     rate = _float_operations_per_second()
     encode = shape.flops_per_token(TYPICAL_LENGTH) / rate
@@ -78,9 +77,9 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         steps=tuple(notes),
         half_bytes=shape.half_bytes,
         variant_bytes=variant_bytes,
-        apply_memory_bytes=model_bytes + step_memory + variant_bytes,
+        apply_memory_bytes=shape.largest_segment_bytes + step_memory + int(RUNTIME_BYTES),
         run_memory_bytes=variant_bytes + activations,
-        apply_seconds=(touched + model_bytes + variant_bytes) / MEMORY_BYTES_PER_SECOND,
+        apply_seconds=(touched + shape.bytes) / MEMORY_BYTES_PER_SECOND + variant_bytes / DISK_BYTES_PER_SECOND,
         evaluate_seconds=2 * EMBEDDED_TASK_TOKENS * encode if mini_only else None,
         measure_seconds=3 * (PROCESS_SECONDS + (recipe.measure.rounds + 1) * texts_tokens * encode),
         problems=(),
@@ -90,7 +89,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
 
 def _problems(plan: Plan, output: Path) -> list[str]:
     problems = []
-    memory = min(available_memory_bytes(), memory_bytes())
+    memory = available_memory_bytes()
     for what, needed in (("compressing", plan.apply_memory_bytes), ("running the variant", plan.run_memory_bytes)):
         if needed > memory:
             problems.append(f"{what} takes {gigabytes(needed)} of memory, {gigabytes(memory)} are free")
@@ -101,15 +100,6 @@ def _problems(plan: Plan, output: Path) -> list[str]:
     return problems
 
 
-def available_memory_bytes() -> int:
-    """Return the memory that new work can have without swapping, or all of it where the kernel does not say."""
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.M)
-    except OSError:
-        found = None
-    return int(found.group(1)) * 1024 if found else memory_bytes()
-
-
 def _float_operations_per_second() -> float:
     """Time a small float32 product with numpy: what this CPU does, to within a factor that estimates may be off by."""
     a = np.ones((512, 512), dtype=np.float32)
@@ -118,11 +108,6 @@ def _float_operations_per_second() -> float:
     a @ a
     a @ a
     return 2 * 2 * 512**3 / max(time.perf_counter() - start, 1e-6)
-
-
-def gigabytes(count: float) -> str:
-    """Write a number of bytes for people: MB (10^6) below 1 GB (10^9), two decimals above."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from compress.errors import UserError, nearest
 from compress.methods import METHODS, method_class
 from compress.methods.base import Method
+from compress.models.shape import ModelShape
 
 Fault = tuple[int, str]
 """A line, from 1 (0 where there is no file), and what is wrong there."""
@@ -26,10 +27,13 @@ class Section(BaseModel):
 
 
 class Evaluate(Section):
-    """Which tasks measure accuracy."""
+    """Which tasks measure accuracy; none: it is not measured."""
 
     tasks: tuple[str, ...] = ("mini",)
     """Task names of the mteb package, or `mini`: the embedded suite, which needs no network and no data."""
+    prompts: dict[str, str] = {}
+    """Prompts in the place of the model's own, as they stand before the texts, by task (`STSBenchmark`), by task and role
+    (`SciFact-query`, `SciFact-document`), by type of task (`Classification`) or by role (`query`)."""
     data: str | None = None
     """A folder with the tasks' data, `<task>[/<subset>]/<split>.jsonl[.gz]`; without it the tasks come from the hub."""
     baseline: Literal["auto", "float16", "float32"] = "auto"
@@ -40,6 +44,8 @@ class Evaluate(Section):
 class Measure(Section):
     """What else is measured, and on what."""
 
+    what: tuple[Literal["fidelity", "speed"], ...] = ("fidelity", "speed")
+    """`fidelity`: how close the vectors are to the baseline's; `speed`: throughput, latency and memory. Empty: neither."""
     texts: str = "mini"
     """Texts for speed, memory and fidelity: a JSONL file with `text` (`.gz` allowed) or a plain text file with one a line; `mini`:
     texts of mixed lengths made from the embedded suite."""
@@ -83,6 +89,8 @@ class Recipe(Section):
     """What executes the variant."""
     seed: int = 0
     """Seed of everything that is sampled."""
+    fold: bool = True
+    """Whether a model with NV-Embed's latent-attention head has it folded before the steps, which loses nothing."""
     steps: tuple[SerializeAsAny[Method], ...] = ()
     """Methods, in the order of their application."""
     evaluate: Evaluate = Evaluate()
@@ -90,6 +98,13 @@ class Recipe(Section):
     gates: Gates = Gates()
     export: tuple[Literal["variant"], ...] = ("variant",)
     """What the run's folder keeps besides the record: `variant`, the model that was measured. Empty: the record alone."""
+
+
+def steps_for(recipe: Recipe, shape: ModelShape) -> tuple[Method, ...]:
+    """Return the steps that a recipe takes on a model: its own, after the exact fold where that applies and is not among them."""
+    fold = method_class("fold")(method="fold")
+    named = any(step.method == "fold" for step in recipe.steps)
+    return (fold, *recipe.steps) if recipe.fold and not named and fold.fits(shape) else recipe.steps
 
 
 def read_recipe(path: Path | str) -> Recipe:

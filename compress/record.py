@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compress.errors import UserError
+from compress.memory import memory_bytes
 from compress.models.checkpoint import write_text_atomic
 
 RECORD_FILE = "record.json"
@@ -55,7 +56,8 @@ class Model(Part):
     fingerprint: str
     architecture: str
     licence: str | None
-    weights: Literal["pretrained"]
+    weights: Literal["pretrained", "random"]
+    """`random`: only sizes, speed and memory mean anything."""
     parameters: int
     dimension: int
     max_length: int
@@ -126,11 +128,11 @@ class Record(Part):
     model: Model
     steps: tuple[Step, ...]
     baseline: str
-    """Precision of the baseline's vectors, and why."""
+    """Precision of the baseline's vectors, and why; or why nothing was compared with it."""
     tasks: tuple[TaskRow, ...]
-    retained: float
-    """Mean score of the variant over that of the baseline."""
-    fidelity: dict[str, Any]
+    retained: float | None
+    """Mean score of the variant over that of the baseline; None where accuracy was not measured."""
+    fidelity: dict[str, Any] | None
     rows: tuple[Row, ...]
     measured_on: str
     gates: tuple[GateResult, ...]
@@ -228,8 +230,3 @@ def machine(gpu: str | None) -> Machine:
         gpu=gpu,
         system=f"{platform.system()} {platform.machine()}",
     )
-
-
-def memory_bytes() -> int:
-    """Return the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from compress.plan import gigabytes
+from compress.memory import gigabytes
 from compress.record import Record
 
 WIDTH = 120  # fixed, so that what is quoted looks the same wherever it was printed
@@ -15,7 +18,13 @@ WIDTH = 120  # fixed, so that what is quoted looks the same wherever it was prin
 def print_record(record: Record, console: Console | None = None) -> None:
     """Print tasks, fidelity, speed, memory, size and verdict."""
     console = console or Console(width=WIDTH, highlight=False)
-    console.print(_tasks(record), _fidelity(record), _rows(record), sep="\n", soft_wrap=True)
+    if record.model.weights == "random":
+        console.print(f"{record.run}: random weights, so nothing is said of accuracy", soft_wrap=True)
+    if record.tasks:
+        console.print(_tasks(record))
+    if record.fidelity:
+        console.print(_fidelity(record.fidelity), soft_wrap=True)
+    console.print(_rows(record))
     for gate in record.gates:
         bound = "at most" if gate.name == "size_ratio" else "at least"
         console.print(f"gate {gate.name}: {gate.value:.4f}, {bound} {gate.bound:g} wanted: {'kept' if gate.kept else 'MISSED'}")
@@ -47,8 +56,7 @@ def _tasks(record: Record) -> Table:
     return table
 
 
-def _fidelity(record: Record) -> str:
-    agreement = record.fidelity
+def _fidelity(agreement: Mapping[str, Any]) -> str:
     return (
         f"fidelity on {agreement['texts']} texts: cosine mean {agreement['cosine_mean']:.5f}, p1 {agreement['cosine_p1']:.5f}, "
         f"min {agreement['cosine_min']:.5f}; neighbour overlap@10 {agreement['overlap_at_10']:.3f}"
@@ -56,9 +64,10 @@ def _fidelity(record: Record) -> str:
 
 
 def _rows(record: Record) -> Table:
-    threads = (record.rows[0].speed or {}).get("threads")
+    threads = record.rows[0].speed["threads"] if record.rows[0].speed else None
+    measured = f"{record.measured_on}; {record.machine.gpu or record.machine.cpu}, {threads} threads" if threads else None
     table = Table(
-        title=f"{record.measured_on}; {record.machine.gpu or record.machine.cpu}, {threads} threads",
+        title=measured,
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -76,10 +85,14 @@ def _rows(record: Record) -> Table:
     ):
         table.add_column(heading, justify="right")
     for row in record.rows:
-        speed = row.speed or {}
+        name = row.name if row.role == "baseline" else f"{row.weights} x {row.activations}"
+        if row.speed is None:
+            table.add_row(name, *("-" for _ in table.columns[2:]), gigabytes(row.size_bytes))
+            continue
+        speed = row.speed
         peak = speed["gpu_peak_bytes"] if record.machine.gpu else speed["peak_bytes"]
         table.add_row(
-            row.name if row.role == "baseline" else f"{row.weights} x {row.activations}",
+            name,
             f"{speed['texts_per_second']:.0f}",
             f"{speed['tokens_per_second']:,.0f}",
             *(f"{row.speedup[name]:.2f}x" if name in row.speedup else "1" for name in baselines),

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tests_support import SHARED
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModel, BertConfig, MistralConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
-from compress.measure.texts import suite_texts
+from compress.texts import suite_texts
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ MakeModel = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """Write a tiny random sentence-transformers folder: `make_model("bert" | "mistral", pooling, normalize, ...)`."""
+    """Write a tiny random sentence-transformers folder: `make_model(transformers' model_type, pooling, normalize, ...)`."""
 
     def make(
         kind: str = "bert",
@@ -62,14 +62,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Temp
         folder = tmp_path_factory.mktemp(kind)
         torch.manual_seed(0)
         sizes = {"vocab_size": 600, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
-        config = (
-            BertConfig(**sizes, max_position_embeddings=64, initializer_range=0.2)
-            if kind == "bert"
-            else MistralConfig(
-                **sizes, num_key_value_heads=2, head_dim=12, max_position_embeddings=64, sliding_window=None, initializer_range=0.2
-            )
-        )
-        AutoModel.from_config(config).save_pretrained(folder)
+        sizes |= {"max_position_embeddings": 66, "initializer_range": 0.2, "pad_token_id": 0}
+        if kind not in ("bert", "roberta", "modernbert"):
+            sizes |= {"num_key_value_heads": 2, "head_dim": 12}
+        if kind in ("mistral", "qwen2", "qwen3"):
+            sizes |= {"sliding_window": None}
+        if kind in ("modernbert", "gemma3_text"):  # layers of two kinds, each with a mask and rotary angles of its own
+            sizes |= {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+            sizes |= {"local_attention": 8, "initializer_cutoff_factor": 2.0} if kind == "modernbert" else {"sliding_window": 4}
+        AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + ([("2_Normalize", "Normalize")] if normalize else [])
         entries = [

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "compress"
 # From left to right; a room imports itself and rooms to its right.
 LEVELS = [
     ["cli"],
-    ["pipeline", "report"],
+    ["pipeline", "report", "verify"],
     ["apply", "assemble"],
     ["plan"],
     ["recipe"],
@@ -22,14 +22,29 @@ LEVELS = [
     ["methods"],
     ["measure"],
     ["loading"],
+    ["random_checkpoint"],
     ["runtimes"],
     ["walk"],
     ["models"],
     ["layers"],
-    ["errors", "data", "cache"],
+    ["texts", "cache", "memory"],
+    ["errors", "data"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-NO_TORCH = ["recipe", "plan", "record", "errors", "methods", "loading", "report", "cli", "models/embedder.py", "models/tokens.py"]
+NO_TORCH = [
+    "recipe",
+    "plan",
+    "record",
+    "errors",
+    "methods",
+    "loading",
+    "random_checkpoint",
+    "texts",
+    "report",
+    "cli",
+    "models/embedder.py",
+    "models/tokens.py",
+]
 
 
 def room_of(path: Path) -> str:

@@ -73,7 +73,7 @@ def test_fidelity_and_scores_are_those_of_the_saved_variant(finished: tuple[Reco
     """Measured independently of the pipeline: the record's figures belong to the file in the run's folder."""
     from compress.measure.fidelity import fidelity
     from compress.measure.tasks import find_tasks
-    from compress.measure.texts import mixed_texts
+    from compress.texts import mixed_texts
 
     record, folder = finished
     texts = mixed_texts(24, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import mteb
@@ -36,10 +37,10 @@ class TaskScore(BaseModel):
 class MtebEncoder(AbsEncoder):  # type: ignore[misc]
     """An Embedder as mteb's tasks call it."""
 
-    def __init__(self, embedder: Embedder, batch_tokens: int | None = None) -> None:
+    def __init__(self, embedder: Embedder, batch_tokens: int | None = None, prompts: Mapping[str, str] | None = None) -> None:
         self.embedder = embedder
         self.batch_tokens = batch_tokens
-        self.model_prompts = embedder.spec.prompts or None
+        self.model_prompts = {**embedder.spec.prompts, **(prompts or {})} or None
         # mteb files results under owner/name; ours go into the record.
         self.mteb_model_meta = ModelMeta.create_empty({"name": f"compress/{embedder.name.replace('/', '--')}", "revision": "local"})
         self.prompts_used: dict[str, str] = {}
@@ -47,9 +48,9 @@ class MtebEncoder(AbsEncoder):  # type: ignore[misc]
     def encode(
         self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any
     ) -> Vectors:
-        """Embed the texts of a data loader with the model's own prompt for the task and role, if it has one."""
+        """Embed the texts of a data loader with the prompt for the task and role, if there is one."""
         name = self.get_prompt_name(task_metadata, prompt_type)
-        prompt = self.embedder.spec.prompts[name] if name else self.embedder.spec.default_prompt
+        prompt = self.model_prompts[name] if name and self.model_prompts else self.embedder.spec.default_prompt
         self.prompts_used[prompt_type.value if prompt_type else "text"] = prompt
         texts = [text for batch in inputs for text in batch["text"]]
         # mteb passes the same text many times over in some tasks; each is embedded once.
@@ -59,13 +60,15 @@ class MtebEncoder(AbsEncoder):  # type: ignore[misc]
         return vectors[np.fromiter((row[text] for text in texts), dtype=np.intp, count=len(texts))]
 
 
-def evaluate(embedder: Embedder, task: Task, batch_tokens: int | None = None) -> TaskScore:
-    """Score an embedder on a task.
+def evaluate(
+    embedder: Embedder, task: Task, batch_tokens: int | None = None, prompts: Mapping[str, str] | None = None
+) -> TaskScore:
+    """Score an embedder on a task; `prompts` go before the model's own of the same name.
 
     Raises:
         UserError: the task's data is not local and the hub cannot be reached.
     """
-    encoder = MtebEncoder(embedder, batch_tokens)
+    encoder = MtebEncoder(embedder, batch_tokens, prompts)
     start = time.perf_counter()
     try:
         result = mteb.evaluate(

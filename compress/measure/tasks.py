@@ -17,7 +17,7 @@ from mteb.abstasks import AbsTask, AbsTaskClassification, AbsTaskRetrieval, AbsT
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from compress.errors import UserError, nearest
-from compress.measure.texts import SUITE, read_jsonl, read_lines
+from compress.texts import SUITE, read_jsonl, read_lines
 
 MINI = "mini"
 SUFFIXES = (".jsonl.gz", ".jsonl")

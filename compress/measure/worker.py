@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-from compress.measure.memory import PeakAnonymous, anonymous_bytes, release_free_pages
+from compress.memory import PeakAnonymous, anonymous_bytes, release_free_pages
 
 
 class Worker:

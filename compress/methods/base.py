@@ -36,6 +36,14 @@ class Method(BaseModel):
 
     method: str
 
+    def fits(self, shape: ModelShape) -> bool:
+        """Whether the step can be applied to a model of this shape."""
+        try:
+            self.estimate(shape)
+        except ValueError:
+            return False
+        return True
+
     @abstractmethod
     def estimate(self, shape: ModelShape) -> Estimate:
         """Say what `apply` would do to a model of this shape.

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import MistralConfig, MistralModel
 
+from compress.errors import UserError
 from compress.models.spec import EmbedderSpec, Pooling, read_json
 from compress.models.torch_embedder import TorchEmbedder
 
@@ -54,15 +55,25 @@ def read_nv_config(folder: Path) -> tuple[MistralConfig, dict[str, Any]]:
 
 
 def read_nv_spec(folder: Path) -> EmbedderSpec:
-    """Return NV-Embed's conventions: EOS as text, the instruction not pooled, its instruction for each MTEB task."""
+    """Return NV-Embed's conventions: EOS as text, the instruction not pooled, its instruction for each MTEB task.
+
+    Version 1 has the same keys and the same config, so it loads too; its weights were never at hand here.
+
+    Raises:
+        UserError: the config asks for what neither version does.
+    """
     backbone, latent = read_nv_config(folder)
+    config = read_json(folder / "config.json")
+    for key, only in (("mask_type", "b"), ("padding_side", "right")):
+        if config.get(key, only) != only:
+            raise UserError(f"{folder / 'config.json'}: {key} {config[key]!r} is not supported, {only!r} is")
     settings = folder / "sentence_bert_config.json"
     longest = read_json(settings).get("max_seq_length") if settings.exists() else None
     return EmbedderSpec(
         pooling=Pooling.MEAN,
-        pool_prompt=False,
+        pool_prompt=not config.get("is_mask_instruction", True),
         prompt_specials=False,
-        suffix=EOS,
+        suffix=EOS if config.get("add_eos", True) else "",
         normalize=bool(latent["output_normalize"]),
         max_length=min(longest or backbone.max_position_embeddings, backbone.max_position_embeddings),
         prompts=instruction_prompts(),

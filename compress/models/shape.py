@@ -68,6 +68,17 @@ class ModelShape:
         return {name.removesuffix(".weight"): info for name, info in self.tensors.items() if is_block_linear(name, len(info.shape))}
 
     @property
+    def largest_segment_bytes(self) -> int:
+        """Bytes of the largest stretch in memory at once when the model is streamed: a block, the embeddings or the head."""
+        sizes: dict[str, int] = {}
+        for name, info in self.tensors.items():
+            block = _BLOCK.search(name)
+            # Outside of blocks embeddings, norm and head are segments of their own; their first names tell them apart.
+            segment = block.group(0) if block else name.partition(".")[0]
+            sizes[segment] = sizes.get(segment, 0) + info.parameters * HALF_BYTES
+        return max(sizes.values())
+
+    @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self._backbone["hidden_size"])
@@ -124,12 +135,25 @@ def read_shape(name: str, folder: Path) -> ModelShape:
 
 def known_shape(name: str) -> ModelShape | None:
     """Return the shape of a model whose tensors the project lists, without any file of the model; None if it is not listed."""
+    listing = _listing(name)
+    if listing is None:
+        return None
+    tensors = {key: TensorInfo(dtype, tuple(shape)) for key, (dtype, shape) in listing["tensors"].items()}
+    return ModelShape(name, tensors, listing["config"])
+
+
+def known_config(name: str) -> dict[str, Any] | None:
+    """Return the config of a model whose tensors the project lists; None if it is not listed."""
+    listing = _listing(name)
+    return None if listing is None else listing["config"]
+
+
+def _listing(name: str) -> dict[str, Any] | None:
     resource = resources.files("compress.data") / "shapes" / f"{name.replace('/', '--')}.json"
     if not resource.is_file():
         return None
-    listing = json.loads(resource.read_text(encoding="utf-8"))
-    tensors = {key: TensorInfo(dtype, tuple(shape)) for key, (dtype, shape) in listing["tensors"].items()}
-    return ModelShape(name, tensors, listing["config"])
+    listing: dict[str, Any] = json.loads(resource.read_text(encoding="utf-8"))
+    return listing
 
 
 def _without_task_head(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:

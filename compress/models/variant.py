@@ -39,6 +39,8 @@ class VariantInfo(BaseModel):
     """Licence of the base model, as far as its files name it; it holds for the variant too."""
     max_length: int
     spec: EmbedderSpec
+    pretrained: bool = True
+    """False: made from random weights, to measure speed and memory; its vectors mean nothing."""
     folded: bool = False
     """Whether NV-Embed's latent head is folded."""
     quantized: dict[str, QuantizedLayer]

@@ -10,9 +10,9 @@ import pytest
 
 from compress.errors import UserError
 from compress.measure.fidelity import cosines, fidelity, neighbours
-from compress.measure.memory import PeakAnonymous, anonymous_bytes
 from compress.measure.speed import Candidate, Speed, measure_speed, speed_ratio
-from compress.measure.texts import measure_texts, read_texts
+from compress.memory import PeakAnonymous, anonymous_bytes
+from compress.texts import measure_texts, read_texts
 
 
 def vectors(seed: int = 0, rows: int = 60) -> np.ndarray:

@@ -13,8 +13,8 @@ import pytest
 import compress
 from compress.measure.accuracy import evaluate
 from compress.measure.tasks import EMBEDDED, find_tasks
-from compress.measure.texts import SUITE, mixed_texts, read_jsonl, suite_texts
 from compress.models.spec import EmbedderSpec
+from compress.texts import SUITE, mixed_texts, read_jsonl, suite_texts
 
 
 class RandomVectors:

@@ -16,14 +16,17 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, processors, t
 
 import compress
 from compress.errors import UserError
-from compress.measure.texts import suite_texts
 from compress.methods.fold import Fold
 from compress.methods.quantize.rtn import RTN
 from compress.models.network import empty_network, load_network
 from compress.models.nv_embed import EOS, PREFIX, NVEmbedNetwork, fold, instruction_prompts
+from compress.models.segments import begin, run_block, segments_of
 from compress.models.shape import known_shape, read_shape
+from compress.models.variant import VariantInfo
 from compress.pipeline import run
-from compress.recipe import parse_recipe, read_recipe
+from compress.recipe import parse_recipe, read_recipe, steps_for
+from compress.texts import suite_texts
+from compress.verify import describe, verify
 
 GOLDEN = Path(__file__).parent / "golden"
 SETS = ["queries", "passages", "truncated", "edge_instructed"]
@@ -172,16 +175,89 @@ def test_the_fold_of_the_real_shape_saves_what_was_derived() -> None:
 
 @pytest.mark.parametrize("steps", [[], [{"method": "fold"}], [{"method": "fold"}, {"method": "rtn"}], [{"method": "rtn"}]])
 def test_recipes_run_on_it_from_end_to_end(checkpoint: Path, tmp_path: Path, steps: list[dict[str, str]]) -> None:
-    measure = {"count": 16, "rounds": 1, "requests": 10, "threads": 1}
-    recipe = parse_recipe({"name": "r", "steps": steps, "measure": measure, "evaluate": {"tasks": ["MiniSTS"]}})
+    measure = {"count": 16, "what": ["fidelity"]}
+    evaluate = {"tasks": ["MiniSTS"]}
+    recipe = parse_recipe({"name": "r", "fold": False, "steps": steps, "measure": measure, "evaluate": evaluate})
     record = run(recipe, model=str(checkpoint), output=tmp_path, device="cpu")
     lossy = {"method": "rtn"} in steps
+    assert record.fidelity is not None
     assert record.fidelity["cosine_min"] > (0.95 if lossy else 0.9999)
     stored = sum(info.bytes for info in read_shape("v", tmp_path / record.run / "variant").tensors.values())
     shape = read_shape("tiny", checkpoint)
     for step in recipe.steps:
         shape = step.estimate(shape).after
     assert stored == shape.as_stored().bytes
+
+
+def test_recipes_start_from_the_fold_unless_told_not_to(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(Path(__file__).parents[2] / "recipes" / "int8.yaml")
+    record = run(recipe, model=str(checkpoint), output=tmp_path, device="cpu", compress_only=True)
+    assert [step.config["method"] for step in record.steps] == ["fold", "rtn"]
+    assert VariantInfo.read(tmp_path / record.run / "variant").folded
+    shape = read_shape("tiny", checkpoint)
+    assert [step.method for step in steps_for(recipe.model_copy(update={"fold": False}), shape)] == ["rtn"]
+    lossless = read_recipe(Path(__file__).parents[2] / "recipes" / "lossless.yaml")
+    assert [step.method for step in steps_for(lossless, shape)] == ["fold"]
+
+
+@pytest.mark.parametrize("steps", [None, [], [{"method": "rtn"}]], ids=["published", "folded", "folded, int8"])
+def test_streamed_is_resident_bit_for_bit(checkpoint: Path, tmp_path: Path, steps: list[dict[str, str]] | None) -> None:
+    """Prompts, unequal lengths, and a batch of equal ones: without padding there is no mask, and only the argument says causal."""
+    folder = checkpoint
+    if steps is not None:
+        record = run(parse_recipe({"name": "r", "steps": steps}), model=str(checkpoint), output=tmp_path, compress_only=True)
+        folder = tmp_path / record.run
+    resident, streamed = (compress.load(str(folder), device="cpu", stream=stream) for stream in (False, True))
+    texts = ["parcel", "42 is the answer", "日本語", "", "a longer one about a parcel that came late"] * 2
+    for prompt in ("", PREFIX.format(instruction="Find the parcel")):
+        for batch in (texts, ["parcel"] * 3):
+            np.testing.assert_array_equal(streamed.encode(batch, prompt), resident.encode(batch, prompt))
+
+
+def test_a_block_that_is_called_alone_is_not_causal(checkpoint: Path) -> None:
+    network = load_network(checkpoint, torch.float32)
+    segments, outputs = segments_of(network), []
+    for ids in ([[1, 50, 60, 70]], [[1, 50, 60, 99]]):
+        with torch.inference_mode():
+            hidden, arguments = begin(network, segments, {}, torch.tensor(ids), torch.ones(1, 4, dtype=torch.long))
+            outputs.append(run_block(network.embedding_model.layers[0], hidden, arguments[0]))
+    assert (outputs[0][:, 0] - outputs[1][:, 0]).abs().max() > 1e-4
+
+
+def test_the_card_s_example_is_run_and_the_difference_said(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = verify(str(checkpoint), device="cpu")
+    assert not found.passed
+    assert "these are NOT the card's scores" in describe(found)
+    embedder = compress.load(str(checkpoint), device="cpu")
+    queries = embedder.encode(found.acceptance.queries, found.acceptance.prompt)
+    passages = embedder.encode(found.acceptance.passages, "")
+    np.testing.assert_allclose(found.scores, 100 * queries @ passages.T, atol=1e-3)
+    right = found.model_copy(update={"scores": ((87.40, 0.50), (0.92, 86.08))})
+    assert right.passed
+    assert "these are the card's scores" in describe(right)
+    assert not found.model_copy(update={"scores": ((87.42693, 0.46284), (0.96526, 86.09722))}).passed
+
+
+def test_the_card_s_example_is_for_its_own_kind_of_model(bert: Path) -> None:
+    with pytest.raises(UserError, match="no card's example is known for model_type 'bert'"):
+        verify(str(bert), device="cpu")
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [("mask_type", "c", "mask_type 'c'"), ("padding_side", "left", "'left'")])
+def test_configs_that_ask_for_something_else_are_refused(checkpoint: Path, tmp_path: Path, key: str, value: str, said: str) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text()) | {key: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=said):
+        compress.load(str(folder), device="cpu")
+
+
+def test_a_config_without_eos_or_instruction_masking_is_followed(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text()) | {"add_eos": False, "is_mask_instruction": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = compress.load(str(folder), device="cpu").spec
+    assert (spec.suffix, spec.pool_prompt) == ("", True)
 
 
 def test_lossless_is_for_models_with_a_latent_head(bert: Path, tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def test_the_plan_knows_the_runtime_s_batches() -> None:
 MEMORY = """
 import json, sys
 from compress.loading import load, preload
-from compress.measure.memory import PeakAnonymous, anonymous_bytes, release_free_pages
-from compress.measure.texts import mixed_texts
+from compress.memory import PeakAnonymous, anonymous_bytes, release_free_pages
+from compress.texts import mixed_texts
 texts = mixed_texts(200, 0)
 preload(sys.argv[1])
 release_free_pages()

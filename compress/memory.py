@@ -1,14 +1,34 @@
-"""Memory of this process: anonymous resident pages, which no file can give back, and their peak."""
+"""Memory: of this machine, and of this process (anonymous resident pages, which no file can give back, and their peak)."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import threading
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
 INTERVAL_SECONDS = 0.002
+
+
+def gigabytes(count: float) -> str:
+    """Write a number of bytes for people: MB (10^6) below 1 GB (10^9), two decimals above."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def memory_bytes() -> int:
+    """Return the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory_bytes() -> int:
+    """Return the memory that new work can have without swapping, or all of it where the kernel does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.M)
+    except OSError:
+        found = None
+    return int(found.group(1)) * 1024 if found else memory_bytes()
 
 
 def anonymous_bytes() -> int | None:
