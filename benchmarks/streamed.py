@@ -41,12 +41,15 @@ def compress(model: str, output: str) -> str:
 def encode(model: str, _: str) -> str:
     """Encode one text of 64 tokens."""
     from compress.loading import load
+    from compress.runtimes.streamed import StreamedEmbedder
 
     embedder = load(model, device="cpu", stream=True)
-    text = "word"
-    while len(embedder.tokenizer([text])[0]) < TOKENS:  # type: ignore[attr-defined]
-        text += " word"
-    assert len(embedder.tokenizer([text])[0]) == TOKENS  # type: ignore[attr-defined]
+    assert isinstance(embedder, StreamedEmbedder)
+    text = ""
+    for piece in (" some", " words", " a", ".") * TOKENS:
+        if len(embedder.tokenizer([text + piece])[0]) <= TOKENS:
+            text += piece
+    assert len(embedder.tokenizer([text])[0]) == TOKENS
     vectors = embedder.encode([text])
     assert vectors.shape[0] == 1
     return model

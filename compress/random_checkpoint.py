@@ -168,15 +168,21 @@ def _blocks(network: nn.Module) -> int:
     return int(backbone_of(network).config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
 
 
+def random_std(name: str, shape: tuple[int, ...], blocks: int) -> float | None:
+    """Return the standard deviation of a tensor; None for norms (ones) and biases (zeros)."""
+    if len(shape) < 2:
+        return None
+    std = 1.0 if _TABLE.search(name) else 1 / math.sqrt(shape[-1])
+    return std / math.sqrt(2 * blocks) if _RESIDUAL.search(name) else std
+
+
 def random_tensor(name: str, shape: tuple[int, ...], blocks: int, seed: int) -> torch.Tensor:
     """Draw one tensor, bfloat16; see `random_checkpoint`."""
     import torch
 
-    if len(shape) < 2 and not name.endswith("latents"):
+    std = random_std(name, shape, blocks)
+    if std is None:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
-    std = 1.0 if _TABLE.search(name) else 1 / math.sqrt(shape[-1])
-    if _RESIDUAL.search(name):
-        std /= math.sqrt(2 * blocks)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, std, generator=generator)
 

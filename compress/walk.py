@@ -171,3 +171,4 @@ def walk(source: Source, visit: Visit, carry: Carry | None = None, start: int = 
             carry.enter(source.network, segments, parts)
         elif carry is not None and segment.kind is not Kind.HEAD:
             carry.advance(index, parts)
+        del parts  # or it would live until the next segment is loaded, and there would be two

@@ -13,11 +13,11 @@ class OneDnnLinear(nn.Module):
     on a 2,048 x 384 x 1,536 product, AMD EPYC Zen 5, torch 2.13). A baseline that ignores that flatters every variant.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), None)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out] in the dtype of the weight."""

@@ -203,7 +203,8 @@ class FoldedLatentAttention(nn.Module):
 def _mean(x: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
     """Average the rows of each text in float32: [n, width], int64 [n] to [texts, width]."""
     sums = torch.zeros((texts, x.shape[1]), dtype=torch.float32, device=x.device).index_add_(0, text, x.float())
-    return sums / torch.bincount(text, minlength=texts).unsqueeze(1)
+    counts = torch.zeros(texts, device=x.device).index_add_(0, text, torch.ones_like(text, dtype=torch.float32))
+    return sums / counts.unsqueeze(1)
 
 
 @torch.no_grad()

@@ -55,14 +55,15 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
     if device.type == "cpu":
         keep_freed_memory()
     model.to(device)
-    for module in list(model.modules()):
+    for path in [path for path, _ in model.named_modules()]:  # by name: a list of modules would keep what is replaced alive
+        module = model.get_submodule(path)
         for name, child in list(module.named_children()):
             if isinstance(child, QuantizedLinear):
                 child.pack()
             elif type(child) is nn.Embedding and child.weight.dtype != dtype:
                 setattr(module, name, CastEmbedding(child, dtype))
             elif type(child) is nn.Linear and device.type == "cpu" and has_onednn_linear(dtype):
-                setattr(module, name, OneDnnLinear(child.to(dtype)))
+                setattr(module, name, OneDnnLinear(child, dtype))
     for module in model.modules():
         if isinstance(module, QuantizedLinear | CastEmbedding):
             continue  # scales stay in float32, tables as they are stored

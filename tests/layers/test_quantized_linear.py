@@ -139,7 +139,7 @@ def test_onednn_linear_is_the_linear_layer() -> None:
     linear = nn.Linear(33, 17)
     x = torch.randn(2, 9, 33)
     with torch.inference_mode():
-        torch.testing.assert_close(OneDnnLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(OneDnnLinear(linear, torch.float32)(x), linear(x), rtol=1e-5, atol=1e-6)
 
 
 def test_cast_embedding_looks_up_and_casts() -> None:
