@@ -125,7 +125,8 @@ class _Run:
         self.plan = make_plan(self.recipe, self.shape, output)
         _check_writable(output)
         evaluate, measure = self.recipe.evaluate, self.recipe.measure
-        self.texts = measure_texts(measure.texts, measure.count, recipe.seed) if measure.what else []
+        wanted = measure.what or evaluate.tasks  # tasks alone want texts too: to see whether float32 may stand in for float16
+        self.texts = measure_texts(measure.texts, measure.count, recipe.seed) if wanted else []
         self.tasks: list[Task] = (
             find_tasks(evaluate.tasks, Path(evaluate.data) if evaluate.data else None) if evaluate.tasks else []
         )

@@ -119,10 +119,11 @@ def test_ctrl_c_keeps_what_is_done_and_a_second_run_continues(recipe: Path, bert
     assert not partial.exists()
 
 
-def test_plan_says_what_does_not_fit(tmp_path: Path, recipe: Path) -> None:
+def test_plan_describes_a_model_without_its_files(tmp_path: Path, recipe: Path) -> None:
     result = call("plan", recipe, "--model", "nvidia/NV-Embed-v2", cwd=tmp_path)
     assert result.returncode == 0
     assert "7,851.0 M parameters" in result.stdout
+    assert "latent head folded, 505.4 M parameters fewer" in result.stdout
     assert "224 linear layers, 6,979.3 M weights to int8" in result.stdout
-    assert "15.70 GB in half precision -> 8.7" in result.stdout
+    assert "15.70 GB in half precision -> 7.72 GB" in result.stdout
     assert not (tmp_path / "results").exists()

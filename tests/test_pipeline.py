@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import compress
-from compress import pipeline
+from compress import loading, pipeline
 from compress.errors import UserError
+from compress.layers.float_layers import has_onednn_linear
 from compress.measure import accuracy
 from compress.models.checkpoint import read_headers
+from compress.models.shape import read_shape
 from compress.pipeline import run
+from compress.plan import make_plan
 from compress.recipe import Recipe, parse_recipe, read_recipe
 from compress.record import Journal, Record
 
@@ -53,7 +57,8 @@ def test_the_run_s_folder_is_its_content(finished: tuple[Record, Path]) -> None:
     assert Record.read(folder) == record
     resolved = read_recipe(folder / "recipe.yaml")
     assert resolved.model_dump() == parse_recipe(record.recipe).model_dump()
-    assert {row.name for row in record.rows} == {"float32", "bfloat16", "variant"}
+    half = {"bfloat16"} if has_onednn_linear(torch.bfloat16) else set()
+    assert {row.name for row in record.rows} == {"float32", "variant"} | half
 
 
 def test_the_record_says_what_the_variant_is(finished: tuple[Record, Path], bert: Path) -> None:
@@ -114,11 +119,11 @@ def test_a_stopped_run_continues_where_it_was(
     calls: list[str] = []
     right = accuracy.evaluate
 
-    def counted(embedder: Any, task: Any, batch_tokens: int | None = None) -> Any:
+    def counted(embedder: Any, task: Any, *arguments: Any) -> Any:
         calls.append(task.name)
         if len(calls) == stop_at + 1:
             raise KeyboardInterrupt
-        return right(embedder, task, batch_tokens)
+        return right(embedder, task, *arguments)
 
     monkeypatch.setattr(accuracy, "evaluate", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -203,6 +208,54 @@ def test_a_pattern_that_matches_no_layer_is_refused_before_loading(bert: Path, t
     with pytest.raises(UserError, match=r"steps\.0: pattern '\*\.q_proj' matches none of the model's 12 linear layers"):
         run(recipe, model=str(bert), output=tmp_path, device="cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_of_the_recipe_go_before_the_model_s_own(bert: Path, tmp_path: Path) -> None:
+    recipe = {**SMALL, "steps": [], "measure": {"what": []}}
+    prompts = {"MiniSTS": "same meaning: ", "MiniRetrieval-query": "find: "}
+    evaluate = {"tasks": ["MiniSTS", "MiniRetrieval"]}
+    plain = run(parse_recipe({**recipe, "evaluate": evaluate}), model=str(bert), output=tmp_path, device="cpu")
+    said = run(
+        parse_recipe({**recipe, "evaluate": {**evaluate, "prompts": prompts}}), model=str(bert), output=tmp_path, device="cpu"
+    )
+    assert [task.prompts for task in plain.tasks] == [{"text": ""}, {"query": "", "document": ""}]
+    assert [task.prompts for task in said.tasks] == [{"text": "same meaning: "}, {"query": "find: ", "document": ""}]
+    assert said.tasks[0].baseline != plain.tasks[0].baseline
+    assert said.run != plain.run
+    wrong = parse_recipe({**recipe, "evaluate": {**evaluate, "prompts": {"MiniRetrieval-querry": "find: "}}})
+    with pytest.raises(UserError, match="no task of this run looks for 'MiniRetrieval-querry'") as caught:
+        run(wrong, model=str(bert), output=tmp_path, device="cpu")
+    assert "MiniRetrieval-query" in caught.value.hint
+
+
+def test_compress_only_measures_nothing(bert: Path, small: Recipe, tmp_path: Path) -> None:
+    record = run(small, model=str(bert), output=tmp_path, device="cpu", compress_only=True)
+    assert (record.tasks, record.retained, record.fidelity) == ((), None, None)
+    assert [(row.name, row.speed) for row in record.rows] == [("variant", None)]
+    assert record.verdict == "accuracy not measured; the recipe sets no gates"
+    assert compress.load(str(tmp_path / record.run), device="cpu").encode(["text"]).shape == (1, 48)
+
+
+def test_what_does_not_fit_in_memory_is_streamed_or_left_out(
+    bert: Path, small: Recipe, finished: tuple[Record, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = 4 * finished[0].model.parameters
+    monkeypatch.setattr(loading, "available_memory_bytes", lambda: 100_000)
+    with pytest.raises(UserError, match=r"takes 0\.3 MB of memory in float32, 0\.1 MB are free") as caught:
+        compress.load(str(bert), device="cpu")
+    assert "--stream" in caught.value.hint
+    monkeypatch.undo()
+    plan = make_plan(small, read_shape("tiny", bert), tmp_path)
+    besides = plan.run_memory_bytes - plan.variant_bytes
+    monkeypatch.setattr(pipeline, "available_memory_bytes", lambda: besides + weights - 1)
+    said: list[str] = []
+    recipe = small.model_copy(update={"evaluate": small.evaluate.model_copy(update={"tasks": ("MiniSTS",), "baseline": "float32"})})
+    record = run(recipe, model=str(bert), output=tmp_path, device="cpu", say=said.append)
+    assert any(line.startswith("baseline: 0.3 MB do not fit in memory; read block by block") for line in said)
+    assert any("the float32 baseline does not fit" in line for line in said)
+    assert "float32" not in {row.name for row in record.rows}
+    kept = {task.task: task for task in finished[0].tasks}["MiniSTS"]
+    assert record.tasks[0].baseline == kept.baseline  # streamed, the same to the last digit
 
 
 def test_the_journal_makes_each_part_once(tmp_path: Path) -> None:
