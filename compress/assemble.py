@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compress.loading import DTYPE_BYTES, Source
 from compress.measure.fidelity import Fidelity
 from compress.measure.speed import Speed, speed_ratio
+from compress.measure.statistics import Comparison, Interval
 from compress.models.checkpoint import weight_bytes
 from compress.models.shape import ModelShape
 from compress.models.variant import VariantInfo
 from compress.recipe import Gates, Recipe
 from compress.record import GateResult, Model, Record, Row, Step, TaskRow, machine, now, versions
+
+if TYPE_CHECKING:
+    from compress.measure.accuracy import TaskScore
 
 VARIANT = "variant"
 RECIPE_FILE = "recipe.yaml"
@@ -29,8 +33,10 @@ class Findings:
     steps: tuple[Step, ...]
     baseline: str
     """Precision of the baseline's vectors, and why."""
-    scores: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    scores: Mapping[str, Mapping[str, TaskScore]]
     """By task, then by role (`baseline`, `variant`)."""
+    index: Mapping[str, Mapping[str, float]]
+    """By retrieval task: scores of one model's queries on the other's documents."""
     agreement: Fidelity | None
     speeds: Mapping[str, Speed]
     """Baselines by dtype, the first being the one that gates look at, and `variant`; empty where speed was not measured."""
@@ -39,10 +45,11 @@ class Findings:
 def assemble(name: str, recipe: Recipe, source: Source, shape: ModelShape, folder: Path, device: str, found: Findings) -> Record:
     """Put a run's record together; `folder` holds its variant."""
     info = VariantInfo.read(folder / VARIANT)
-    tasks = tuple(_task_row(task, roles["baseline"], roles[VARIANT]) for task, roles in found.scores.items())
+    compared = _compare(recipe, found)
+    tasks = tuple(_task_row(name, found, compared) for name in found.scores)
     retained = float(np.mean([task.variant for task in tasks]) / np.mean([task.baseline for task in tasks])) if tasks else None
     rows = _rows(recipe, info, shape, folder, device, found.speeds)
-    gates, unjudged = _gates(recipe.gates, retained, found.agreement, rows[-1], shape)
+    gates, unjudged = _gates(recipe.gates, _retained_at_least(retained, tasks, compared.overall), found.agreement, rows[-1], shape)
     return Record(
         run=name,
         created=now(),
@@ -63,28 +70,51 @@ def assemble(name: str, recipe: Recipe, source: Source, shape: ModelShape, folde
         baseline=found.baseline,
         tasks=tasks,
         retained=retained,
+        overall=compared.overall,
         fidelity=found.agreement.model_dump(mode="json") if found.agreement else None,
         rows=rows,
         measured_on=f"{recipe.measure.count} texts from {recipe.measure.texts}, {recipe.measure.rounds} rounds",
         gates=gates,
-        verdict=_verdict(retained, gates, unjudged),
+        verdict=_verdict(retained, compared.overall, gates, unjudged),
         machine=machine(gpu_name(device)),
         versions=versions(),
         seed=recipe.seed,
     )
 
 
-def _task_row(name: str, baseline: Mapping[str, Any], variant: Mapping[str, Any]) -> TaskRow:
+def _compare(recipe: Recipe, found: Findings) -> Comparison:
+    if not found.scores:
+        return Comparison({}, None)
+    from compress.measure.paired import compare
+
+    baseline, variant = ({name: roles[role] for name, roles in found.scores.items()} for role in ("baseline", VARIANT))
+    return compare(baseline, variant, recipe.evaluate.margin, seed=recipe.seed)
+
+
+def _task_row(name: str, found: Findings, compared: Comparison) -> TaskRow:
+    baseline, variant = found.scores[name]["baseline"], found.scores[name][VARIANT]
+    interval = compared.tasks[name]
     return TaskRow(
         task=name,
-        type=baseline["type"],
-        metric=baseline["metric"],
-        baseline=baseline["score"],
-        variant=variant["score"],
-        prompts=baseline["prompts"],
-        data=baseline["data"],
-        seconds={"baseline": baseline["seconds"], "variant": variant["seconds"]},
+        type=baseline.type,
+        metric=baseline.metric,
+        baseline=baseline.score,
+        variant=variant.score,
+        prompts=baseline.prompts,
+        data=baseline.data,
+        seconds={"baseline": baseline.seconds, "variant": variant.seconds},
+        interval=interval,
+        verdict=interval.verdict if interval else None,
+        index=dict(found.index.get(name, {})),
     )
+
+
+def _retained_at_least(retained: float | None, tasks: Sequence[TaskRow], overall: Interval | None) -> float | None:
+    """Return what is retained of the mean score at the lower end of its interval; the point where there is none."""
+    if retained is None or overall is None:
+        return retained
+    judged = [task.baseline for task in tasks if task.interval is not None]
+    return 1 + overall.low / float(np.mean(judged))
 
 
 def _rows(
@@ -134,10 +164,12 @@ def _gates(
     return tuple(results), unjudged
 
 
-def _verdict(retained: float | None, gates: Sequence[GateResult], unjudged: Sequence[str]) -> str:
+def _verdict(retained: float | None, overall: Interval | None, gates: Sequence[GateResult], unjudged: Sequence[str]) -> str:
     """Say in a sentence what came out."""
     missed = [gate.name for gate in gates if not gate.kept]
-    said = ["accuracy not measured" if retained is None else f"{100 * retained:.2f} % of the baseline's mean score kept"]
+    said = ["accuracy not measured" if retained is None else f"{100 * retained:.2f} % of the baseline's mean score"]
+    if overall is not None:
+        said.insert(0, f"{overall.verdict} within a margin of {100 * overall.margin:.2f} points")
     if missed:
         said.append(f"misses {', '.join(missed)}")
     elif gates:

@@ -19,6 +19,7 @@ from compress.random_checkpoint import PREFIX, RandomSpec, is_random, random_che
 
 if TYPE_CHECKING:
     from compress.models.embedder import Embedder
+    from compress.models.spec import EmbedderSpec
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Files of a model on the hub that are worth downloading: never a pickle, never code.
@@ -135,6 +136,13 @@ def find_shape(model: str) -> ModelShape:
             return shape
     source = find(model)
     return read_shape(source.name, source.folder)
+
+
+def spec_of(source: Source) -> EmbedderSpec:
+    """Return how a model takes texts, without opening it."""
+    from compress.runtimes.torch_runtime import read_text_side
+
+    return read_text_side(source.folder)[0]
 
 
 def preload(model: str, **_: object) -> None:

@@ -9,7 +9,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,14 @@ from ruamel.yaml import YAML
 
 from compress.apply import make_variant
 from compress.assemble import RECIPE_FILE, VARIANT, Findings, assemble, gpu_name
+from compress.cache import use
 from compress.errors import UserError, nearest
-from compress.loading import DTYPE_BYTES, Source, find, open_source
+from compress.loading import DTYPE_BYTES, Source, find, open_source, spec_of
 from compress.measure.fidelity import Fidelity, cosines, fidelity
 from compress.measure.speed import Candidate, Speed, measure_speed
+from compress.measure.vectors import StoredEmbedder, VectorStore
 from compress.memory import available_memory_bytes, gigabytes
+from compress.models.checkpoint import write_text_atomic
 from compress.models.shape import read_shape
 from compress.models.variant import VariantInfo
 from compress.plan import make_plan
@@ -33,10 +35,9 @@ from compress.record import RECORD_FILE, Journal, Record, Step, machine, version
 from compress.texts import measure_texts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from compress.measure.accuracy import TaskScore
     from compress.measure.tasks import Task
-    from compress.models.embedder import Embedder, Vectors
+    from compress.models.embedder import Embedder
 
 JOURNAL = "journal"
 # How closely float32 must agree with float16 to stand in for it, and on how many texts that is looked at.
@@ -150,17 +151,19 @@ class _Run:
 
     def _identity(self) -> str:
         """Hash everything that decides the result: another recipe, model, data, package set or machine is another run."""
-        here = machine(gpu_name(self.device))
         decided = {
             "recipe": self.recipe.model_dump(mode="json", exclude={"name", "description", "model"}),
             "model": self.fingerprint,
             "tasks": {task.name: task.fingerprint for task in self.tasks},
             "texts": self.texts,
             "device": self.device,
-            "versions": versions(),
-            "machine": [here.cpu, here.cores, here.gpu],
+            "machine": self._versions_and_machine(),
         }
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:8]
+
+    def _versions_and_machine(self) -> list[Any]:
+        here = machine(gpu_name(self.device))
+        return [versions(), here.cpu, here.cores, here.gpu]
 
     def finish(self, fresh: bool) -> Record:
         """Do what is not done yet, and give the run's folder its name."""
@@ -181,15 +184,21 @@ class _Run:
         self.journal.folder.mkdir(parents=True, exist_ok=True)
 
         steps = tuple(Step(**step) for step in self.journal.once("steps", self._make_variant)["steps"])
-        found = Findings(steps, "none: nothing was compared", {}, None, {})
+        found = Findings(steps, "none: nothing was compared", {}, {}, None, {})
         what = self.recipe.measure.what
         if self.tasks or "fidelity" in what:
             reference = self._reference()
-            found = replace(found, baseline=f"{reference.dtype}: {reference.why}", scores=self._scores(reference))
+            found = replace(found, baseline=f"{reference.dtype}: {reference.why}")
+            baseline, variant = self._stored("baseline", reference.dtype), self._stored(VARIANT, None)
+            scores = self._scores(baseline, variant, reference.dtype)
+            index = self.journal.once("index", partial(self._index, baseline, variant))
+            found = replace(found, scores=scores, index=index)
             if "fidelity" in what:
-                agreement = Fidelity(**self.journal.once("fidelity", lambda: self._fidelity(reference).model_dump()))
+                agreement = Fidelity(**self.journal.once("fidelity", lambda: self._fidelity(baseline, variant).model_dump()))
                 self.say(f"fidelity: cosine mean {agreement.cosine_mean:.5f}, min {agreement.cosine_min:.5f}")
                 found = replace(found, agreement=agreement)
+            del baseline, variant
+            gc.collect()
         if "speed" in what:
             speeds = {name: Speed(**speed) for name, speed in self.journal.once("speed", self._speed).items()}
             found = replace(found, speeds=speeds)
@@ -199,8 +208,11 @@ class _Run:
         target = self.folder / VARIANT
         return {"steps": make_variant(self.source, self.shape, self.recipe.steps, self.fingerprint, target, self.journal, self.say)}
 
+    def _source(self, role: str) -> Source:
+        return Source(f"{self.name} {role}", self.folder / VARIANT) if role == VARIANT else self.source
+
     def _open(self, role: str, dtype: str | None) -> Embedder:
-        source = Source(f"{self.name} {role}", self.folder / VARIANT) if role == VARIANT else self.source
+        source = self._source(role)
         needed = self.plan.variant_bytes if role == VARIANT else self.shape.parameters * DTYPE_BYTES[dtype or "float32"]
         stream = not self._fits(needed)
         if stream:
@@ -222,52 +234,94 @@ class _Run:
 
     def _stand_in(self) -> dict[str, Any]:
         texts = self.texts[:STAND_IN_TEXTS]
-        worst = float(
-            cosines(self._open("baseline", "float16").encode(texts), self._open("baseline", "float32").encode(texts)).min()
-        )
+        halves = (self._stored("baseline", dtype) for dtype in ("float16", "float32"))
+        vectors = []
+        for embedder in halves:
+            vectors.append(embedder.encode(texts))
+            embedder.close()
+        worst = float(cosines(*vectors).min())
         agree = worst >= STAND_IN_COSINE
         why = f"{'stands in for' if agree else 'used, because float32 differs from'} float16: " + (
             f"lowest cosine between the two {worst:.7f} on {len(texts)} of the run's texts"
         )
         return {"dtype": "float32" if agree else "float16", "why": why}
 
-    def _scores(self, reference: _Reference) -> dict[str, dict[str, dict[str, Any]]]:
+    def _stored(self, role: str, dtype: str | None) -> StoredEmbedder:
+        """Return an embedder that makes each vector once: the baseline's are kept for other runs, the variant's for this one."""
+        folder = self.journal.folder / "vectors" if role == VARIANT else use("vectors", self._baseline_key(dtype))
+        source = self._source(role)
+        open_embedder = partial(self._open, role, dtype)
+        return StoredEmbedder(
+            source.name,
+            spec_of(source),
+            self.shape.hidden_size,
+            open_embedder,
+            VectorStore(folder),
+            self.recipe.measure.batch_tokens,
+        )
+
+    def _baseline_key(self, dtype: str | None) -> str:
+        """Name everything that decides a baseline's vectors."""
+        decided = [self.fingerprint, dtype, self.device, self.recipe.measure.batch_tokens, self._versions_and_machine()]
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _scores(self, baseline: StoredEmbedder, variant: StoredEmbedder, dtype: str) -> dict[str, dict[str, TaskScore]]:
         """Score baseline, then variant, on every task; only one of the two is in memory at a time."""
-        scores: dict[str, dict[str, dict[str, Any]]] = {}
-        for role, dtype in (("baseline", reference.dtype), (VARIANT, None)):
-            with self._lazily(role, dtype) as embedder:
-                for task in self.tasks:
-                    make = partial(self._score, embedder, task)
-                    score = self.journal.once(f"accuracy {role} {task.name}", make)
-                    scores.setdefault(task.name, {})[role] = score
-                    self.say(f"{role} {task.name}: {score['metric']} {100 * score['score']:.2f} ({score['seconds']:.0f} s)")
+        if not self.tasks:
+            return {}
+        from compress.measure.accuracy import TaskScore
+
+        scores: dict[str, dict[str, TaskScore]] = {}
+        for role, embedder in (("baseline", baseline), (VARIANT, variant)):
+            for number, task in enumerate(self.tasks, start=1):
+                make = (
+                    partial(self._baseline_score, embedder, task, dtype)
+                    if role == "baseline"
+                    else partial(self._score, embedder, task)
+                )
+                score = TaskScore(**self.journal.once(f"accuracy {role} {task.name}", make))
+                scores.setdefault(task.name, {})[role] = score
+                place = f"{number}/{len(self.tasks)}"
+                self.say(f"{role} {place} {task.name}: {score.metric} {100 * score.score:.2f} ({score.seconds:.0f} s)")
+            embedder.close()
         return scores
 
-    def _score(self, embedder: Callable[[], Embedder], task: Task) -> dict[str, Any]:
+    def _score(self, embedder: Embedder, task: Task) -> dict[str, Any]:
         from compress.measure.accuracy import evaluate
 
-        return evaluate(embedder(), task, self.recipe.measure.batch_tokens, self.recipe.evaluate.prompts).model_dump()
+        return evaluate(embedder, task, None, self.recipe.evaluate.prompts).model_dump()
 
-    def _fidelity(self, reference: _Reference) -> Fidelity:
-        vectors: list[Vectors] = []
-        for role, dtype in (("baseline", reference.dtype), (VARIANT, None)):
-            with self._lazily(role, dtype) as embedder:
-                vectors.append(embedder().encode(self.texts, batch_tokens=self.recipe.measure.batch_tokens))
-        return fidelity(vectors[0], vectors[1])
+    def _baseline_score(self, embedder: Embedder, task: Task, dtype: str) -> dict[str, Any]:
+        """Score the baseline, or read what it scored in an earlier run on the same data with the same prompts."""
+        decided = json.dumps([task.name, task.fingerprint, self.recipe.evaluate.prompts], sort_keys=True)
+        name = f"{task.name}-{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
+        return Journal(use("scores", self._baseline_key(dtype))).once(name, partial(self._score, embedder, task))
 
-    @contextmanager
-    def _lazily(self, role: str, dtype: str | None) -> Iterator[Callable[[], Embedder]]:
-        """Give a function that opens an embedder when first called; what it opened is let go at the end."""
-        opened: list[Embedder] = []
+    def _index(self, baseline: StoredEmbedder, variant: StoredEmbedder) -> dict[str, dict[str, float]]:
+        """Score retrieval with one model's queries on the other's documents."""
+        found: dict[str, dict[str, float]] = {}
+        for task in self.tasks:
+            if task.mteb.metadata.type != "Retrieval":
+                continue
+            scores = {
+                "variant queries, baseline documents": self._mixed(task, variant, baseline),
+                "baseline queries, variant documents": self._mixed(task, baseline, variant),
+            }
+            self.say(f"index {task.name}: " + "; ".join(f"{pair} {100 * score:.2f}" for pair, score in scores.items()))
+            found[task.name] = scores
+        return found
 
-        def get() -> Embedder:
-            if not opened:
-                opened.append(self._open(role, dtype))
-            return opened[0]
+    def _mixed(self, task: Task, queries: Embedder, documents: Embedder) -> float:
+        from compress.measure.accuracy import evaluate
 
-        yield get
-        opened.clear()
-        gc.collect()
+        return evaluate(queries, task, None, self.recipe.evaluate.prompts, documents).score
+
+    def _fidelity(self, baseline: StoredEmbedder, variant: StoredEmbedder) -> Fidelity:
+        vectors = []
+        for embedder in (baseline, variant):
+            vectors.append(embedder.encode(self.texts))
+            embedder.close()
+        return fidelity(*vectors)
 
     def _speed(self) -> dict[str, Any]:
         """Measure baselines and variant in fresh processes."""
@@ -319,6 +373,10 @@ class _Run:
         with (self.folder / RECIPE_FILE).open("w", encoding="utf-8") as file:
             YAML().dump(record.recipe, file)
         record.write(self.folder)
+        for task in self.tasks:
+            for role in ("baseline", VARIANT):
+                kept = self.journal.get(f"accuracy {role} {task.name}")["mteb"]
+                write_text_atomic(self.folder / "mteb" / role / f"{task.name}.json", json.dumps(kept, indent=1) + "\n")
         if VARIANT not in self.recipe.export:
             shutil.rmtree(self.folder / VARIANT)
         shutil.rmtree(self.journal.folder)

@@ -36,6 +36,8 @@ class Evaluate(Section):
     (`SciFact-query`, `SciFact-document`), by type of task (`Classification`) or by role (`query`)."""
     data: str | None = None
     """A folder with the tasks' data, `<task>[/<subset>]/<split>.jsonl[.gz]`; without it the tasks come from the hub."""
+    margin: float = Field(0.01, ge=0, lt=1)
+    """Loss that is accepted on a task and on the mean, as a share of the baseline's score; verdicts are against it."""
     baseline: Literal["auto", "float16", "float32"] = "auto"
     """Precision of the baseline's vectors. `auto`: float16; on a CPU, where that is some ten times slower, float32 once a sample of
     texts has shown that both agree to 1e-4."""
@@ -65,7 +67,7 @@ class Gates(Section):
     """Bounds that the run must keep; a run that misses one ends with exit code 1."""
 
     retained: float | None = Field(None, ge=0)
-    """At least this part of the baseline's mean score is kept."""
+    """At least this part of the baseline's mean score is kept, judged by the lower end of the confidence interval."""
     cosine_mean: float | None = Field(None, ge=-1, le=1)
     """At least this mean cosine between variant and baseline vectors."""
     overlap_at_10: float | None = Field(None, ge=0, le=1)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compress.errors import UserError
+from compress.measure.statistics import Interval
 from compress.memory import memory_bytes
 from compress.models.checkpoint import write_text_atomic
 
@@ -100,6 +101,13 @@ class TaskRow(Part):
     prompts: dict[str, str]
     data: str
     seconds: dict[str, float]
+    """Of scoring, encoding included; small where vectors or scores were at hand already."""
+    interval: Interval | None = None
+    """Of the difference; None where the examples of such a task are not told apart."""
+    verdict: str | None = None
+    """`kept`, `regressed` or `inconclusive`, against the recipe's margin."""
+    index: dict[str, float] = {}
+    """Scores where one model's queries search the other's documents, by which."""
 
     @property
     def delta(self) -> float:
@@ -132,6 +140,8 @@ class Record(Part):
     tasks: tuple[TaskRow, ...]
     retained: float | None
     """Mean score of the variant over that of the baseline; None where accuracy was not measured."""
+    overall: Interval | None = None
+    """Of the difference of the mean over the tasks that have an interval."""
     fidelity: dict[str, Any] | None
     rows: tuple[Row, ...]
     measured_on: str

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from compress.measure.statistics import Interval
 from compress.memory import gigabytes
 from compress.record import Record
 
@@ -22,6 +24,8 @@ def print_record(record: Record, console: Console | None = None) -> None:
         console.print(f"{record.run}: random weights, so nothing is said of accuracy", soft_wrap=True)
     if record.tasks:
         console.print(_tasks(record))
+        if any(task.index for task in record.tasks):
+            console.print(_index(record))
     if record.fidelity:
         console.print(_fidelity(record.fidelity), soft_wrap=True)
     console.print(_rows(record))
@@ -39,20 +43,43 @@ def _tasks(record: Record) -> Table:
         pad_edge=False,
     )
     table.add_column("task")
-    for heading in ("metric", "baseline", "variant", "delta"):
-        table.add_column(heading, justify="right" if heading != "metric" else "left")
+    table.add_column("metric")
+    for heading in ("baseline", "variant", "delta", "95 % interval"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
     for task in record.tasks:
-        table.add_row(
-            task.task,
-            task.metric,
-            *(f"{100 * score:.2f}" for score in (task.baseline, task.variant)),
-            f"{100 * task.delta:+.2f}",
-        )
-    means = [
-        sum(scores) / len(record.tasks) for scores in zip(*((task.baseline, task.variant) for task in record.tasks), strict=True)
-    ]
+        scores = (f"{100 * score:.2f}" for score in (task.baseline, task.variant))
+        table.add_row(task.task, task.metric, *scores, f"{100 * task.delta:+.2f}", *_judged(task.interval))
+    means = [float(np.mean(scores)) for scores in zip(*((task.baseline, task.variant) for task in record.tasks), strict=True)]
     table.add_section()
-    table.add_row("mean", "", *(f"{100 * mean:.2f}" for mean in means), f"{100 * (means[1] - means[0]):+.2f}")
+    table.add_row(
+        "mean", "", *(f"{100 * mean:.2f}" for mean in means), f"{100 * (means[1] - means[0]):+.2f}", *_judged(record.overall)
+    )
+    return table
+
+
+def _judged(interval: Interval | None) -> tuple[str, str]:
+    """Write an interval and its verdict."""
+    if interval is None:
+        return "-", ""
+    more = f", {interval.more_examples:,} more examples would tell" if interval.more_examples else ""
+    return f"{100 * interval.low:+.2f} to {100 * interval.high:+.2f}", f"{interval.verdict}{more}"
+
+
+def _index(record: Record) -> Table:
+    """Show retrieval across models: may the variant's queries search the vectors that the baseline wrote, and the reverse."""
+    pairs = [pair for task in record.tasks for pair in task.index]
+    table = Table(
+        title="queries of one model on the other's index, scores x 100", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("task")
+    headings = ["baseline alone", "variant alone", *dict.fromkeys(pairs)]
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for task in record.tasks:
+        if task.index:
+            scores = (task.baseline, task.variant, *(task.index[pair] for pair in headings[2:]))
+            table.add_row(task.task, *(f"{100 * score:.2f}" for score in scores))
     return table
 
 

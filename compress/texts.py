@@ -78,9 +78,9 @@ def suite_texts() -> tuple[str, ...]:
     found: dict[str, None] = {}
     for path in sorted(SUITE.rglob("*.jsonl")):
         for row in read_jsonl(path):
-            for key in ("sentence1", "sentence2", "title", "text"):
-                if row.get(key):
-                    found[row[key]] = None
+            for key in ("sentence1", "sentence2", "title", "text", "sentences", "query", "positive", "negative"):
+                texts = row.get(key) or ()
+                found |= dict.fromkeys([texts] if isinstance(texts, str) else texts)
     return tuple(found)
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partialmethod
 from typing import Any
 
 import mteb
 import numpy as np
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta
+from mteb.types import PromptType
 from pydantic import BaseModel, ConfigDict
+from tqdm.std import tqdm  # type: ignore[import-untyped]
 
 from compress.errors import UserError
+from compress.measure.examples import Examples, catching
 from compress.measure.tasks import Task
 from compress.models.embedder import Embedder, Vectors
 
@@ -32,13 +39,25 @@ class TaskScore(BaseModel):
     seconds: float
     data: str
     """Fingerprint of the data."""
+    examples: Examples
+    """What the score is made of."""
+    mteb: dict[str, Any]
+    """The result in mteb's own format."""
 
 
 class MtebEncoder(AbsEncoder):  # type: ignore[misc]
     """An Embedder as mteb's tasks call it."""
 
-    def __init__(self, embedder: Embedder, batch_tokens: int | None = None, prompts: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        embedder: Embedder,
+        batch_tokens: int | None = None,
+        prompts: Mapping[str, str] | None = None,
+        documents: Embedder | None = None,
+    ) -> None:
+        """`documents`: embeds what is searched; None: the same embedder as queries and all else."""
         self.embedder = embedder
+        self.documents = documents or embedder
         self.batch_tokens = batch_tokens
         self.model_prompts = {**embedder.spec.prompts, **(prompts or {})} or None
         # mteb files results under owner/name; ours go into the record.
@@ -55,25 +74,55 @@ class MtebEncoder(AbsEncoder):  # type: ignore[misc]
         texts = [text for batch in inputs for text in batch["text"]]
         # mteb passes the same text many times over in some tasks; each is embedded once.
         unique = list(dict.fromkeys(texts))
-        vectors = self.embedder.encode(unique, prompt, batch_tokens=self.batch_tokens)
+        embedder = self.documents if prompt_type == PromptType.document else self.embedder
+        vectors = embedder.encode(unique, prompt, batch_tokens=self.batch_tokens)
         row = {text: index for index, text in enumerate(unique)}
         return vectors[np.fromiter((row[text] for text in texts), dtype=np.intp, count=len(texts))]
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep mteb's scorers from drawing bars, which they do whatever they are told."""
+    own = tqdm.__init__
+    tqdm.__init__ = partialmethod(own, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = own
+
+
 def evaluate(
-    embedder: Embedder, task: Task, batch_tokens: int | None = None, prompts: Mapping[str, str] | None = None
+    embedder: Embedder,
+    task: Task,
+    batch_tokens: int | None = None,
+    prompts: Mapping[str, str] | None = None,
+    documents: Embedder | None = None,
 ) -> TaskScore:
-    """Score an embedder on a task; `prompts` go before the model's own of the same name.
+    """Score an embedder on a task.
+
+    Args:
+        embedder: embeds the texts.
+        task: the task.
+        batch_tokens: padded tokens a batch may hold; None: the embedder's own default.
+        prompts: go before the model's own of the same name.
+        documents: embeds the documents of retrieval in the place of `embedder`: may its queries search another's index?
 
     Raises:
         UserError: the task's data is not local and the hub cannot be reached.
     """
-    encoder = MtebEncoder(embedder, batch_tokens, prompts)
+    encoder = MtebEncoder(embedder, batch_tokens, prompts, documents)
     start = time.perf_counter()
     try:
-        result = mteb.evaluate(
-            encoder, task.mteb, cache=None, co2_tracker=False, overwrite_strategy="always", show_progress_bar=False
-        )
+        with catching(task.mteb) as caught, _without_bars(), tempfile.TemporaryDirectory() as folder:
+            result = mteb.evaluate(
+                encoder,
+                task.mteb,
+                cache=None,
+                co2_tracker=False,
+                overwrite_strategy="always",
+                show_progress_bar=False,
+                prediction_folder=folder,
+            )
     except (ConnectionError, OSError) as error:
         if task.folder is not None:
             raise
@@ -81,7 +130,7 @@ def evaluate(
             f"task {task.name!r}: its data could not be fetched from the hub ({str(error).splitlines()[0]})",
             "give a folder that holds it (--data), or use the embedded suite (--tasks mini)",
         ) from error
-    scores = result.task_results[0]
+    scores = next(scores for scores in result.task_results if scores.task_name == task.name)
     return TaskScore(
         task=task.name,
         type=task.mteb.metadata.type,
@@ -90,4 +139,6 @@ def evaluate(
         prompts=encoder.prompts_used,
         seconds=time.perf_counter() - start,
         data=task.fingerprint,
+        examples=caught.examples(),
+        mteb=json.loads(scores.model_dump_json()),
     )

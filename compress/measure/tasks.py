@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import copy
 import hashlib
 import logging
 import warnings
@@ -12,15 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import mteb
-from datasets import Dataset, DatasetDict, disable_progress_bars
-from mteb.abstasks import AbsTask, AbsTaskClassification, AbsTaskRetrieval, AbsTaskSTS
+from datasets import disable_progress_bars
+from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskPairClassification, AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from compress.errors import UserError, nearest
-from compress.texts import SUITE, read_jsonl, read_lines
+from compress.measure.local_data import load_local
+from compress.texts import SUITE
 
 MINI = "mini"
-SUFFIXES = (".jsonl.gz", ".jsonl")
+# Of each of the seven types the cheapest public tasks that still tell models apart: some 3 M tokens together.
+LITE = (
+    "STSBenchmark",
+    "BIOSSES",
+    "Banking77Classification",
+    "SciFact",
+    "AskUbuntuDupQuestions",
+    "TwitterSemEval2015",
+    "TwentyNewsgroupsClustering.v2",
+    "SummEvalSummarization.v2",
+)
+# Names of our own for mteb's benchmarks; any other is found by mteb's own name.
+BENCHMARKS = {"mteb-eng-v1": "MTEB(eng, v1)", "mteb-eng-v2": "MTEB(eng, v2)"}
 
 
 @dataclass(frozen=True)
@@ -81,14 +94,36 @@ class MiniIntentClassification(AbsTaskClassification):  # type: ignore[misc]
     metadata = _metadata("MiniIntentClassification", "Classification", "accuracy", "Help-desk intents of the embedded suite.")
 
 
-EMBEDDED = {task.metadata.name: task for task in (MiniSTS, MiniRetrieval, MiniIntentClassification)}
+class MiniClustering(AbsTaskClustering):  # type: ignore[misc]
+    """Messages about ten close subjects, whose words turn up in each other's senses."""
+
+    metadata = _metadata("MiniClustering", "Clustering", "v_measure", "Messages by subject, of the embedded suite.")
+    max_fraction_of_documents_to_embed = None  # all of them: mteb's default of 4 % would be twelve
+
+
+class MiniPairClassification(AbsTaskPairClassification):  # type: ignore[misc]
+    """Do two sentences say the same: paraphrases without common words against near misses."""
+
+    metadata = _metadata("MiniPairClassification", "PairClassification", "max_ap", "Paraphrases of the embedded suite.")
+
+
+class MiniReranking(AbsTaskRetrieval):  # type: ignore[misc]
+    """Which of some ten passages answers the question; the others were written to look as if."""
+
+    metadata = _metadata("MiniReranking", "Reranking", "map_at_1000", "Answers among near misses, of the embedded suite.")
+
+
+EMBEDDED = {
+    task.metadata.name: task
+    for task in (MiniSTS, MiniRetrieval, MiniIntentClassification, MiniClustering, MiniPairClassification, MiniReranking)
+}
 
 
 def find_tasks(names: Iterable[str], data: Path | None) -> list[Task]:
     """Find tasks by name, with their data loaded where it is local, so that a fault in it is seen before any work is done.
 
     Args:
-        names: names of mteb tasks, or `mini` for the embedded suite.
+        names: names of mteb's tasks or benchmarks; `mini` for the embedded suite; `lite`, `mteb-eng-v1`, `mteb-eng-v2`.
         data: a folder `<task>[/<subset>]/<split>.jsonl[.gz]` (retrieval in BEIR's layout); None: the hub.
 
     Raises:
@@ -100,112 +135,51 @@ def find_tasks(names: Iterable[str], data: Path | None) -> list[Task]:
     logging.getLogger("mteb").setLevel(logging.ERROR)
     if data is not None and not data.is_dir():
         raise UserError(f"data folder {data}: not a folder")
-    wanted: dict[str, None] = {}
+    wanted: dict[str, Any] = {}
     for name in names:
-        wanted |= dict.fromkeys(EMBEDDED if name == MINI else [name])
+        wanted |= _expand(name)
     if not wanted:
-        raise UserError("no tasks are named", "evaluate.tasks or --tasks: mini, or names of mteb's tasks")
-    return [_find_task(name, data) for name in wanted]
+        raise UserError("no tasks are named", "evaluate.tasks or --tasks: mini, lite, or names of mteb's tasks or benchmarks")
+    return [_with_data(name, found, data) for name, found in wanted.items()]
 
 
-def _find_task(name: str, data: Path | None) -> Task:
+def _expand(name: str) -> dict[str, Any]:
+    """Return the mteb tasks that a name stands for, by their own names."""
+    if name == MINI:
+        return {own: kind() for own, kind in EMBEDDED.items()}
     if name in EMBEDDED:
-        task = Task(EMBEDDED[name](), SUITE / name)
+        return {name: EMBEDDED[name]()}
+    if name == "lite":
+        return {own: mteb.get_task(own) for own in LITE}
+    benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
+    if BENCHMARKS.get(name, name) in benchmarks:
+        tasks = benchmarks[BENCHMARKS.get(name, name)].tasks
+        return {task.metadata.name: copy.deepcopy(task) for task in tasks}  # with the languages and splits that it is about
+    try:
+        return {name: mteb.get_task(name)}
+    except KeyError as error:
+        tasks = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
+        known = {MINI, "lite", *BENCHMARKS, *EMBEDDED, *benchmarks, *tasks}
+        raise UserError(f"unknown task {name!r}", nearest(name, known)) from error
+
+
+def _with_data(name: str, found: Any, data: Path | None) -> Task:
+    """Give a task its data where that is local."""
+    if name in EMBEDDED:
+        folder: Path | None = SUITE / name
+    elif data is None:
+        return Task(found, None)
     else:
-        try:
-            found = mteb.get_task(name)
-        except KeyError as error:
-            known = {MINI, *EMBEDDED, *(task.metadata.name for task in mteb.get_tasks(exclude_superseded=False))}
-            raise UserError(f"unknown task {name!r}", nearest(name, known)) from error
-        if data is None:
-            return Task(found, None)
-        if not (data / name).is_dir():
+        folder = next((data / known for known in _names(name) if (data / known).is_dir()), None)
+        if folder is None:
             there = sorted(path.name for path in data.iterdir() if path.is_dir())
             raise UserError(f"task {name!r}: the data folder {data} has no folder of that name", nearest(name, there))
-        task = Task(found, data / name)
-    assert task.folder is not None
-    load_local(task.mteb, task.folder)
-    return task
+    assert folder is not None
+    load_local(found, folder)
+    return Task(found, folder)
 
 
-def load_local(task: AbsTask, folder: Path) -> None:
-    """Put the data of a local folder into a task, and leave in it only the subsets and splits that the folder has.
-
-    Raises:
-        UserError: the folder has none of the task's subsets or splits, or a file is broken.
-    """
-    present = [subset for subset in task.hf_subsets if (folder / subset).is_dir()]
-    if not present and len(task.hf_subsets) == 1:
-        present = list(task.hf_subsets)
-    if not present:
-        raise UserError(f"{folder}: has none of the subsets of {task.metadata.name}: {', '.join(task.hf_subsets[:8])}")
-    load = _load_retrieval if isinstance(task, AbsTaskRetrieval) else _load_splits
-    loaded = {subset: load(task, folder / subset if (folder / subset).is_dir() else folder) for subset in present}
-    task.hf_subsets = present
-    if isinstance(task, AbsTaskRetrieval) or task.metadata.is_multilingual:
-        task.dataset = loaded
-    else:
-        task.dataset = loaded[present[0]]
-    task.dataset_transform()
-    task.data_loaded = True
-    splits = [split for split in task.metadata.eval_splits if all(split in splits for splits in loaded.values())]
-    if not splits:
-        raise UserError(
-            f"{folder}: has none of the splits {task.metadata.name} is scored on: {', '.join(task.metadata.eval_splits)}"
-        )
-    task.filter_eval_splits(splits)
-
-
-def _file(folder: Path, stem: str) -> Path:
-    for suffix in SUFFIXES:
-        if (folder / f"{stem}{suffix}").is_file():
-            return folder / f"{stem}{suffix}"
-    raise UserError(f"{folder}: no {stem}.jsonl or {stem}.jsonl.gz")
-
-
-def _load_splits(task: AbsTask, folder: Path) -> DatasetDict:
-    required: tuple[str, ...] = ()
-    if isinstance(task, AbsTaskSTS):
-        required = (*task.column_names, "score")
-    elif isinstance(task, AbsTaskClassification):
-        required = (task.input_column_name, task.label_column_name)
-    files = {path.name.split(".jsonl")[0]: path for path in sorted(folder.glob("*.jsonl*")) if path.name.endswith(SUFFIXES)}
-    if not files:
-        raise UserError(f"{folder}: holds no <split>.jsonl or <split>.jsonl.gz")
-    return DatasetDict({split: Dataset.from_list(read_jsonl(path, required)) for split, path in files.items()})
-
-
-def _load_retrieval(task: AbsTask, folder: Path) -> dict[str, dict[str, Any]]:
-    corpus = [
-        {"id": str(row["_id"]), "title": row.get("title") or "", "text": row["text"]}
-        for row in read_jsonl(_file(folder, "corpus"), ("_id", "text"))
-    ]
-    queries = [{"id": str(row["_id"]), "text": row["text"]} for row in read_jsonl(_file(folder, "queries"), ("_id", "text"))]
-    splits: dict[str, dict[str, Any]] = {}
-    for path in sorted((folder / "qrels").glob("*.tsv")):
-        relevant = _read_qrels(path, {row["id"] for row in queries}, {row["id"] for row in corpus})
-        splits[path.stem] = {
-            "corpus": Dataset.from_list(corpus),
-            "queries": Dataset.from_list([row for row in queries if row["id"] in relevant]),
-            "relevant_docs": relevant,
-            "top_ranked": None,
-        }
-    if not splits:
-        raise UserError(f"{folder}: no qrels/<split>.tsv")
-    return splits
-
-
-def _read_qrels(path: Path, queries: set[str], documents: set[str]) -> dict[str, dict[str, int]]:
-    relevant: dict[str, dict[str, int]] = {}
-    for number, line in read_lines(path):
-        if number == 1 and line.startswith("query-id"):
-            continue
-        fields = next(csv.reader([line], delimiter="\t"))
-        if len(fields) != 3 or not fields[2].strip().lstrip("-").isdigit():
-            raise UserError(f"{path}, line {number}: 'query-id<TAB>corpus-id<TAB>score' is wanted, this is {line!r}")
-        query, document, score = fields
-        if query not in queries or document not in documents:
-            what = f"query {query!r}" if query not in queries else f"document {document!r}"
-            raise UserError(f"{path}, line {number}: {what} is in no row of its file")
-        relevant.setdefault(query, {})[document] = int(score)
-    return relevant
+def _names(name: str) -> list[str]:
+    """Return a task's name, and those of the tasks that it supersedes: the same data under an older name."""
+    superseded = (task.metadata.name for task in mteb.get_tasks(exclude_superseded=False) if task.superseded_by == name)
+    return [name, *sorted(superseded)]
