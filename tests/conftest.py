@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,21 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from compress.texts import suite_texts
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_test_touches_the_user_s_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of each test's own, so that no test finds what another has made."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("COMPRESS_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

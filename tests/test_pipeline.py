@@ -45,14 +45,14 @@ def finished(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reco
 
 def what_was_found(record: Record) -> dict[str, Any]:
     """The part of a record that repeating the run gives again: everything but times and memory."""
-    tasks = [(task.task, task.baseline, task.variant, task.data, task.prompts) for task in record.tasks]
+    tasks = [(task.task, task.baseline, task.variant, task.data, task.prompts, task.interval, task.index) for task in record.tasks]
     sizes = [(row.name, row.size_bytes, row.weights, row.activations) for row in record.rows]
     return {"run": record.run, "tasks": tasks, "fidelity": record.fidelity, "sizes": sizes, "model": record.model}
 
 
 def test_the_run_s_folder_is_its_content(finished: tuple[Record, Path]) -> None:
     record, folder = finished
-    assert sorted(path.name for path in folder.iterdir()) == ["recipe.yaml", "record.json", "variant"]
+    assert sorted(path.name for path in folder.iterdir()) == ["mteb", "recipe.yaml", "record.json", "variant"]
     assert [path.name for path in folder.parent.iterdir()] == [record.run]
     assert Record.read(folder) == record
     resolved = read_recipe(folder / "recipe.yaml")
@@ -133,7 +133,7 @@ def test_a_stopped_run_continues_where_it_was(
     said: list[str] = []
     record = run(small, model=str(bert), output=tmp_path, device="cpu", say=said.append)
     assert said[0] == f"continuing {record.run}"
-    assert len(calls) == 6 + 1  # each of the two models on three tasks, and the one that was stopped
+    assert len(calls) == 2 * 6 + 2 + 1  # two models on six tasks, each other's index, and the call that was stopped
     assert what_was_found(record) == what_was_found(finished[0])
     assert [path.name for path in tmp_path.iterdir()] == [record.run]
 

@@ -31,6 +31,7 @@ from compress.measure.statistics import (
     Statistic,
     VMeasure,
     differences,
+    score,
 )
 
 # mteb's names of retrieval metrics, and how its per-query scores call them.
@@ -151,7 +152,8 @@ class Caught:
             return _pairs("spearman", rows["score"], predictions["cosine_scores"])
         if isinstance(task, AbsTaskPairClassification):
             labels = rows[task.label_column_name]
-            return _pairs("average_precision", labels[0] if isinstance(labels[0], list) else labels, predictions["cosine_scores"])
+            labels = labels[0] if isinstance(labels[0], list) else labels
+            return _best_pairs(labels, predictions, task.metadata.main_score)
         if isinstance(task, AbsTaskClassification):
             labels = list(rows[task.label_column_name])
             right = np.mean([[got == wanted for got, wanted in zip(made, labels, strict=True)] for made in predictions], axis=0)
@@ -191,6 +193,18 @@ def _mean(values: Sequence[float] | Floats) -> Part:
 
 def _pairs(kind: Literal["spearman", "average_precision"], gold: Sequence[float], similarity: Sequence[float]) -> Part:
     return Part(kind=kind, values=[[float(x) for x in gold], [float(x) for x in similarity]], count=len(gold))
+
+
+def _best_pairs(labels: Sequence[float], predictions: Mapping[str, Sequence[float]], metric: str) -> Part | None:
+    """Return pairs with their cosine, or for mteb's `max_ap` with the similarity that has the largest average precision."""
+    if metric not in ("cosine_ap", "max_ap"):
+        return None
+    similarities = [np.asarray(predictions["cosine_scores"])]
+    if metric == "max_ap":
+        similarities += [np.asarray(predictions["dot_scores"]), np.asarray(predictions["similarity_scores"])]
+        similarities += [-np.asarray(predictions[f"{kind}_distances"]) for kind in ("manhattan", "euclidean")]
+    parts = [_pairs("average_precision", labels, similarity.tolist()) for similarity in similarities]
+    return max(parts, key=lambda part: score(part.statistic()))
 
 
 def _queries(scores: Mapping[str, Mapping[str, float]], metric: str) -> Part | None:
