@@ -46,7 +46,10 @@ def assemble(name: str, recipe: Recipe, source: Source, shape: ModelShape, folde
     """Put a run's record together; `folder` holds its variant."""
     info = VariantInfo.read(folder / VARIANT)
     compared = _compare(recipe, found)
-    tasks = tuple(_task_row(name, found, compared) for name in found.scores)
+    tasks = tuple(
+        task_row(roles["baseline"], roles[VARIANT], compared.tasks[name], found.index.get(name, {}))
+        for name, roles in found.scores.items()
+    )
     retained = float(np.mean([task.variant for task in tasks]) / np.mean([task.baseline for task in tasks])) if tasks else None
     rows = _rows(recipe, info, shape, folder, device, found.speeds)
     gates, unjudged = _gates(recipe.gates, _retained_at_least(retained, tasks, compared.overall), found.agreement, rows[-1], shape)
@@ -91,11 +94,10 @@ def _compare(recipe: Recipe, found: Findings) -> Comparison:
     return compare(baseline, variant, recipe.evaluate.margin, seed=recipe.seed)
 
 
-def _task_row(name: str, found: Findings, compared: Comparison) -> TaskRow:
-    baseline, variant = found.scores[name]["baseline"], found.scores[name][VARIANT]
-    interval = compared.tasks[name]
+def task_row(baseline: TaskScore, variant: TaskScore, interval: Interval | None, index: Mapping[str, float]) -> TaskRow:
+    """Put a task's row together."""
     return TaskRow(
-        task=name,
+        task=variant.task,
         type=baseline.type,
         metric=baseline.metric,
         baseline=baseline.score,
@@ -105,7 +107,7 @@ def _task_row(name: str, found: Findings, compared: Comparison) -> TaskRow:
         seconds={"baseline": baseline.seconds, "variant": variant.seconds},
         interval=interval,
         verdict=interval.verdict if interval else None,
-        index=dict(found.index.get(name, {})),
+        index=dict(index),
     )
 
 

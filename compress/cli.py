@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -99,6 +100,51 @@ def encode(
         vectors = load(model, device=device, stream=stream).encode(lines, prompt)
         save_array(output, vectors)
     print(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]} dimensions")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A built-in name, a folder, a run or a hub name.")],
+    tasks: Annotated[str, typer.Option(metavar="A,B", help="Task or benchmark names, mini, lite.")] = "mini",
+    against: Annotated[str | None, typer.Option(metavar="OTHER", help="Another model, to be compared with in pairs.")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Local data of the tasks; without it, the hub.")] = None,
+    margin: Annotated[float, typer.Option(metavar="SHARE", help="Loss that is accepted, of the other's score.")] = 0.01,
+    outputs: Annotated[str, typer.Option(metavar="A,B", help="Ways to store vectors: int8, pca-192, binary+rescore, ...")] = "",
+    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts that these are fitted on.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="For the results in mteb's format.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: Annotated[str | None, typer.Option(metavar="T", help="float32, float16 or bfloat16.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Read the model block by block; it need not fit in memory.")] = False,
+) -> None:
+    """Score a model on tasks, alone or against another. With --against, a regression is exit code 1."""
+    with stoppable():
+        from compress.evaluate import evaluate as evaluate_model
+        from compress.models.checkpoint import write_text_atomic
+        from compress.report import print_evaluation
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        told = partial(print, file=sys.stderr, flush=True)
+        found = evaluate_model(
+            model,
+            names,
+            against=against,
+            data=data,
+            device=device,
+            dtype=dtype,
+            stream=stream,
+            margin=margin,
+            outputs=[name.strip() for name in outputs.split(",") if name.strip()],
+            calibration=calibration,
+            say=told,
+        )
+        if output is not None:
+            for task, result in found.mteb.items():
+                write_text_atomic(output / f"{task}.json", json.dumps(result, indent=1) + "\n")
+    print_evaluation(found)
+    if found.overall is not None and found.overall.verdict == "regressed":
+        raise typer.Exit(1)
 
 
 @app.command()

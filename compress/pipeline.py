@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 from compress.apply import make_variant
-from compress.assemble import RECIPE_FILE, VARIANT, Findings, assemble, gpu_name
-from compress.cache import use
+from compress.assemble import RECIPE_FILE, VARIANT, Findings, assemble
 from compress.errors import UserError, nearest
-from compress.loading import DTYPE_BYTES, Source, find, open_source, spec_of
+from compress.loading import DTYPE_BYTES, Source, find, open_source
 from compress.measure.fidelity import Fidelity, cosines, fidelity
 from compress.measure.speed import Candidate, Speed, measure_speed
-from compress.measure.vectors import StoredEmbedder, VectorStore
 from compress.memory import available_memory_bytes, gigabytes
 from compress.models.checkpoint import write_text_atomic
 from compress.models.shape import read_shape
 from compress.models.variant import VariantInfo
+from compress.output import rotation
 from compress.plan import make_plan
 from compress.random_checkpoint import PREFIX as RANDOM
 from compress.recipe import Recipe, read_recipe, steps_for
-from compress.record import RECORD_FILE, Journal, Record, Step, machine, versions
-from compress.texts import measure_texts
+from compress.record import RECORD_FILE, Journal, Record, Step
+from compress.scoring import Scored, baseline_key, versions_and_machine
+from compress.texts import calibration_texts, measure_texts
 
 if TYPE_CHECKING:
     from compress.measure.accuracy import TaskScore
@@ -157,13 +157,9 @@ class _Run:
             "tasks": {task.name: task.fingerprint for task in self.tasks},
             "texts": self.texts,
             "device": self.device,
-            "machine": self._versions_and_machine(),
+            "machine": versions_and_machine(self.device),
         }
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:8]
-
-    def _versions_and_machine(self) -> list[Any]:
-        here = machine(gpu_name(self.device))
-        return [versions(), here.cpu, here.cores, here.gpu]
 
     def finish(self, fresh: bool) -> Record:
         """Do what is not done yet, and give the run's folder its name."""
@@ -189,15 +185,15 @@ class _Run:
         if self.tasks or "fidelity" in what:
             reference = self._reference()
             found = replace(found, baseline=f"{reference.dtype}: {reference.why}")
-            baseline, variant = self._stored("baseline", reference.dtype), self._stored(VARIANT, None)
-            scores = self._scores(baseline, variant, reference.dtype)
-            index = self.journal.once("index", partial(self._index, baseline, variant))
+            models = {"baseline": self._scored("baseline", reference.dtype), VARIANT: self._scored(VARIANT, None)}
+            scores = self._scores(models)
+            index = self.journal.once("index", lambda: self._index(models["baseline"], models[VARIANT]))
             found = replace(found, scores=scores, index=index)
             if "fidelity" in what:
-                agreement = Fidelity(**self.journal.once("fidelity", lambda: self._fidelity(baseline, variant).model_dump()))
+                agreement = Fidelity(**self.journal.once("fidelity", lambda: self._fidelity(models).model_dump()))
                 self.say(f"fidelity: cosine mean {agreement.cosine_mean:.5f}, min {agreement.cosine_min:.5f}")
                 found = replace(found, agreement=agreement)
-            del baseline, variant
+            models.clear()
             gc.collect()
         if "speed" in what:
             speeds = {name: Speed(**speed) for name, speed in self.journal.once("speed", self._speed).items()}
@@ -234,7 +230,7 @@ class _Run:
 
     def _stand_in(self) -> dict[str, Any]:
         texts = self.texts[:STAND_IN_TEXTS]
-        halves = (self._stored("baseline", dtype) for dtype in ("float16", "float32"))
+        halves = (self._scored("baseline", dtype).embedder for dtype in ("float16", "float32"))
         vectors = []
         for embedder in halves:
             vectors.append(embedder.encode(texts))
@@ -246,82 +242,61 @@ class _Run:
         )
         return {"dtype": "float32" if agree else "float16", "why": why}
 
-    def _stored(self, role: str, dtype: str | None) -> StoredEmbedder:
-        """Return an embedder that makes each vector once: the baseline's are kept for other runs, the variant's for this one."""
-        folder = self.journal.folder / "vectors" if role == VARIANT else use("vectors", self._baseline_key(dtype))
-        source = self._source(role)
-        open_embedder = partial(self._open, role, dtype)
-        return StoredEmbedder(
-            source.name,
-            spec_of(source),
-            self.shape.hidden_size,
-            open_embedder,
-            VectorStore(folder),
-            self.recipe.measure.batch_tokens,
+    def _scored(self, role: str, dtype: str | None) -> Scored:
+        """Return a model as tasks see it: the baseline's vectors and scores are kept for other runs, the variant's for this one."""
+        batch_tokens, source = self.recipe.measure.batch_tokens, self._source(role)
+        kept = self.journal.folder / "vectors"
+        key = kept if role == VARIANT else baseline_key(self.fingerprint, dtype, self.device, batch_tokens)
+        return Scored(
+            source, partial(self._open, role, dtype), key, batch_tokens=batch_tokens, prompts=self.recipe.evaluate.prompts
         )
 
-    def _baseline_key(self, dtype: str | None) -> str:
-        """Name everything that decides a baseline's vectors."""
-        decided = [self.fingerprint, dtype, self.device, self.recipe.measure.batch_tokens, self._versions_and_machine()]
-        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _scores(self, baseline: StoredEmbedder, variant: StoredEmbedder, dtype: str) -> dict[str, dict[str, TaskScore]]:
+    def _scores(self, models: Mapping[str, Scored]) -> dict[str, dict[str, TaskScore]]:
         """Score baseline, then variant, on every task; only one of the two is in memory at a time."""
         if not self.tasks:
             return {}
         from compress.measure.accuracy import TaskScore
 
         scores: dict[str, dict[str, TaskScore]] = {}
-        for role, embedder in (("baseline", baseline), (VARIANT, variant)):
+        for role, model in models.items():
             for number, task in enumerate(self.tasks, start=1):
-                make = (
-                    partial(self._baseline_score, embedder, task, dtype)
-                    if role == "baseline"
-                    else partial(self._score, embedder, task)
-                )
+                make = partial(self._score, model, task)
                 score = TaskScore(**self.journal.once(f"accuracy {role} {task.name}", make))
                 scores.setdefault(task.name, {})[role] = score
                 place = f"{number}/{len(self.tasks)}"
                 self.say(f"{role} {place} {task.name}: {score.metric} {100 * score.score:.2f} ({score.seconds:.0f} s)")
-            embedder.close()
+            model.embedder.close()
         return scores
 
-    def _score(self, embedder: Embedder, task: Task) -> dict[str, Any]:
-        from compress.measure.accuracy import evaluate
+    @staticmethod
+    def _score(model: Scored, task: Task) -> dict[str, Any]:
+        return model.score(task).model_dump(mode="json")
 
-        return evaluate(embedder, task, None, self.recipe.evaluate.prompts).model_dump()
-
-    def _baseline_score(self, embedder: Embedder, task: Task, dtype: str) -> dict[str, Any]:
-        """Score the baseline, or read what it scored in an earlier run on the same data with the same prompts."""
-        decided = json.dumps([task.name, task.fingerprint, self.recipe.evaluate.prompts], sort_keys=True)
-        name = f"{task.name}-{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
-        return Journal(use("scores", self._baseline_key(dtype))).once(name, partial(self._score, embedder, task))
-
-    def _index(self, baseline: StoredEmbedder, variant: StoredEmbedder) -> dict[str, dict[str, float]]:
+    def _index(self, baseline: Scored, variant: Scored) -> dict[str, dict[str, float]]:
         """Score retrieval with one model's queries on the other's documents."""
         found: dict[str, dict[str, float]] = {}
+        turn = None
+        if self.recipe.evaluate.rotation:
+            turn = rotation(*(model.embedder.encode(calibration_texts()) for model in (variant, baseline)))
         for task in self.tasks:
             if task.mteb.metadata.type != "Retrieval":
                 continue
-            scores = {
-                "variant queries, baseline documents": self._mixed(task, variant, baseline),
-                "baseline queries, variant documents": self._mixed(task, baseline, variant),
+            found[task.name] = {
+                "variant queries, baseline documents": variant.score_on(task, baseline),
+                "baseline queries, variant documents": baseline.score_on(task, variant),
             }
-            self.say(f"index {task.name}: " + "; ".join(f"{pair} {100 * score:.2f}" for pair, score in scores.items()))
-            found[task.name] = scores
+            if turn is not None:
+                found[task.name]["rotated variant queries, baseline documents"] = variant.score_on(task, baseline, turn)
+                found[task.name]["rotated baseline queries, variant documents"] = baseline.score_on(task, variant, turn.T)
+            self.say(f"index {task.name}: " + "; ".join(f"{pair} {100 * score:.2f}" for pair, score in found[task.name].items()))
         return found
 
-    def _mixed(self, task: Task, queries: Embedder, documents: Embedder) -> float:
-        from compress.measure.accuracy import evaluate
-
-        return evaluate(queries, task, None, self.recipe.evaluate.prompts, documents).score
-
-    def _fidelity(self, baseline: StoredEmbedder, variant: StoredEmbedder) -> Fidelity:
+    def _fidelity(self, models: Mapping[str, Scored]) -> Fidelity:
         vectors = []
-        for embedder in (baseline, variant):
-            vectors.append(embedder.encode(self.texts))
-            embedder.close()
-        return fidelity(*vectors)
+        for model in models.values():
+            vectors.append(model.embedder.encode(self.texts))
+            model.embedder.close()
+        return fidelity(vectors[0], vectors[1], self.texts)
 
     def _speed(self) -> dict[str, Any]:
         """Measure baselines and variant in fresh processes."""

@@ -36,6 +36,9 @@ class Evaluate(Section):
     (`SciFact-query`, `SciFact-document`), by type of task (`Classification`) or by role (`query`)."""
     data: str | None = None
     """A folder with the tasks' data, `<task>[/<subset>]/<split>.jsonl[.gz]`; without it the tasks come from the hub."""
+    rotation: bool = False
+    """Whether one model's queries search the other's index also after a rotation between the two spaces, fitted on the embedded
+    calibration texts."""
     margin: float = Field(0.01, ge=0, lt=1)
     """Loss that is accepted on a task and on the mean, as a share of the baseline's score; verdicts are against it."""
     baseline: Literal["auto", "float16", "float32"] = "auto"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -12,7 +12,10 @@ from rich.table import Table
 
 from compress.measure.statistics import Interval
 from compress.memory import gigabytes
-from compress.record import Record
+from compress.record import Record, TaskRow
+
+if TYPE_CHECKING:
+    from compress.evaluate import Evaluation
 
 WIDTH = 120  # fixed, so that what is quoted looks the same wherever it was printed
 
@@ -36,25 +39,65 @@ def print_record(record: Record, console: Console | None = None) -> None:
 
 
 def _tasks(record: Record) -> Table:
-    table = Table(
-        title=f"{record.run}\naccuracy against {record.baseline.split(':')[0]}, scores x 100",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
+    title = f"{record.run}\naccuracy against {record.baseline.split(':')[0]}, scores x 100"
+    return tasks_table(title, record.tasks, record.overall)
+
+
+def tasks_table(
+    title: str, tasks: Sequence[TaskRow], overall: Interval | None, names: tuple[str, str] = ("baseline", "variant")
+) -> Table:
+    """Show two models' scores on tasks, with the difference, its interval and the verdict."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("task")
     table.add_column("metric")
-    for heading in ("baseline", "variant", "delta", "95 % interval"):
+    for heading in (*names, "delta", "95 % interval"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    for task in record.tasks:
+    for task in tasks:
         scores = (f"{100 * score:.2f}" for score in (task.baseline, task.variant))
         table.add_row(task.task, task.metric, *scores, f"{100 * task.delta:+.2f}", *_judged(task.interval))
-    means = [float(np.mean(scores)) for scores in zip(*((task.baseline, task.variant) for task in record.tasks), strict=True)]
+    means = [float(np.mean(scores)) for scores in zip(*((task.baseline, task.variant) for task in tasks), strict=True)]
     table.add_section()
-    table.add_row(
-        "mean", "", *(f"{100 * mean:.2f}" for mean in means), f"{100 * (means[1] - means[0]):+.2f}", *_judged(record.overall)
-    )
+    table.add_row("mean", "", *(f"{100 * mean:.2f}" for mean in means), f"{100 * (means[1] - means[0]):+.2f}", *_judged(overall))
+    return table
+
+
+def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
+    """Print what a model scored, alone or beside another."""
+    console = console or Console(width=WIDTH, highlight=False)
+    if found.against is not None:
+        console.print(
+            tasks_table(f"{found.model} against {found.against}, scores x 100", found.tasks, found.overall, ("other", "model"))
+        )
+        return
+    table = Table(title=f"{found.model}, scores x 100", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("task", "type", "metric"):
+        table.add_column(heading)
+    table.add_column("score", justify="right")
+    for task in found.tasks:
+        table.add_row(task.task, task.type, task.metric, f"{100 * task.variant:.2f}")
+    table.add_section()
+    table.add_row("mean", "", "", f"{100 * float(np.mean([task.variant for task in found.tasks])):.2f}")
+    console.print(table)
+    if found.outputs:
+        console.print(_outputs(found))
+
+
+def _outputs(found: Evaluation) -> Table:
+    """Show what retrieval loses with vectors stored in fewer bytes."""
+    table = Table(title=f"vectors of {found.model} stored in fewer bytes, scores x 100", title_justify="left", box=SIMPLE_HEAD)
+    tasks = list(found.outputs[0].scores)
+    table.add_column("output")
+    for heading in ("dimensions", "GB per million", *(part for task in tasks for part in (task, "delta", "95 % interval"))):
+        table.add_column(heading, justify="right")
+    whole = {task.task: task.variant for task in found.tasks}
+    for row in found.outputs:
+        cells = []
+        for task in tasks:
+            interval = row.intervals.get(task)
+            span = f"{100 * interval.low:+.2f} to {100 * interval.high:+.2f}" if interval else "-"
+            cells += [f"{100 * row.scores[task]:.2f}", f"{100 * (row.scores[task] - whole[task]):+.2f}", span]
+        table.add_row(row.output, str(row.dimensions), f"{row.bytes_per_million / 1e9:.3f}", *cells)
     return table
 
 
@@ -87,6 +130,12 @@ def _fidelity(agreement: Mapping[str, Any]) -> str:
     return (
         f"fidelity on {agreement['texts']} texts: cosine mean {agreement['cosine_mean']:.5f}, p1 {agreement['cosine_p1']:.5f}, "
         f"min {agreement['cosine_min']:.5f}; neighbour overlap@10 {agreement['overlap_at_10']:.3f}"
+        + (f", @100 {agreement['overlap_at_100']:.3f}" if agreement.get("overlap_at_100") is not None else "")
+        + (
+            f"; rank correlation of similarities {agreement['similarity_spearman']:.4f}"
+            if agreement.get("similarity_spearman")
+            else ""
+        )
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from compress.errors import UserError
 
 SUITE = Path(str(resources.files("compress.data"))) / "suite"
+CALIBRATION = SUITE.with_name("calibration.jsonl")
 # Longest text of `mixed_texts` in words: some 250 tokens, where a MiniLM cuts.
 LONGEST_WORDS = 190
 
@@ -82,6 +83,12 @@ def suite_texts() -> tuple[str, ...]:
                 texts = row.get(key) or ()
                 found |= dict.fromkeys([texts] if isinstance(texts, str) else texts)
     return tuple(found)
+
+
+@cache
+def calibration_texts() -> tuple[str, ...]:
+    """Return the embedded calibration texts: 512 of many kinds, none of them in the embedded suite."""
+    return tuple(row["text"] for row in read_jsonl(CALIBRATION, ("text",)))
 
 
 def mixed_texts(count: int, seed: int) -> list[str]:

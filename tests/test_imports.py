@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1] / "compress"
 LEVELS = [
     ["cli"],
     ["pipeline", "report", "verify"],
+    ["evaluate"],
+    ["scoring"],
     ["apply", "assemble"],
     ["plan"],
     ["recipe"],
@@ -25,6 +27,7 @@ LEVELS = [
     ["random_checkpoint"],
     ["runtimes"],
     ["walk"],
+    ["output"],
     ["models"],
     ["layers"],
     ["texts", "cache", "memory"],

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import compress
-from compress import loading, pipeline
+from compress import loading, pipeline, scoring
 from compress.errors import UserError
 from compress.layers.float_layers import has_onednn_linear
 from compress.measure import accuracy
@@ -83,7 +83,7 @@ def test_fidelity_and_scores_are_those_of_the_saved_variant(finished: tuple[Reco
     record, folder = finished
     texts = mixed_texts(24, 0)
     opened, baseline = compress.load(str(folder), device="cpu"), compress.load(str(bert), device="cpu")
-    assert record.fidelity == fidelity(baseline.encode(texts), opened.encode(texts)).model_dump()
+    assert record.fidelity == fidelity(baseline.encode(texts), opened.encode(texts), texts).model_dump(mode="json")
     task = find_tasks(["MiniSTS"], None)[0]
     assert record.tasks[0].task == "MiniSTS"
     assert record.tasks[0].variant == accuracy.evaluate(opened, task).score
@@ -149,7 +149,7 @@ def test_another_recipe_model_or_package_set_is_another_run(
     assert finished[0].run.endswith(same)
     changed = parse_recipe({**SMALL, "steps": [{"method": "rtn", "activations": "none"}]})
     names = {same, name(changed, bert), name(small, make_model("mistral"))}
-    monkeypatch.setattr(pipeline, "versions", lambda: {"torch": "0"})
+    monkeypatch.setattr(scoring, "versions", lambda: {"torch": "0"})
     names.add(name(small, bert))
     assert len(names) == 4
     described = small.model_copy(update={"description": "other words"})
@@ -170,7 +170,7 @@ def test_gates_decide_and_no_export_leaves_the_record_alone(bert: Path, tmp_path
         "overlap_at_10": True,
     }
     assert "misses speedup" in record.verdict
-    assert sorted(path.name for path in (tmp_path / record.run).iterdir()) == ["recipe.yaml", "record.json"]
+    assert sorted(path.name for path in (tmp_path / record.run).iterdir()) == ["mteb", "recipe.yaml", "record.json"]
 
 
 def test_float16_is_the_baseline_where_float32_differs(
@@ -240,11 +240,11 @@ def test_what_does_not_fit_in_memory_is_streamed_or_left_out(
     bert: Path, small: Recipe, finished: tuple[Record, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = 4 * finished[0].model.parameters
-    monkeypatch.setattr(loading, "available_memory_bytes", lambda: 100_000)
-    with pytest.raises(UserError, match=r"takes 0\.3 MB of memory in float32, 0\.1 MB are free") as caught:
-        compress.load(str(bert), device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "available_memory_bytes", lambda: 100_000)
+        with pytest.raises(UserError, match=r"takes 0\.3 MB of memory in float32, 0\.1 MB are free") as caught:
+            compress.load(str(bert), device="cpu")
     assert "--stream" in caught.value.hint
-    monkeypatch.undo()
     plan = make_plan(small, read_shape("tiny", bert), tmp_path)
     besides = plan.run_memory_bytes - plan.variant_bytes
     monkeypatch.setattr(pipeline, "available_memory_bytes", lambda: besides + weights - 1)

@@ -14,6 +14,7 @@ import mteb
 import numpy as np
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta
+from mteb.models.search_wrappers import SearchEncoderWrapper
 from mteb.types import PromptType
 from pydantic import BaseModel, ConfigDict
 from tqdm.std import tqdm  # type: ignore[import-untyped]
@@ -97,6 +98,7 @@ def evaluate(
     batch_tokens: int | None = None,
     prompts: Mapping[str, str] | None = None,
     documents: Embedder | None = None,
+    index: Any = None,
 ) -> TaskScore:
     """Score an embedder on a task.
 
@@ -106,16 +108,18 @@ def evaluate(
         batch_tokens: padded tokens a batch may hold; None: the embedder's own default.
         prompts: go before the model's own of the same name.
         documents: embeds the documents of retrieval in the place of `embedder`: may its queries search another's index?
+        index: stores and searches the documents of retrieval, as mteb's index backends do; None: all vectors as they are.
 
     Raises:
         UserError: the task's data is not local and the hub cannot be reached.
     """
     encoder = MtebEncoder(embedder, batch_tokens, prompts, documents)
+    model = encoder if index is None else SearchEncoderWrapper(encoder, index_backend=index)
     start = time.perf_counter()
     try:
         with catching(task.mteb) as caught, _without_bars(), tempfile.TemporaryDirectory() as folder:
             result = mteb.evaluate(
-                encoder,
+                model,
                 task.mteb,
                 cache=None,
                 co2_tracker=False,

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from compress.errors import UserError
+from compress.measure.statistics import Spearman, score
 from compress.models.embedder import Vectors
 
 NEIGHBOURS = 10
+FAR_NEIGHBOURS = 100
+WORST = 5
+# A space in which any two texts are this close to each other tells nothing apart.
+COLLAPSED_COSINE = 0.999
+SHOWN_CHARACTERS = 100
+
+
+class WorstText(BaseModel):
+    """A text that the two embedders see most differently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str
+    cosine: float
 
 
 class Fidelity(BaseModel):
@@ -22,6 +40,16 @@ class Fidelity(BaseModel):
     cosine_min: float
     overlap_at_10: float
     """Mean share of a text's ten nearest other texts that both embedders agree on."""
+    overlap_at_100: float | None = None
+    """The same for a hundred; None where there are not twice as many texts."""
+    similarity_spearman: float | None = None
+    """Rank correlation of the similarities of all pairs of texts."""
+    norm_ratio: float | None = None
+    """Mean norm of the variant's vectors over that of the baseline's; 1 where the model normalises."""
+    mean_cosine: dict[str, float] = {}
+    """Mean cosine between different texts, of either embedder: the less isotropic the space, the higher."""
+    worst: tuple[WorstText, ...] = ()
+    """The texts with the lowest cosines."""
 
 
 def unit(vectors: Vectors) -> Vectors:
@@ -44,23 +72,44 @@ def neighbours(vectors: Vectors, count: int) -> np.ndarray[tuple[int, int], np.d
     return np.argpartition(-similarity, count - 1, axis=1)[:, :count]
 
 
-def fidelity(baseline: Vectors, variant: Vectors) -> Fidelity:
+def fidelity(baseline: Vectors, variant: Vectors, texts: Sequence[str] = ()) -> Fidelity:
     """Compare two embedders' vectors of the same texts, float32 [n, d] twice.
 
     Raises:
         ValueError: the shapes differ, or there are too few texts for ten neighbours.
+        UserError: the variant's vectors are not finite, or nearly the same for all texts while the baseline's are not.
     """
     if baseline.shape != variant.shape:
         raise ValueError(f"vectors of one shape are compared, got {baseline.shape} and {variant.shape}")
     if len(baseline) <= NEIGHBOURS:
         raise ValueError(f"at least {NEIGHBOURS + 1} texts are needed, got {len(baseline)}")
+    if not np.isfinite(variant).all():
+        raise UserError(f"the variant's vectors of {int((~np.isfinite(variant)).any(axis=1).sum())} texts are not finite")
     agreement = cosines(baseline, variant)
-    pairs = zip(neighbours(baseline, NEIGHBOURS), neighbours(variant, NEIGHBOURS), strict=True)
-    shared = [len(np.intersect1d(ours, theirs)) / NEIGHBOURS for ours, theirs in pairs]
+    upper = np.triu_indices(len(baseline), k=1)
+    similarities = [(unit(vectors) @ unit(vectors).T)[upper] for vectors in (baseline, variant)]
+    spread = {name: float(values.mean()) for name, values in zip(("baseline", "variant"), similarities, strict=True)}
+    if spread["variant"] > COLLAPSED_COSINE > spread["baseline"]:
+        raise UserError(
+            f"the variant's space has collapsed: the mean cosine between different texts is {spread['variant']:.5f}, "
+            f"the baseline's {spread['baseline']:.5f}"
+        )
+    enough = len(baseline) >= 2 * FAR_NEIGHBOURS
+    worst = np.argsort(agreement, kind="stable")[:WORST] if len(texts) else ()
     return Fidelity(
         texts=len(baseline),
         cosine_mean=float(agreement.mean()),
         cosine_p1=float(np.percentile(agreement, 1)),
         cosine_min=float(agreement.min()),
-        overlap_at_10=float(np.mean(shared)),
+        overlap_at_10=_overlap(baseline, variant, NEIGHBOURS),
+        overlap_at_100=_overlap(baseline, variant, FAR_NEIGHBOURS) if enough else None,
+        similarity_spearman=score(Spearman(*(values.astype(np.float64) for values in similarities))),
+        norm_ratio=float(np.mean(np.linalg.norm(variant, axis=1)) / np.mean(np.linalg.norm(baseline, axis=1))),
+        mean_cosine=spread,
+        worst=tuple(WorstText(text=texts[index][:SHOWN_CHARACTERS], cosine=float(agreement[index])) for index in worst),
     )
+
+
+def _overlap(baseline: Vectors, variant: Vectors, count: int) -> float:
+    pairs = zip(neighbours(baseline, count), neighbours(variant, count), strict=True)
+    return float(np.mean([len(np.intersect1d(ours, theirs)) / count for ours, theirs in pairs]))

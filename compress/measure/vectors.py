@@ -67,6 +67,20 @@ class VectorStore:
             self._rows[keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]] = (file, row)
 
 
+class Mapped:
+    """An embedder whose vectors go through a function: float32 [n, d] to [n, d]."""
+
+    def __init__(self, embedder: Embedder, function: Callable[[Vectors], Vectors]) -> None:
+        self.name, self.spec, self.dimension = embedder.name, embedder.spec, embedder.dimension
+        self._embedder, self._function = embedder, function
+
+    def encode(
+        self, texts: Iterable[str], prompt: str | None = None, *, batch_tokens: int | None = None, progress: bool | None = None
+    ) -> Vectors:
+        """Embed texts and map their vectors."""
+        return self._function(self._embedder.encode(texts, prompt, batch_tokens=batch_tokens, progress=progress))
+
+
 class StoredEmbedder:
     """An embedder that is opened only when a text comes that it was never given; the rest is read from a store."""
 
