@@ -111,6 +111,7 @@ def evaluate(
     margin: Annotated[float, typer.Option(metavar="SHARE", help="Loss that is accepted, of the other's score.")] = 0.01,
     outputs: Annotated[str, typer.Option(metavar="A,B", help="Ways to store vectors: int8, pca-192, binary+rescore, ...")] = "",
     calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts that these are fitted on.")] = None,
+    lengths: Annotated[bool, typer.Option("--lengths", help="Split retrieval scores by the documents' lengths.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="For the results in mteb's format.")
     ] = None,
@@ -137,6 +138,7 @@ def evaluate(
             margin=margin,
             outputs=[name.strip() for name in outputs.split(",") if name.strip()],
             calibration=calibration,
+            lengths=lengths,
             say=told,
         )
         if output is not None:

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict
 
 from compress.assemble import task_row
 from compress.errors import UserError
-from compress.loading import Source, find, open_source
+from compress.loading import Source, find, open_source, tokenizer_of
+from compress.measure.lengths import Bucket
 from compress.measure.outputs import OutputRow
 from compress.measure.statistics import Interval
 from compress.output import OutputScheme
@@ -21,6 +22,7 @@ from compress.texts import calibration_texts, read_texts
 
 if TYPE_CHECKING:
     from compress.measure.accuracy import TaskScore
+    from compress.measure.tasks import Task
 
 
 class Evaluation(BaseModel):
@@ -34,6 +36,8 @@ class Evaluation(BaseModel):
     overall: Interval | None
     outputs: tuple[OutputRow, ...] = ()
     """What retrieval scores with the model's vectors stored in fewer bytes."""
+    lengths: dict[str, tuple[Bucket, ...]] = {}
+    """The model's scores on retrieval tasks, by the length of the documents."""
     mteb: dict[str, dict[str, object]]
     """The model's results in mteb's own format, by task."""
 
@@ -51,6 +55,7 @@ def evaluate(
     prompts: Mapping[str, str] | None = None,
     margin: float = 0.01,
     outputs: Sequence[str] = (),
+    lengths: bool = False,
     calibration: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Evaluation:
@@ -68,6 +73,7 @@ def evaluate(
         prompts: go before the models' own of the same name.
         margin: loss that is accepted, as a share of the other's score.
         outputs: ways of storing the model's vectors to score on the retrieval tasks, as `OutputScheme.parse` reads them.
+        lengths: split the scores of retrieval tasks by the length of the documents.
         calibration: texts that ranges and axes of these are found on; None: the embedded ones.
         say: told each score, a line.
 
@@ -111,5 +117,14 @@ def evaluate(
         tasks=tuple(task_row(theirs[name], ours[name], compared.tasks[name], {}) for name in ours),
         overall=compared.overall if against else None,
         outputs=tuple(stored),
+        lengths=_by_length(found, ours, sources[-1]) if lengths else {},
         mteb={name: score.mteb for name, score in ours.items()},
     )
+
+
+def _by_length(tasks: Sequence[Task], scores: Mapping[str, TaskScore], source: Source) -> dict[str, tuple[Bucket, ...]]:
+    from compress.measure.lengths import by_length
+
+    tokenizer = tokenizer_of(source)
+    searched = (task for task in tasks if task.mteb.metadata.type == "Retrieval" and scores[task.name].examples.parts)
+    return {task.name: tuple(by_length(task, scores[task.name], tokenizer)) for task in searched}

@@ -20,6 +20,7 @@ from compress.random_checkpoint import PREFIX, RandomSpec, is_random, random_che
 if TYPE_CHECKING:
     from compress.models.embedder import Embedder
     from compress.models.spec import EmbedderSpec
+    from compress.models.tokens import TextTokenizer
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Files of a model on the hub that are worth downloading: never a pickle, never code.
@@ -143,6 +144,13 @@ def spec_of(source: Source) -> EmbedderSpec:
     from compress.runtimes.torch_runtime import read_text_side
 
     return read_text_side(source.folder)[0]
+
+
+def tokenizer_of(source: Source) -> TextTokenizer:
+    """Return a model's tokenizer, without opening the model."""
+    from compress.runtimes.torch_runtime import read_text_side
+
+    return read_text_side(source.folder)[1]
 
 
 def preload(model: str, **_: object) -> None:

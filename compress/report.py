@@ -79,6 +79,15 @@ def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
     table.add_section()
     table.add_row("mean", "", "", f"{100 * float(np.mean([task.variant for task in found.tasks])):.2f}")
     console.print(table)
+    _print_details(found, console)
+
+
+def _print_details(found: Evaluation, console: Console) -> None:
+    for task, buckets in found.lengths.items():
+        console.print(f"{task} by the tokens of the document (scores x 100):")
+        for bucket in buckets:
+            span = f"up to {bucket.up_to:,}" if bucket.up_to else "longer"
+            console.print(f"  {span:14} {100 * bucket.score:6.2f}  {bucket.queries:,} queries")
     if found.outputs:
         console.print(_outputs(found))
 

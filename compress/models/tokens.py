@@ -13,6 +13,9 @@ from compress.models.spec import EmbedderSpec
 
 Ids = npt.NDArray[np.int64]
 
+# Tokens. Above this a text is not padded, nor are others padded to it.
+LONGEST_PADDED = 2_048
+
 
 class TextTokenizer:
     """The model's own tokenizer, cut to its longest input and never padding (a batch pads itself)."""
@@ -31,6 +34,14 @@ class TextTokenizer:
         if self._spec.suffix:
             texts = [text + self._spec.suffix for text in texts]
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each text has, special ones included, before anything is cut off."""
+        self._tokenizer.no_truncation()
+        try:
+            return [len(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        finally:
+            self._tokenizer.enable_truncation(max_length=self.max_length)
 
     def prompt_length(self, prompt: str) -> int:
         """Return how many leading tokens a prompt takes, counted as the model was trained.
@@ -52,13 +63,16 @@ def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[npt
     """Yield index arrays that cover `lengths` once, longest first, each of at most `batch_tokens` tokens after padding.
 
     Sorting puts equal lengths side by side, so little is padded; longest first, because what does not fit in memory should fail at
-    once. A text longer than the budget gets a batch of its own.
+    once. A text longer than the budget gets a batch of its own. Texts above `LONGEST_PADDED` are batched with equally long ones
+    alone: padding wants a mask, and a mask grows with the square of the length.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     start = 0
     while start < len(order):
         longest = max(1, lengths[order[start]])
         stop = start + max(1, batch_tokens // longest)
+        if longest > LONGEST_PADDED:
+            stop = min(stop, start + sum(lengths[index] == longest for index in order[start:stop]))
         yield order[start:stop]
         start = stop
 
