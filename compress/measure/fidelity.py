@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from compress.errors import UserError
 from compress.measure.statistics import Spearman, score
 from compress.models.embedder import Vectors
+from compress.output import unit
 
 NEIGHBOURS = 10
 FAR_NEIGHBOURS = 100
@@ -50,12 +51,6 @@ class Fidelity(BaseModel):
     """Mean cosine between different texts, of either embedder: the less isotropic the space, the higher."""
     worst: tuple[WorstText, ...] = ()
     """The texts with the lowest cosines."""
-
-
-def unit(vectors: Vectors) -> Vectors:
-    """Scale each row to unit length; a zero row stays zero."""
-    scaled: Vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return scaled
 
 
 def cosines(a: Vectors, b: Vectors) -> Vectors:
