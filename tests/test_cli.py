@@ -102,8 +102,10 @@ def test_ctrl_c_keeps_what_is_done_and_a_second_run_continues(recipe: Path, bert
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("baseline MiniSTS"):
+        if line.startswith("baseline 1/1 MiniSTS"):
             break
+    else:
+        pytest.fail("the run ended before it was stopped")
     os.killpg(process.pid, signal.SIGINT)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 2
