@@ -227,6 +227,41 @@ def _legacy_clustering(predictions: Sequence[Any], labels: Sequence[Any]) -> Par
     return Part(kind="v_measure", values=values, count=start)
 
 
+class _LabelsInMemory:
+    """A data set as mteb draws training examples from it, whose labels are decoded once rather than one at each look."""
+
+    def __init__(self, data: Any, column: str) -> None:
+        self._data, self._labels = data, {column: list(data[column])}
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, column: str) -> list[Any]:
+        return self._labels[column]
+
+    def select(self, rows: Sequence[int]) -> Any:
+        return self._data.select(rows)
+
+
+def _quick_labels(task: AbsTaskClassification) -> dict[str, Any]:
+    """Return methods for a task that give mteb's own lists in the place of columns that are decoded anew at each look.
+
+    The numbers are the same; on AmazonCounterfactual they take a third of the time.
+    """
+    draw, score_predictions = task._undersample_data, task._calculate_scores
+    decoded: dict[int, tuple[Any, _LabelsInMemory]] = {}  # with the data itself, or another could take its place and number
+
+    def draw_from_memory(data: Any, *given: Any) -> Any:
+        if id(data) not in decoded:
+            decoded[id(data)] = (data, _LabelsInMemory(data, task.label_column_name))
+        return draw(decoded[id(data)][1], *given)
+
+    return {
+        "_undersample_data": draw_from_memory,
+        "_calculate_scores": lambda labels, predictions: score_predictions(list(labels), predictions),
+    }
+
+
 @contextmanager
 def catching(task: AbsTask) -> Iterator[Caught]:
     """Catch what a task predicts while mteb evaluates it; its random draws start anew, so every model gets the same.
@@ -235,7 +270,9 @@ def catching(task: AbsTask) -> Iterator[Caught]:
     """
     caught = Caught(task)
     task.rng_state, task.np_rng = _Remembering(task.seed), np.random.default_rng(task.seed)
-    task._save_task_predictions = caught.keep_predictions
+    replaced: dict[str, Any] = {"_save_task_predictions": caught.keep_predictions}
+    if isinstance(task, AbsTaskClassification):
+        replaced |= _quick_labels(task)
     if isinstance(task, AbsTaskRetrieval):
         own = task.task_specific_scores
 
@@ -243,10 +280,11 @@ def catching(task: AbsTask) -> Iterator[Caught]:
             caught.keep_queries(scores, hf_split=hf_split, hf_subset=hf_subset)
             return own(scores, qrels, results, hf_split=hf_split, hf_subset=hf_subset)
 
-        task.task_specific_scores = specific
+        replaced["task_specific_scores"] = specific
+    for name, method in replaced.items():
+        setattr(task, name, method)
     try:
         yield caught
     finally:
-        del task._save_task_predictions
-        if isinstance(task, AbsTaskRetrieval):
-            del task.task_specific_scores
+        for name in replaced:
+            delattr(task, name)

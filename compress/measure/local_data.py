@@ -51,7 +51,12 @@ def load_local(task: AbsTask, folder: Path) -> None:
         raise UserError(
             f"{folder}: has none of the splits {task.metadata.name} is scored on: {', '.join(task.metadata.eval_splits)}"
         )
-    task.filter_eval_splits(splits)
+    task.filter_eval_splits(published_splits(splits))
+
+
+def published_splits(splits: list[str]) -> list[str]:
+    """Return the splits that scores are published for: `test` alone where there is one, as in mteb's benchmarks."""
+    return ["test"] if "test" in splits else splits
 
 
 def _file(folder: Path, stem: str) -> Path:

@@ -17,7 +17,7 @@ from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskPairC
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from compress.errors import UserError, nearest
-from compress.measure.local_data import load_local
+from compress.measure.local_data import load_local, published_splits
 from compress.texts import SUITE
 
 MINI = "mini"
@@ -150,17 +150,23 @@ def _expand(name: str) -> dict[str, Any]:
     if name in EMBEDDED:
         return {name: EMBEDDED[name]()}
     if name == "lite":
-        return {own: mteb.get_task(own) for own in LITE}
+        return {own: _task(own) for own in LITE}
     benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
     if BENCHMARKS.get(name, name) in benchmarks:
         tasks = benchmarks[BENCHMARKS.get(name, name)].tasks
         return {task.metadata.name: copy.deepcopy(task) for task in tasks}  # with the languages and splits that it is about
     try:
-        return {name: mteb.get_task(name)}
+        return {name: _task(name)}
     except KeyError as error:
         tasks = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
         known = {MINI, "lite", *BENCHMARKS, *EMBEDDED, *benchmarks, *tasks}
         raise UserError(f"unknown task {name!r}", nearest(name, known)) from error
+
+
+def _task(name: str) -> Any:
+    task = mteb.get_task(name)
+    task.filter_eval_splits(published_splits(list(task.eval_splits)))
+    return task
 
 
 def _with_data(name: str, found: Any, data: Path | None) -> Task:

@@ -153,12 +153,36 @@ def test_queries_and_documents_get_the_model_s_own_prompts(data: Path) -> None:
     assert {prompt for _, prompt in embedder.heard} == {"Q: ", "D: "}
 
 
-PUBLISHED = {"STSBenchmark": 82.03, "SICK-R": 77.58, "BIOSSES": 81.64, "Banking77Classification": 80.04, "SciFact": 64.51}
+# mteb's own scores of all-MiniLM-L6-v2 on the local files (of some tasks a part, so not all equal the published figure).
+FROM_THESE_FILES = {
+    "STSBenchmark": {"default": 82.03},
+    "STS12": {"default": 72.37},
+    "SICK-R": {"default": 77.58},
+    "BIOSSES": {"default": 81.64},
+    "Banking77Classification": {"default": 80.04},
+    "AmazonCounterfactualClassification": {"en": 63.64, "en-ext": 65.59},
+    "SciFact": {"default": 64.51},
+    "SummEvalSummarization.v2": {"default": 25.76},
+    "SIB200ClusteringS2S": {"eng_Latn": 42.45},
+    "TwitterURLCorpus": {"default": 77.12},
+    "LEMBQMSumRetrieval": {"default": 16.29},
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_minilm_scores_what_mteb_published(minilm: Path, shared_mteb: Path, name: str) -> None:
+@pytest.mark.parametrize("name", FROM_THESE_FILES)
+def test_minilm_scores_what_mteb_says(minilm: Path, shared_mteb: Path, name: str) -> None:
     embedder = compress.load("minilm", device="cpu", dtype="float32")
     score = evaluate(embedder, find_tasks([name], shared_mteb)[0])
-    assert 100 * score.score == pytest.approx(PUBLISHED[name], abs=0.05)
+    (split,) = score.mteb["scores"].values()
+    scores = {row["hf_subset"]: 100 * row["main_score"] for row in split}
+    assert scores == pytest.approx(FROM_THESE_FILES[name], abs=0.05)
+
+
+def test_the_test_split_is_scored_where_there_are_several(data: Path) -> None:
+    train = data / "AmazonCounterfactualClassification" / "en" / "train.jsonl"
+    (train.parent / "validation.jsonl").write_text(train.read_text())
+    assert list(find_tasks(["AmazonCounterfactualClassification"], data)[0].mteb.eval_splits) == ["test"]
+    assert list(find_tasks(["AmazonCounterfactualClassification"], None)[0].mteb.eval_splits) == ["test"]
+    (train.parent / "test.jsonl").unlink()
+    assert list(find_tasks(["AmazonCounterfactualClassification"], data)[0].mteb.eval_splits) == ["validation"]
