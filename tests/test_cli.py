@@ -18,9 +18,10 @@ RECIPE = """
 description: for tests
 steps:
   - method: rtn
-measure: {count: 24, rounds: 1, requests: 10, threads: 1}
+measure: {what: [], count: 24, rounds: 1, requests: 10, threads: 1}
 evaluate: {tasks: [MiniSTS]}
 """
+MEASURED = RECIPE.replace("what: []", "what: [fidelity, speed]")
 
 
 def call(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -36,6 +37,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_run_prints_and_records(recipe: Path, bert: Path, tmp_path: Path) -> None:
+    recipe.write_text(MEASURED)
     result = call("run", recipe, "--model", bert, "--output", tmp_path / "out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for wanted in ("MiniSTS", "cosine_spearman", "int8 x dynamic_per_token", "vs float32", "verdict:", "record: "):

@@ -26,8 +26,11 @@ from compress.record import Journal, Record
 SMALL: dict[str, Any] = {
     "name": "small",
     "steps": [{"method": "rtn"}],
-    "measure": {"count": 24, "rounds": 2, "requests": 10, "threads": 1},
+    "measure": {"what": ["fidelity"], "count": 24},
+    "evaluate": {"tasks": ["MiniSTS", "MiniRetrieval"]},
 }
+# Speed takes processes of its own and seconds for each, so only the test that is about it measures it.
+FAST: dict[str, Any] = {"count": 24, "rounds": 2, "requests": 10, "threads": 1}
 
 
 @pytest.fixture
@@ -57,8 +60,6 @@ def test_the_run_s_folder_is_its_content(finished: tuple[Record, Path]) -> None:
     assert Record.read(folder) == record
     resolved = read_recipe(folder / "recipe.yaml")
     assert resolved.model_dump() == parse_recipe(record.recipe).model_dump()
-    half = {"bfloat16"} if has_onednn_linear(torch.bfloat16) else set()
-    assert {row.name for row in record.rows} == {"float32", "variant"} | half
 
 
 def test_the_record_says_what_the_variant_is(finished: tuple[Record, Path], bert: Path) -> None:
@@ -66,7 +67,6 @@ def test_the_record_says_what_the_variant_is(finished: tuple[Record, Path], bert
     variant = record.row("variant")
     assert (variant.weights, variant.activations, variant.runtime, variant.device) == ("int8", "dynamic_per_token", "torch", "cpu")
     assert variant.size_bytes == (folder / "variant" / "model.safetensors").stat().st_size
-    assert record.row("float32").size_bytes == 4 * record.model.parameters
     assert record.baseline.startswith("float32: stands in for float16: lowest cosine")
     assert (record.model.dimension, record.model.max_length, record.model.weights) == (48, 48, "pretrained")
     assert record.retained == pytest.approx(
@@ -108,11 +108,10 @@ def test_a_record_whose_variant_is_gone_is_no_finished_run(
     record = run(small, model=str(bert), output=tmp_path, device="cpu", say=said.append)
     assert "running it again" in said[0]
     assert record.created >= finished[0].created
-    assert record.rows != finished[0].rows
     assert (kept / "variant" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("stop_at", [1, 4])
+@pytest.mark.parametrize("stop_at", [1, 3])
 def test_a_stopped_run_continues_where_it_was(
     finished: tuple[Record, Path], bert: Path, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
@@ -133,7 +132,7 @@ def test_a_stopped_run_continues_where_it_was(
     said: list[str] = []
     record = run(small, model=str(bert), output=tmp_path, device="cpu", say=said.append)
     assert said[0] == f"continuing {record.run}"
-    assert len(calls) == 2 * 6 + 2 + 1  # two models on six tasks, each other's index, and the call that was stopped
+    assert len(calls) == 2 * 2 + 2 + 1  # two models on two tasks, each other's index, and the call that was stopped
     assert what_was_found(record) == what_was_found(finished[0])
     assert [path.name for path in tmp_path.iterdir()] == [record.run]
 
@@ -160,9 +159,12 @@ def test_another_recipe_model_or_package_set_is_another_run(
 def test_gates_decide_and_no_export_leaves_the_record_alone(bert: Path, tmp_path: Path) -> None:
     recipe = parse_recipe(
         {**SMALL, "gates": {"speedup": 1000.0, "cosine_mean": 0.5, "size_ratio": 0.99, "overlap_at_10": 0.1}, "export": []}
-        | {"evaluate": {"tasks": ["MiniSTS"]}}
+        | {"evaluate": {"tasks": ["MiniSTS"]}, "measure": FAST}
     )
     record = run(recipe, model=str(bert), output=tmp_path, device="cpu")
+    half = {"bfloat16"} if has_onednn_linear(torch.bfloat16) else set()
+    assert {row.name for row in record.rows} == {"float32", "variant"} | half
+    assert record.row("float32").size_bytes == 4 * record.model.parameters
     assert {gate.name: gate.kept for gate in record.gates} == {
         "speedup": False,
         "cosine_mean": True,
@@ -249,7 +251,7 @@ def test_what_does_not_fit_in_memory_is_streamed_or_left_out(
     besides = plan.run_memory_bytes - plan.variant_bytes
     monkeypatch.setattr(pipeline, "available_memory_bytes", lambda: besides + weights - 1)
     said: list[str] = []
-    recipe = small.model_copy(update={"evaluate": small.evaluate.model_copy(update={"tasks": ("MiniSTS",), "baseline": "float32"})})
+    recipe = parse_recipe({**SMALL, "measure": FAST, "evaluate": {"tasks": ["MiniSTS"], "baseline": "float32"}})
     record = run(recipe, model=str(bert), output=tmp_path, device="cpu", say=said.append)
     assert any(line.startswith("baseline: 0.3 MB do not fit in memory; read block by block") for line in said)
     assert any("the float32 baseline does not fit" in line for line in said)
