@@ -5,21 +5,44 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UserError
+from compress.layers.scheme import QuantizedLayer
 from compress.loading import Source
 from compress.methods.base import Method
 from compress.models.shape import ModelShape
-from compress.models.spec import transformer_folder
-from compress.models.variant import QuantizedLayer, VariantInfo
+from compress.models.spec import EmbedderSpec, transformer_folder
+from compress.models.variant import VariantInfo
 from compress.record import Journal
 
 if TYPE_CHECKING:
     import torch
 
+    from compress.calibration import CalibrationTexts
     from compress.models.segments import Parts, Segment
+    from compress.models.tokens import TextTokenizer
+
+
+@dataclass(frozen=True)
+class CalibrationSource:
+    """What methods that calibrate are shown."""
+
+    texts: Sequence[str]
+    prompts: Sequence[str] | None
+    """Put before the texts in turn; None: the model's own, each once."""
+    max_tokens: int
+
+    def batches(self, tokenizer: TextTokenizer, spec: EmbedderSpec) -> CalibrationTexts:
+        """Tokenize and batch the texts."""
+        from compress.calibration import calibration_batches
+
+        prompts = list(dict.fromkeys(spec.prompts.values())) if self.prompts is None else self.prompts
+        return calibration_batches(
+            tokenizer, self.texts, prompts, pool_prompt=spec.pool_prompt, max_tokens=min(self.max_tokens, tokenizer.max_length)
+        )
 
 
 def make_variant(
@@ -30,10 +53,13 @@ def make_variant(
     target: Path,
     journal: Journal,
     say: Callable[[str], None],
+    calibration: CalibrationSource | None = None,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Write the variant of a model.
 
-    Every segment is kept as it is done; a call that follows one that was killed goes on behind the last of them.
+    Every segment is kept as it is done, and so are the calibration texts' hidden states behind it; a call that follows one that was
+    killed goes on behind the last of them.
 
     Args:
         source: the model.
@@ -43,6 +69,8 @@ def make_variant(
         target: the variant's folder; it appears when it is whole.
         journal: keeps what is known of the segments that are done.
         say: told each step once it has seen all segments.
+        calibration: for steps that calibrate: they are shown a segment's inputs as the segments before it, compressed, make them.
+        device: where the segments are worked on.
 
     Returns:
         For each step its `config`, the `seconds` it took and a `note` on what it did.
@@ -50,33 +78,54 @@ def make_variant(
     Raises:
         UserError: a weight is not finite, or does not fit float16.
     """
-    from compress.models.segments import segments_of
-    from compress.models.shards import join_shards, shard, write_tensors
-    from compress.runtimes.torch_runtime import empty_model, read_text_side, weights_of
-    from compress.walk import Streamed, walk
+    import torch
 
-    network = empty_model(source.folder)
+    from compress.calibration import Inputs
+    from compress.models.segments import Kind, segments_of
+    from compress.models.shards import join_shards, shard, write_tensors
+    from compress.runtimes.torch_runtime import buffers_to, empty_model, read_text_side, weights_of
+    from compress.walk import Carry, Streamed, walk
+
+    network, place = empty_model(source.folder), torch.device(device)
+    buffers_to(network, place)
+    weights = weights_of(source.folder, network)
+    compute = _compute_dtype(weights.dtypes(), place)
     count = len(segments_of(network))
+    spec, tokenizer = read_text_side(source.folder)
     folder = target.with_name(f"{target.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
+    texts = carry = None
+    if any(step.calibrates for step in steps):
+        assert calibration is not None, "a step calibrates"
+        texts = calibration.batches(tokenizer, spec)
+        carry = Carry(texts.batches, place, journal.folder / "texts")
+        say(f"calibrating on {len(calibration.texts)} texts, {texts.tokens:,} tokens")
 
     def visit(index: int, segment: Segment, parts: Parts) -> None:
         quantized: dict[str, QuantizedLayer] = {}
         seconds = []
+        inputs = None
+        for module in parts.values():
+            module.to(place)
+        if carry is not None and texts is not None:
+            _cast(parts, compute)
+            inputs = Inputs(carry, texts, index, segment) if segment.kind in (Kind.BLOCK, Kind.HEAD) else None
         for number, step in enumerate(steps):
             start = time.perf_counter()
             try:
-                quantized |= step.apply(parts)
+                quantized |= step.apply(parts, inputs)
             except ValueError as error:
                 raise UserError(f"steps.{number} ({step.method}): {error}") from error
             seconds.append(time.perf_counter() - start)
         write_tensors(shard(folder, index, count), _stored(parts, quantized, source.name))
         described = {name: layer.model_dump(mode="json") for name, layer in quantized.items()}
         journal.put(_entry(index), {"segment": segment.name, "quantized": described, "seconds": seconds})
+        if carry is not None:
+            _prepare_to_run(parts, compute)
 
     first = next((index for index in range(count) if not journal.has(_entry(index))), count)
     if first < count:
-        walk(Streamed(network, weights_of(source.folder, network)), visit, start=first)
+        walk(Streamed(network, weights), visit, carry, start=first)
     entries = [journal.get(_entry(index)) for index in range(count)]
     join_shards(folder, count)
 
@@ -88,7 +137,6 @@ def make_variant(
             {"config": step.model_dump(mode="json"), "seconds": sum(entry["seconds"][number] for entry in entries), "note": note}
         )
         say(f"{step.method}: {note} ({done[-1]['seconds']:.1f} s)")
-    spec, tokenizer = read_text_side(source.folder)
     info = VariantInfo(
         base=source.name,
         base_fingerprint=fingerprint,
@@ -112,14 +160,48 @@ def _entry(index: int) -> str:
     return f"segment {index}"
 
 
+def _compute_dtype(stored: set[torch.dtype], device: torch.device) -> torch.dtype:
+    """Return what calibration computes in: the weights' own half precision where the device multiplies it, else float32."""
+    import torch
+
+    from compress.layers.float_layers import has_onednn_linear
+
+    if len(stored) != 1:
+        return torch.float32
+    (dtype,) = stored
+    fast = device.type != "cpu" or (dtype is torch.bfloat16 and has_onednn_linear(dtype))
+    return dtype if fast and dtype in (torch.float16, torch.bfloat16) else torch.float32
+
+
+def _cast(parts: Parts, dtype: torch.dtype) -> None:
+    """Bring a segment into the dtype that calibration computes in; its weights keep their values, float32 holding any of them."""
+    for module in parts.values():
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _prepare_to_run(parts: Parts, dtype: torch.dtype) -> None:
+    """Bring a compressed segment into the form in which the calibration texts pass it, all batches one after another."""
+    from compress.layers.compressed import CompressedLayer
+    from compress.layers.quantized_embedding import QuantizedEmbedding
+    from compress.methods.quantize.base import replace_module
+
+    for path, part in list(parts.items()):
+        for inner, module in list(part.named_modules()):
+            if isinstance(module, QuantizedEmbedding):
+                module.dtype = dtype
+            elif isinstance(module, CompressedLayer):
+                replace_module(parts, f"{path}.{inner}" if inner else path, module.held(dtype))
+
+
 def _stored(parts: Mapping[str, Any], quantized: Mapping[str, QuantizedLayer], name: str) -> dict[str, torch.Tensor]:
-    """Return a segment's tensors as a variant keeps them: half precision, except integers and the scales of quantized layers."""
+    """Return a segment's tensors as a variant keeps them: half precision, but for those of quantized layers, biases excepted."""
     import torch
 
     tensors = {f"{path}.{key}": tensor for path, part in parts.items() for key, tensor in part.state_dict().items()}
-    scales = {f"{layer}.{part}" for layer in quantized for part in ("weight_scale", "input_scale")}
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and key not in scales:
+        own = key.rpartition(".")[0] in quantized and not key.endswith(".bias")
+        if tensor.is_floating_point() and not own:
             tensors[key] = tensor.to(torch.float16)
             if not torch.isfinite(tensors[key]).all():
                 raise UserError(f"{name}: {key} is not finite in float16; the variant was not written")

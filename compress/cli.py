@@ -168,6 +168,20 @@ def verify(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that kept its variant, or of a variant.")],
+    format: Annotated[str, typer.Option("--format", metavar="F", help="compressed-tensors or gptq.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to be written.")],
+) -> None:
+    """Write a variant in the layout of another library: transformers, vLLM and others load it."""
+    with stoppable():
+        from compress.export import export as export_variant
+
+        written = export_variant(run, format, output, say=partial(print, file=sys.stderr, flush=True))
+    print(written)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
     from compress.recipe import schema as recipe_schema

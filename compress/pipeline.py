@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
-from compress.apply import make_variant
+from compress.apply import CalibrationSource, make_variant
 from compress.assemble import RECIPE_FILE, VARIANT, Findings, assemble
 from compress.errors import UserError, nearest
 from compress.loading import DTYPE_BYTES, Source, find, open_source
@@ -32,7 +32,7 @@ from compress.random_checkpoint import PREFIX as RANDOM
 from compress.recipe import Recipe, read_recipe, steps_for
 from compress.record import RECORD_FILE, Journal, Record, Step
 from compress.scoring import Scored, baseline_key, versions_and_machine
-from compress.texts import calibration_texts, measure_texts
+from compress.texts import calibration_texts, measure_texts, texts_to_calibrate
 
 if TYPE_CHECKING:
     from compress.measure.accuracy import TaskScore
@@ -128,6 +128,7 @@ class _Run:
         evaluate, measure = self.recipe.evaluate, self.recipe.measure
         wanted = measure.what or evaluate.tasks  # tasks alone want texts too: to see whether float32 may stand in for float16
         self.texts = measure_texts(measure.texts, measure.count, recipe.seed) if wanted else []
+        self.calibration = self._calibration()
         self.tasks: list[Task] = (
             find_tasks(evaluate.tasks, Path(evaluate.data) if evaluate.data else None) if evaluate.tasks else []
         )
@@ -156,6 +157,7 @@ class _Run:
             "model": self.fingerprint,
             "tasks": {task.name: task.fingerprint for task in self.tasks},
             "texts": self.texts,
+            "calibration": list(self.calibration.texts) if self.calibration else None,
             "device": self.device,
             "machine": versions_and_machine(self.device),
         }
@@ -167,11 +169,12 @@ class _Run:
         if fresh:
             shutil.rmtree(final, ignore_errors=True)
             shutil.rmtree(self.folder, ignore_errors=True)
-        wanted = final / VARIANT if VARIANT in self.recipe.export else final
+        wanted = final / VARIANT if self.recipe.export else final
         if (final / RECORD_FILE).exists() and not wanted.exists():
             self.say(f"{final} is a record without its variant; running it again")
         elif (final / RECORD_FILE).exists():
             self.say(f"{final} is there already; --fresh runs it again")
+            self._export(final)
             return Record.read(final)
         if self.journal.folder.exists():
             self.say(f"continuing {self.name}")
@@ -198,11 +201,24 @@ class _Run:
         if "speed" in what:
             speeds = {name: Speed(**speed) for name, speed in self.journal.once("speed", self._speed).items()}
             found = replace(found, speeds=speeds)
-        return self._keep(assemble(self.name, self.recipe, self.source, self.shape, self.folder, self.device, found), final)
+        record = self._keep(assemble(self.name, self.recipe, self.source, self.shape, self.folder, self.device, found), final)
+        self._export(final)
+        return record
+
+    def _calibration(self) -> CalibrationSource | None:
+        """Return what steps that calibrate are shown; None where none does."""
+        if not any(step.calibrates for step in self.recipe.steps):
+            return None
+        wanted = self.recipe.calibration
+        texts = texts_to_calibrate(wanted.texts, wanted.count, self.recipe.seed)
+        return CalibrationSource(texts, None if wanted.prompts == "model" else wanted.prompts, wanted.max_tokens)
 
     def _make_variant(self) -> dict[str, Any]:
-        target = self.folder / VARIANT
-        return {"steps": make_variant(self.source, self.shape, self.recipe.steps, self.fingerprint, target, self.journal, self.say)}
+        target, steps = self.folder / VARIANT, self.recipe.steps
+        done = make_variant(
+            self.source, self.shape, steps, self.fingerprint, target, self.journal, self.say, self.calibration, self.device
+        )
+        return {"steps": done}
 
     def _source(self, role: str) -> Source:
         return Source(f"{self.name} {role}", self.folder / VARIANT) if role == VARIANT else self.source
@@ -343,6 +359,14 @@ class _Run:
 
         return ("float32", "bfloat16") if has_onednn_linear(torch.bfloat16) else ("float32",)
 
+    def _export(self, final: Path) -> None:
+        """Write the layouts of the recipe that are not there yet. The run is whole before: one that is refused costs nothing."""
+        from compress.export import export
+
+        for layout in self.recipe.export:
+            if layout != VARIANT and not (final / layout).exists():
+                export(final / VARIANT, layout, final / layout, say=self.say)
+
     def _keep(self, record: Record, final: Path) -> Record:
         """Complete the run's folder and give it its name."""
         with (self.folder / RECIPE_FILE).open("w", encoding="utf-8") as file:
@@ -352,7 +376,7 @@ class _Run:
             for role in ("baseline", VARIANT):
                 kept = self.journal.get(f"accuracy {role} {task.name}")["mteb"]
                 write_text_atomic(self.folder / "mteb" / role / f"{task.name}.json", json.dumps(kept, indent=1) + "\n")
-        if VARIANT not in self.recipe.export:
+        if not self.recipe.export:
             shutil.rmtree(self.folder / VARIANT)
         shutil.rmtree(self.journal.folder)
         shutil.rmtree(final, ignore_errors=True)  # a record whose variant was taken away

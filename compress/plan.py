@@ -21,6 +21,7 @@ DISK_BYTES_PER_SECOND = 2.5e8  # writing, safe from power cuts
 EMBEDDED_TASK_TOKENS = 45_000  # the embedded suite, once
 PROCESS_SECONDS = 8  # starting a process that measures
 TYPICAL_LENGTH = 64  # tokens, of the texts that speed is measured on
+CALIBRATION_BATCH_TOKENS = 2_048  # `calibration.BATCH_TOKENS`
 CPU_BATCH_TOKENS = 1_024  # `torch_embedder.BATCH_TOKENS`, which cannot be read without torch
 # Beside weights and live arrays: compiled kernels, the threads' buffers, and freed blocks that the allocator keeps, measured as
 # much again as the arrays that live at once.
@@ -55,7 +56,8 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
     Raises:
         UserError: a step does not fit the model (a pattern that matches none of its layers, say).
     """
-    after, step_memory, touched, notes = shape.as_stored(), 0, 0, []
+    after, step_memory, touched, operations, notes = shape.as_stored(), 0, 0, 0.0, []
+    calibration_tokens = recipe.calibration.count * TYPICAL_LENGTH
     for index, step in enumerate(steps_for(recipe, shape)):
         try:
             estimate = step.estimate(after)
@@ -64,6 +66,12 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         after = estimate.after
         step_memory = max(step_memory, estimate.memory_bytes)
         touched += estimate.bytes_touched
+        operations += estimate.flops
+        if step.calibrates:
+            # Once to see the inputs, once to pass them on; a batch's activations beside the segment, which is in float32 then.
+            operations += 2 * calibration_tokens * shape.flops_per_token(TYPICAL_LENGTH)
+            running = shape.activation_bytes(CALIBRATION_BATCH_TOKENS) + shape.largest_segment_bytes
+            step_memory = max(step_memory, estimate.memory_bytes + running)
         notes.append(f"{step.method}: {estimate.note}")
     variant_bytes = after.bytes
     activations = ALLOCATOR_FACTOR * shape.activation_bytes(recipe.measure.batch_tokens or CPU_BATCH_TOKENS) + int(RUNTIME_BYTES)
@@ -79,7 +87,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         variant_bytes=variant_bytes,
         apply_memory_bytes=shape.largest_segment_bytes + step_memory + int(RUNTIME_BYTES),
         run_memory_bytes=variant_bytes + activations,
-        apply_seconds=(touched + shape.bytes) / MEMORY_BYTES_PER_SECOND + variant_bytes / DISK_BYTES_PER_SECOND,
+        apply_seconds=(touched + shape.bytes) / MEMORY_BYTES_PER_SECOND + variant_bytes / DISK_BYTES_PER_SECOND + operations / rate,
         evaluate_seconds=2 * EMBEDDED_TASK_TOKENS * encode if mini_only else None,
         measure_seconds=3 * (PROCESS_SECONDS + (recipe.measure.rounds + 1) * texts_tokens * encode),
         problems=(),
@@ -123,7 +131,7 @@ def describe(plan: Plan) -> str:
         f"model     {plan.model}: {plan.parameters / 1e6:,.1f} M parameters",
         *(f"step      {note}" for note in plan.steps or ("none: the model is measured as it is",)),
         f"size      {gigabytes(plan.half_bytes)} in half precision -> {gigabytes(plan.variant_bytes)} "
-        f"({plan.variant_bytes / plan.half_bytes:.2f}x)",
+        f"({plan.variant_bytes / plan.half_bytes:.2f}x, {8 * plan.variant_bytes / plan.parameters:.2f} bits a parameter)",
         f"memory    {gigabytes(plan.apply_memory_bytes)} while compressing, "
         f"{gigabytes(plan.run_memory_bytes)} while the variant runs",
         f"time      about {duration(plan.apply_seconds)} to compress, "

@@ -46,6 +46,20 @@ class Evaluate(Section):
     texts has shown that both agree to 1e-4."""
 
 
+class Calibration(Section):
+    """What methods that calibrate are shown; none of it may be a text that the model is evaluated on."""
+
+    texts: str = "embedded"
+    """A JSONL file with `text` (`.gz` allowed) or a plain text file with one a line; `embedded`: 512 texts of many kinds that come
+    with the project."""
+    count: int = Field(512, ge=1)
+    """How many of them, drawn with the recipe's seed."""
+    max_tokens: int = Field(512, ge=8)
+    """Texts are cut here, their prompts included."""
+    prompts: Literal["model"] | tuple[str, ...] = "model"
+    """Put before the texts in turn, as they stand; `model`: each of the model's own once, nothing where it has none."""
+
+
 class Measure(Section):
     """What else is measured, and on what."""
 
@@ -98,11 +112,13 @@ class Recipe(Section):
     """Whether a model with NV-Embed's latent-attention head has it folded before the steps, which loses nothing."""
     steps: tuple[SerializeAsAny[Method], ...] = ()
     """Methods, in the order of their application."""
+    calibration: Calibration = Calibration()
     evaluate: Evaluate = Evaluate()
     measure: Measure = Measure()
     gates: Gates = Gates()
-    export: tuple[Literal["variant"], ...] = ("variant",)
-    """What the run's folder keeps besides the record: `variant`, the model that was measured. Empty: the record alone."""
+    export: tuple[Literal["variant", "compressed-tensors", "gptq"], ...] = ("variant",)
+    """What the run's folder keeps besides the record: `variant`, the model that was measured, and beside it the same weights in
+    layouts that other libraries load, each in a folder of its name. Empty: the record alone."""
 
 
 def steps_for(recipe: Recipe, shape: ModelShape) -> tuple[Method, ...]:

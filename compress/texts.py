@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -113,10 +113,21 @@ def measure_texts(source: str, count: int, seed: int) -> list[str]:
     Raises:
         UserError: the file holds fewer.
     """
-    if source == "mini":
-        return mixed_texts(count, seed)
-    texts = read_texts(Path(source))
+    return mixed_texts(count, seed) if source == "mini" else _drawn(read_texts(Path(source)), source, count, seed, "measure.count")
+
+
+def texts_to_calibrate(source: str, count: int, seed: int) -> list[str]:
+    """Return `count` texts to calibrate on, drawn with a seed from the embedded ones (`embedded`) or from a file.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    texts = calibration_texts() if source == "embedded" else read_texts(Path(source))
+    return _drawn(texts, source, count, seed, "calibration.count")
+
+
+def _drawn(texts: Sequence[str], source: str, count: int, seed: int, key: str) -> list[str]:
     if len(texts) < count:
-        raise UserError(f"{source}: holds {len(texts)} texts, {count} are wanted", "lower measure.count")
+        raise UserError(f"{source}: holds {len(texts)} texts, {count} are wanted", f"lower {key}")
     chosen = np.random.default_rng(seed).choice(len(texts), size=count, replace=False)
     return [texts[index] for index in chosen]

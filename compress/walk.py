@@ -84,6 +84,8 @@ class Carry:
         self.batches = batches
         self._device = device
         self._folder = folder
+        self.network: nn.Module | None = None
+        """The network that the texts go through, once they have entered it."""
         self._arguments: list[list[BlockArguments]] = []
         self._memory: dict[int, torch.Tensor] = {}
         self._block_number: dict[int, int] = {}
@@ -104,6 +106,7 @@ class Carry:
 
     def enter(self, network: nn.Module, segments: list[Segment], embeddings: Parts) -> None:
         """Run the embeddings: hidden states where no earlier walk left any, and each block's arguments in any case."""
+        self.network = network
         blocks = (index for index, segment in enumerate(segments) if segment.kind is Kind.BLOCK)
         self._block_number = {index: number for number, index in enumerate(blocks)}
         for batch, (ids, mask) in enumerate(self.batches):
@@ -114,14 +117,18 @@ class Carry:
         if self.passed == 0:
             self._arrive(1)
 
-    def advance(self, index: int, parts: Parts) -> None:
-        """Run all batches through a block or norm, segment number `index`."""
+    def through(self, index: int, parts: Parts, batch: int) -> torch.Tensor:
+        """Run a batch through a block or norm, segment number `index`, where the walk stands; the batch itself stays there."""
         number = self._block_number.get(index)
-        for batch, arguments in enumerate(self._arguments):
-            hidden = self.hidden(batch)
-            for module in parts.values():
-                hidden = module(hidden) if number is None else run_block(module, hidden, arguments[number])
-            self._put(index + 1, batch, hidden)
+        hidden = self.hidden(batch)
+        for module in parts.values():
+            hidden = module(hidden) if number is None else run_block(module, hidden, self._arguments[batch][number])
+        return hidden
+
+    def advance(self, index: int, parts: Parts) -> None:
+        """Take all batches through a block or norm, segment number `index`."""
+        for batch in range(len(self.batches)):
+            self._put(index + 1, batch, self.through(index, parts, batch))
         self._arrive(index + 1)
 
     def _file(self, passed: int, index: int) -> Path:

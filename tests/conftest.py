@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests_support import SHARED
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from safetensors.numpy import save_file
+from tests_support import GOLDEN, SHARED, golden_weights
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
+from compress.models.nv_embed import EOS
 from compress.texts import suite_texts
 
 
@@ -119,6 +121,30 @@ def make_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Temp
 def bert(make_model: MakeModel) -> Path:
     """A tiny BERT embedder, mean pooling, normalised."""
     return make_model("bert")
+
+
+@pytest.fixture(scope="session")
+def nv_embed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny golden checkpoint in the published form, two shards, with a small tokenizer made here."""
+    folder = tmp_path_factory.mktemp("nv-embed")
+    shutil.copy(GOLDEN / "config.json", folder)
+    from compress.models.network import empty_network
+
+    empty = empty_network(folder)
+    weights = golden_weights(7, {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()})
+    names = sorted(weights)
+    for shard, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
+        save_file(
+            {name: weights[name] for name in part}, folder / f"model-0000{shard}-of-00002.safetensors", metadata={"format": "pt"}
+        )
+    # As Mistral's: pieces with a leading mark, BOS before, "</s>" a special token that is found in the text.
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", EOS)]
+    tokenizer.train_from_iterator(suite_texts(), trainers.BpeTrainer(vocab_size=800, special_tokens=special, max_token_length=8))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 @pytest.fixture

@@ -272,3 +272,19 @@ def test_the_journal_makes_each_part_once(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         journal.once("d", lambda: {"value": 1 // 0})
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_layouts_are_written_beside_the_variant_and_a_refusal_costs_nothing(bert: Path, tmp_path: Path) -> None:
+    steps = [{"method": "rtn", "bits": 4, "group_size": 16, "activations": "none"}]
+    recipe = {**SMALL, "steps": steps, "measure": {"what": []}, "evaluate": {"tasks": []}}
+    record = run(
+        parse_recipe({**recipe, "export": ["variant", "compressed-tensors"]}), model=str(bert), output=tmp_path, device="cpu"
+    )
+    config = json.loads((tmp_path / record.run / "compressed-tensors" / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "pack-quantized"
+    shutil.rmtree(tmp_path / record.run)
+    refused = parse_recipe({**recipe, "export": ["variant", "gptq"]})  # its readers want widths that are multiples of 32
+    with pytest.raises(UserError, match="encoder"):
+        run(refused, model=str(bert), output=tmp_path, device="cpu")
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["recipe.yaml", "record.json", "variant"]

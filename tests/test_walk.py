@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModel
 
 import compress
 from compress.errors import UserError
+from compress.methods.base import Method
+from compress.methods.quantize.gptq import GPTQ
 from compress.methods.quantize.rtn import RTN
 from compress.models.network import load_network
 from compress.models.segments import Kind, Parts, Segment, segments_of
@@ -151,6 +153,9 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
+from compress.methods.quantize.gptq import GPTQ
+from compress.methods.base import Method
+from compress.methods.quantize.gptq import GPTQ
 from compress.methods.quantize.rtn import RTN
 from compress.models import shards
 from tests_support import compress_to
@@ -162,7 +167,7 @@ def write_and_die(path, tensors):
     write(path, tensors)
     written.append(path)
 shards.write_tensors = write_and_die
-compress_to(Path({folder!r}), Path({target!r}), RTN())
+compress_to(Path({folder!r}), Path({target!r}), {step})
 """
 
 
@@ -174,12 +179,16 @@ def segments_kept(folder: Path) -> Iterator[str]:
     return (path.name for path in sorted((folder / "journal").glob("segment-*")))
 
 
-def test_a_variant_whose_writing_was_killed_is_continued(make_model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [RTN(), GPTQ(group_size=16)], ids=lambda step: step.method)
+def test_a_variant_whose_writing_was_killed_is_continued(make_model, tmp_path: Path, step: Method) -> None:
     folder = make_model("mistral")
-    compress_to(folder, tmp_path / "whole" / "variant", RTN())
+    compress_to(folder, tmp_path / "whole" / "variant", step)
     killed = tmp_path / "killed"
     after = random.randrange(1, 4)
-    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), target=str(killed / "variant"), after=after)
+    made = "RTN()" if step.method == "rtn" else "GPTQ(group_size=16)"
+    script = KILLED.format(
+        tests=str(Path(__file__).parent), folder=str(folder), target=str(killed / "variant"), after=after, step=made
+    )
     result = subprocess.run([sys.executable, "-c", script], check=False, env={**os.environ})
     assert result.returncode == -signal.SIGKILL
     assert len(list(segments_kept(killed))) == after
@@ -187,7 +196,7 @@ def test_a_variant_whose_writing_was_killed_is_continued(make_model, tmp_path: P
     times = {path: path.stat().st_mtime_ns for path in (killed / "variant.partial").glob("model-*")}
     assert len(times) == after
     journal = {path: path.stat().st_mtime_ns for path in (killed / "journal").glob("segment-*")}
-    compress_to(folder, killed / "variant", RTN())
+    compress_to(folder, killed / "variant", step)
     assert files_of(killed / "variant") == files_of(tmp_path / "whole" / "variant")
     assert {path: path.stat().st_mtime_ns for path in journal} == journal  # done once, not again
 

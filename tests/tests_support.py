@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
-from compress.apply import make_variant
+from compress.apply import CalibrationSource, make_variant
+from compress.layers.scheme import QuantizedLayer
 from compress.loading import find
 from compress.methods.base import Method
 from compress.models.segments import segments_of
 from compress.models.shape import read_shape
-from compress.models.variant import QuantizedLayer
 from compress.record import Journal
+from compress.texts import calibration_texts
 from compress.walk import Resident
 
 SHARED = Path(__file__).parents[2] / "shared"
+GOLDEN = Path(__file__).parent / "models" / "golden"
+
+
+def golden_weights(seed: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The golden checkpoint's weights, which follow from the seed, key by key."""
+    made = {}
+    for key, shape in shapes.items():
+        r = np.random.default_rng(zlib.crc32(f"{seed}:{key}".encode())).standard_normal(shape)
+        if "norm" in key:
+            r = 1 + 0.2 * r if key.endswith("weight") else 0.1 * r
+        elif key.endswith("bias"):
+            r = 0.1 * r
+        else:
+            r = 0.5 * r if "embed_tokens" in key or key.endswith("latents") else r * 1.5 / np.sqrt(shape[1])
+        made[key] = r.astype(np.float32)
+    return made
 
 
 def apply_in_memory(network: nn.Module, *steps: Method) -> dict[str, QuantizedLayer]:
@@ -32,6 +51,6 @@ def apply_in_memory(network: nn.Module, *steps: Method) -> dict[str, QuantizedLa
 
 def compress_to(folder: Path, target: Path, *steps: Method) -> None:
     """Write the variant of a model's folder."""
-    make_variant(
-        find(str(folder)), read_shape("tiny", folder), steps, "0", target, Journal(target.with_name("journal")), lambda _: None
-    )
+    texts = CalibrationSource(calibration_texts()[:24], None, max_tokens=120)
+    journal = Journal(target.with_name("journal"))
+    make_variant(find(str(folder)), read_shape("tiny", folder), steps, "0", target, journal, lambda _: None, texts)

@@ -1,16 +1,18 @@
-"""A linear layer on int8 weights, with its activations quantized as its scheme says."""
+"""A linear layer on integer weights, with its activations quantized as its scheme says."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from compress.layers.compressed import CompressedLayer
+from compress.layers.grid import SMALLEST_SCALE, Grid, dequantize, find_grid
 from compress.layers.int8_matmul import Int8Matmul, int8_matmul
-from compress.layers.scheme import ActivationScheme
+from compress.layers.packing import packed_width
+from compress.layers.scheme import ActivationScheme, QuantizedLayer
+from compress.layers.torch_packing import pack, unpack
 
 QMAX = 127  # symmetric: -128 is not used, so that negating a value never overflows
-# Of an all-zero row: any positive scale gives zeros. Small, and still a normal number in half precision.
-SMALLEST_SCALE = 1e-7
 
 
 def quantize_symmetric(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -19,82 +21,183 @@ def quantize_symmetric(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (x.float() / scale).round_().clamp_(-QMAX, QMAX).to(torch.int8)
 
 
-def weight_scale(weight: torch.Tensor) -> torch.Tensor:
-    """Return the symmetric scale of each output channel of `weight` [out, in]: absmax / 127, float32 [out]."""
-    return weight.float().abs().amax(dim=1).div_(QMAX).clamp_min_(SMALLEST_SCALE)
+class QuantizedLinear(CompressedLayer):
+    """`y = x W^T + b` with W in integers of 2 to 8 bits and x quantized by a scheme.
 
-
-class QuantizedLinear(nn.Module):
-    """`y = x W^T + b` with W in int8 (one float32 scale per output channel) and x quantized by `scheme`.
-
-    Buffers: `weight` int8 [out, in], `weight_scale` float32 [out], `bias` [out] or None, and `input_scale` float32 [] for the
-    static scheme. Once `pack`ed, the weight lives in the kernel's own layout alone and the layer can no longer be saved.
+    Buffers: `weight`, int8 [out, in] for symmetric 8-bit weights, else the unsigned integers of `compress.layers.grid` packed
+    without gaps, uint8 [out, ceil(in x bits / 8)]; `weight_scale`, float32 [out] where an output channel has one scale, float16
+    [out, groups] where groups of inputs have; `weight_zero`, packed likewise, uint8 [out, ceil(groups x bits / 8)], for grids that
+    are not symmetric; `bias` [out] or None; `input_scale`, float32 [], for the static scheme; `input_factor`, float32 [in], where
+    the input is divided by it before anything else. Once `pack`ed, the weight of a layer that multiplies integers lives in the
+    kernel's own layout alone and the layer can no longer be saved.
     """
 
     weight: torch.Tensor | None
     weight_scale: torch.Tensor
+    weight_zero: torch.Tensor | None
     bias: torch.Tensor | None
     input_scale: torch.Tensor | None
+    input_factor: torch.Tensor | None
 
     def __init__(
         self,
+        layer: QuantizedLayer,
+        in_features: int,
         weight: torch.Tensor,
         scale: torch.Tensor,
-        bias: torch.Tensor | None,
-        scheme: ActivationScheme,
+        bias: torch.Tensor | None = None,
+        *,
+        zero: torch.Tensor | None = None,
         input_scale: torch.Tensor | None = None,
+        input_factor: torch.Tensor | None = None,
     ) -> None:
-        """Take int8 `weight` [out, in], float32 `scale` [out], `bias` [out] and, for the static scheme, `input_scale` [].
+        """Take the buffers; see the class.
 
         Raises:
-            ValueError: the weight is not int8, or an input scale is missing for the static scheme or given for another.
+            ValueError: the weight has another dtype or shape than the layer's bits ask for; what the scheme or the grid needs is
+                missing, or something is given that it does not use; activations are quantized and the weight has groups or zeros,
+                which no integer product allows.
         """
         super().__init__()
-        if weight.dtype != torch.int8:
-            raise ValueError(f"QuantizedLinear takes int8 weights, got {weight.dtype}")
-        if (input_scale is not None) != (scheme is ActivationScheme.STATIC_PER_TENSOR):
-            raise ValueError(f"an input scale goes with the static scheme and with no other; the scheme is {scheme}")
-        self.out_features, self.in_features = weight.shape
-        self.scheme = scheme
+        width, dtype = stored_weight(layer, in_features)
+        if weight.dtype != dtype or weight.shape[1] != width:
+            raise ValueError(
+                f"{layer.name} weights of {in_features} inputs are {dtype} [out, {width}], got {weight.dtype} {list(weight.shape)}"
+            )
+        if (input_scale is not None) != (layer.activations is ActivationScheme.STATIC_PER_TENSOR):
+            raise ValueError(f"an input scale goes with the static scheme and with no other; the scheme is {layer.activations}")
+        if (zero is not None) == layer.symmetric:
+            raise ValueError(f"zeros go with grids that are not symmetric; symmetric is {layer.symmetric}")
+        if (input_factor is not None) != layer.input_factor:
+            raise ValueError(f"an input factor goes with input_factor; it is {layer.input_factor}")
+        if layer.activations is not ActivationScheme.NONE and (layer.group_size or not layer.symmetric):
+            raise ValueError("quantized activations go with symmetric weights of one scale per output channel")
+        self.layer = layer
+        self.in_features, self.out_features = in_features, weight.shape[0]
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero", zero)
         self.register_buffer("bias", bias)
         self.register_buffer("input_scale", input_scale)
+        self.register_buffer("input_factor", input_factor)
         self._packed: Int8Matmul | None = None
 
+    @property
+    def scheme(self) -> ActivationScheme:
+        """How activations are quantized."""
+        return self.layer.activations
+
     @classmethod
-    def from_float(cls, linear: nn.Linear, scheme: ActivationScheme) -> QuantizedLinear:
-        """Round `linear` to the nearest int8, one scale per output channel."""
-        scale = weight_scale(linear.weight.detach())
-        bias = None if linear.bias is None else linear.bias.detach().clone()
-        return cls(quantize_symmetric(linear.weight.detach(), scale[:, None]), scale, bias, scheme)
+    def from_integers(
+        cls,
+        integers: torch.Tensor,
+        grid: Grid,
+        bias: torch.Tensor | None,
+        scheme: ActivationScheme = ActivationScheme.NONE,
+        *,
+        input_scale: torch.Tensor | None = None,
+        input_factor: torch.Tensor | None = None,
+    ) -> QuantizedLinear:
+        """Take the unsigned integers of a grid, uint8 [out, in]."""
+        layer = QuantizedLayer(
+            bits=grid.bits,
+            group_size=grid.group_size,
+            symmetric=grid.symmetric,
+            activations=scheme,
+            input_factor=input_factor is not None,
+        )
+        return cls(
+            layer,
+            integers.shape[1],
+            *stored_grid(integers, grid),
+            None if bias is None else bias.detach().clone(),
+            zero=None if grid.symmetric else pack(grid.zero.to(torch.uint8), grid.bits),
+            # Copies: layers with one input are given the same tensors, and a file has no shared ones.
+            input_scale=None if input_scale is None else input_scale.clone(),
+            input_factor=None if input_factor is None else input_factor.clone(),
+        )
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, scheme: ActivationScheme, bits: int = 8, **grid: object) -> QuantizedLinear:
+        """Round `linear` to the nearest values of a grid, `find_grid`'s; by default int8 with one scale per output channel."""
+        found = find_grid(linear.weight.detach(), bits, **grid)  # type: ignore[arg-type]
+        return cls.from_integers(found.round(linear.weight.detach()), found, linear.bias, scheme)
+
+    @classmethod
+    def empty(cls, linear: nn.Linear, layer: QuantizedLayer) -> QuantizedLinear:
+        """Stand in for `linear` with buffers that have shapes and no values."""
+        width, dtype = stored_weight(layer, linear.in_features)
+        with torch.device("meta"):
+            weight = torch.empty((linear.out_features, width), dtype=dtype)
+            scale = stored_scale(layer, linear.out_features, linear.in_features)
+            zeros = packed_width(scale.view(linear.out_features, -1).shape[1], layer.bits)
+            zero = None if layer.symmetric else torch.empty(linear.out_features, zeros, dtype=torch.uint8)
+            static = layer.activations is ActivationScheme.STATIC_PER_TENSOR
+            input_scale = torch.empty(()) if static else None
+            factor = torch.empty(linear.in_features) if layer.input_factor else None
+        return cls(layer, linear.in_features, weight, scale, linear.bias, zero=zero, input_scale=input_scale, input_factor=factor)
+
+    def integers(self) -> torch.Tensor:
+        """Return the weight's unsigned integers, uint8 [out, in]."""
+        return stored_integers(self._stored(), self.layer, self.in_features)
+
+    def zeros(self) -> torch.Tensor:
+        """Return the zeros, uint8 [out, groups]."""
+        return stored_zeros(self.weight_zero, self.layer, self.weight_scale)
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the weight that the integers stand for, [out, in]; it is for the input divided by `input_factor`."""
+        scale = self.weight_scale.view(self.out_features, -1)
+        return dequantize(self.integers(), scale, self.zeros(), self.layer.group_size, dtype)
 
     def pack(self) -> None:
         """Hand the weight over to the kernel of its device and drop the plain copy; a second call does nothing."""
         if self.weight is not None and self.scheme is not ActivationScheme.NONE:
-            self._packed = int8_matmul(self.weight.device.type)(self.weight, self.weight_scale)
+            self._packed = self._matmul()
             self.weight = None
+
+    def held(self, dtype: torch.dtype) -> nn.Module:
+        """Return itself, packed; or where the weights alone are quantized, a plain layer with their values."""
+        if self.scheme is not ActivationScheme.NONE:
+            self.pack()
+            return self
+        weight = self.dequantized()
+        weight = weight if self.input_factor is None else weight.div_(self.input_factor)
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        return linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out] in the dtype of `x`."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.scheme is ActivationScheme.NONE:
-            assert self.weight is not None  # never packed under this scheme
-            weight = self.weight.to(x.dtype) * self.weight_scale.to(x.dtype)[:, None]
-            return nn.functional.linear(x, weight, bias)
+            if self.input_factor is not None:
+                x = x / self.input_factor.to(x.dtype)
+            return nn.functional.linear(x, self.dequantized(x.dtype), bias)
         rows = x.reshape(-1, self.in_features)
+        if self.input_factor is not None:
+            rows = rows / self.input_factor
         input_scale = self._input_scale(rows)
         quantized = quantize_symmetric(rows, input_scale)
         # Not cached before `pack`: an unpacked layer may still be changed or saved.
-        matmul = self._packed or int8_matmul(x.device.type)(self._plain_weight(), self.weight_scale)
+        matmul = self._packed or self._matmul()
         y = matmul(quantized, torch.float32).mul_(input_scale)
         if bias is not None:
             y = y.add_(bias)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def _plain_weight(self) -> torch.Tensor:
-        assert self.weight is not None
+    def _stored(self) -> torch.Tensor:
+        assert self.weight is not None, "a packed layer has no plain weight"
         return self.weight
+
+    def _matmul(self) -> Int8Matmul:
+        stored = self._stored()
+        if stored.dtype != torch.int8:
+            stored = (self.integers().to(torch.int16) - 2 ** (self.layer.bits - 1)).to(torch.int8)
+        return int8_matmul(stored.device.type)(stored, self.weight_scale)
 
     def _input_scale(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the scale of the activations, float32, [tokens, 1] per token and [] or [1, 1] per tensor."""
@@ -110,4 +213,38 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Show sizes and scheme in the printed model."""
-        return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}, activations={self.scheme}"
+        return f"in={self.in_features}, out={self.out_features}, {self.layer.name}, activations={self.scheme}"
+
+
+def stored_weight(layer: QuantizedLayer, inputs: int) -> tuple[int, torch.dtype]:
+    """Return the width and the dtype of a stored integer weight: plain int8 where it is symmetric and of 8 bits, else packed."""
+    if layer.bits == 8 and layer.symmetric:
+        return inputs, torch.int8
+    return packed_width(inputs, layer.bits), torch.uint8
+
+
+def stored_scale(layer: QuantizedLayer, outputs: int, inputs: int) -> torch.Tensor:
+    """Return a tensor of the shape and dtype of stored scales: float32 [out], or float16 [out, groups]."""
+    if layer.group_size is None:
+        return torch.empty(outputs)
+    return torch.empty(outputs, -(-inputs // layer.group_size), dtype=torch.float16)
+
+
+def stored_grid(integers: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weight and scale as they are stored."""
+    plain = grid.bits == 8 and grid.symmetric
+    weight = integers.bitwise_xor(0x80).view(torch.int8) if plain else pack(integers, grid.bits)  # u - 128 in two's complement
+    return weight, (grid.scale[:, 0].contiguous() if grid.group_size is None else grid.scale.half())
+
+
+def stored_integers(weight: torch.Tensor, layer: QuantizedLayer, inputs: int) -> torch.Tensor:
+    """Return the unsigned integers of a stored weight, uint8 [out, in]."""
+    return weight.view(torch.uint8).bitwise_xor(0x80) if weight.dtype == torch.int8 else unpack(weight, layer.bits, inputs)
+
+
+def stored_zeros(zero: torch.Tensor | None, layer: QuantizedLayer, scale: torch.Tensor) -> torch.Tensor:
+    """Return the zeros of a stored weight, uint8 [out, groups]."""
+    groups = scale.view(scale.shape[0], -1).shape[1]
+    if zero is not None:
+        return unpack(zero, layer.bits, groups)
+    return torch.full((scale.shape[0], groups), 2 ** (layer.bits - 1), dtype=torch.uint8, device=scale.device)

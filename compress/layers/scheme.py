@@ -1,10 +1,12 @@
-"""Activation schemes: the half of a variant's arithmetic that is not in its weights. No torch here."""
+"""How a layer's numbers are stored and multiplied: the words that variants, methods and runtimes share. No torch here."""
 
 from enum import StrEnum
 
+from pydantic import BaseModel, ConfigDict, Field
+
 
 class ActivationScheme(StrEnum):
-    """How the input of a quantized layer is turned into int8 at run time.
+    """How the input of a quantized layer is turned into 8-bit numbers at run time.
 
     A variant stores weights and one of these; a runtime declares which it executes. `NONE` leaves activations in floating
     point (weight-only quantization). The dynamic schemes take the absolute maximum of a row or of the whole tensor while running;
@@ -15,3 +17,41 @@ class ActivationScheme(StrEnum):
     STATIC_PER_TENSOR = "static_per_tensor"
     DYNAMIC_PER_TENSOR = "dynamic_per_tensor"
     DYNAMIC_PER_TOKEN = "dynamic_per_token"
+
+
+class Numbers(StrEnum):
+    """What a stored weight is made of."""
+
+    INTEGER = "int"
+    FLOAT8 = "fp8"
+    """E4M3: 4 bits of exponent, 3 of mantissa, largest value 448 (Micikevicius et al. 2022, arXiv 2209.05433)."""
+    LLM_INT8 = "llm-int8"
+    NF4 = "nf4"
+    FP4 = "fp4"
+
+
+BITSANDBYTES = (Numbers.LLM_INT8, Numbers.NF4, Numbers.FP4)
+"""Stored and multiplied by the bitsandbytes package."""
+
+
+class QuantizedLayer(BaseModel):
+    """How one linear layer or embedding table is stored and multiplied."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    numbers: Numbers = Numbers.INTEGER
+    bits: int = Field(ge=2, le=8)
+    group_size: int | None = None
+    """Inputs that share a scale; None: all of an output channel (for a table: of a row)."""
+    symmetric: bool = True
+    """Whether zero is the middle of the integers; otherwise each group stores its own."""
+    activations: ActivationScheme = ActivationScheme.NONE
+    input_factor: bool = False
+    """Whether the input is divided, channel by channel, by a stored vector before the product."""
+
+    @property
+    def name(self) -> str:
+        """Name the numbers in a word: `int8`, `int4-g64`, `fp8`."""
+        if self.numbers is not Numbers.INTEGER:
+            return str(self.numbers)
+        return f"int{self.bits}" + (f"-g{self.group_size}" if self.group_size else "")

@@ -9,6 +9,12 @@ from compress.methods.base import Method
 METHODS = {
     "fold": "compress.methods.fold:Fold",
     "rtn": "compress.methods.quantize.rtn:RTN",
+    "gptq": "compress.methods.quantize.gptq:GPTQ",
+    "awq": "compress.methods.quantize.awq:AWQ",
+    "smoothquant": "compress.methods.quantize.smoothquant:SmoothQuant",
+    "fp8": "compress.methods.quantize.fp8:FP8",
+    "bitsandbytes": "compress.methods.quantize.bitsandbytes:BitsAndBytes",
+    "embeddings": "compress.methods.quantize.embeddings:Embeddings",
 }
 
 

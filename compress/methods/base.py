@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from compress.layers.scheme import QuantizedLayer
 from compress.models.shape import ModelShape
-from compress.models.variant import QuantizedLayer
 
 if TYPE_CHECKING:
+    from compress.calibration import Inputs
     from compress.models.segments import Parts
 
 
@@ -27,6 +28,8 @@ class Estimate:
     """Bytes read and written while applying it, which is what its time depends on."""
     note: str
     """One line for people."""
+    flops: float = 0.0
+    """Floating-point operations beside passes over the weights and running the calibration texts."""
 
 
 class Method(BaseModel):
@@ -35,6 +38,11 @@ class Method(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     method: str
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether `apply` wants the inputs of a segment on calibration texts."""
+        return False
 
     def fits(self, shape: ModelShape) -> bool:
         """Whether the step can be applied to a model of this shape."""
@@ -53,15 +61,17 @@ class Method(BaseModel):
         """
 
     @abstractmethod
-    def apply(self, parts: Parts) -> dict[str, QuantizedLayer]:
+    def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
         """Change a segment of the model; called for each of its segments in turn, the model itself is never whole.
 
         Args:
             parts: the segment's modules by their names in the network, their weights as the checkpoint stores them. They may be
                 changed or replaced, here or inside of them.
+            inputs: the calibration texts as they arrive at this segment; None where no step of the recipe calibrates, and for
+                segments that texts do not pass as rows: embeddings and norms.
 
         Returns:
-            How each layer that was quantized is stored, by its name in the network.
+            How each layer or table that was quantized is stored, by its name in the network.
 
         Raises:
             ValueError: the segment's weights do not allow it.

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Estimate, Method
 from compress.models.checkpoint import TensorInfo
-from compress.models.shape import ModelShape
-from compress.models.variant import QuantizedLayer
+from compress.models.shape import HEAD_PREFIX, ModelShape
 
 if TYPE_CHECKING:
+    from compress.calibration import Inputs
     from compress.models.segments import Parts
 
-HEAD = "latent_attention_model."
+HEAD = HEAD_PREFIX
 ATTEND, FEED = f"{HEAD}cross_attend_blocks.0", f"{HEAD}cross_attend_blocks.1"
 DOUBLE_BYTES = 8
 
@@ -51,7 +52,7 @@ class Fold(Method):
             note=f"latent head folded, {saved / 1e6:,.1f} M parameters fewer, nothing lost but rounding",
         )
 
-    def apply(self, parts: Parts) -> dict[str, QuantizedLayer]:
+    def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
         """Put the folded head in the place of the published one, where the segment is the head."""
         name = HEAD.rstrip(".")
         if name in parts:

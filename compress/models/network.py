@@ -98,15 +98,15 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def empty_network(folder: Path, folded: bool = False) -> nn.Module:
-    """Build the network of `folder`'s config with real buffers and parameters that have no memory yet.
+    """Build the network of `folder`'s config, to be run and not trained: real buffers, parameters that have no memory yet.
 
     `folded`: NV-Embed's head in its folded form.
     """
     _quietly()
     with _parameters_on_meta():
         if is_nv_embed(folder):
-            return NVEmbedNetwork(*read_nv_config(folder), folded=folded)
+            return NVEmbedNetwork(*read_nv_config(folder), folded=folded).eval()
         config = read_config(folder)
         config.use_cache = False
         model: nn.Module = AutoModel.from_config(config)
-    return _without_pooler(model)
+    return _without_pooler(model.eval())  # a new network is one to be trained, with dropout at work

@@ -99,6 +99,17 @@ def segments_of(network: nn.Module) -> list[Segment]:
     return segments
 
 
+def token_table(parts: Parts) -> str | None:
+    """Return the name of the token embedding table of a segment: of its tables the one with the most rows; None without any."""
+    tables = {
+        (_join(path, inner) if inner else path): module.num_embeddings
+        for path, part in parts.items()
+        for inner, module in part.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    return max(tables, key=tables.__getitem__) if tables else None
+
+
 def _join(prefix: str, path: str) -> str:
     return f"{prefix}.{path}" if prefix else path
 

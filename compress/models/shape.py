@@ -23,12 +23,27 @@ HALF_BYTES = 2
 _BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 # Two-dimensional weights inside blocks that are looked up, not multiplied.
 _LOOKED_UP = re.compile(r"relative_attention_bias|embed|rotary")
+_TABLE = re.compile(r"(?:embed\w*|wte|wpe)\.weight$")
+HEAD_PREFIX = "latent_attention_model."
+"""What the tensors of NV-Embed's head begin with."""
+# Linear layers of the folded head; those of the published one are multiplied out by the fold.
+_HEAD_LINEARS = re.compile(rf"{re.escape(HEAD_PREFIX)}(?:scores|values|net\.\d+)\.weight")
 
 
 def is_block_linear(name: str, dimensions: int) -> bool:
     """Whether a parameter is the weight of a linear layer inside a block: the layers that compression works on."""
     block = _BLOCK.search(name)
     return block is not None and name.endswith(".weight") and dimensions == 2 and not _LOOKED_UP.search(name, block.end())
+
+
+def is_in_block(name: str) -> bool:
+    """Whether a module or parameter of that name lies inside a block."""
+    return _BLOCK.search(f"{name}.") is not None
+
+
+def is_head_linear(name: str) -> bool:
+    """Whether a parameter is the weight of a linear layer of NV-Embed's folded head."""
+    return _HEAD_LINEARS.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -55,9 +70,12 @@ class ModelShape:
         return sum(info.bytes for info in self.tensors.values())
 
     def as_stored(self) -> ModelShape:
-        """Return this shape as a variant stores it: floating point in half precision, scales of quantized layers in float32."""
+        """Return this shape as a variant stores it: floating point in half precision, what quantized layers have as it is."""
+        own = {name.rpartition(".")[0] for name in self.tensors if name.endswith(".weight_scale")}
         tensors = {
-            name: info if info.dtype.startswith(("I", "U")) or name.endswith("_scale") else TensorInfo("F16", info.shape)
+            name: info
+            if info.dtype.startswith(("I", "U")) or (name.rpartition(".")[0] in own and not name.endswith(".bias"))
+            else TensorInfo("F16", info.shape)
             for name, info in self.tensors.items()
         }
         return ModelShape(self.name, tensors, self.config)
@@ -66,6 +84,21 @@ class ModelShape:
     def block_linears(self) -> dict[str, TensorInfo]:
         """Weights of the linear layers inside blocks, by the name of the layer (without `.weight`)."""
         return {name.removesuffix(".weight"): info for name, info in self.tensors.items() if is_block_linear(name, len(info.shape))}
+
+    @cached_property
+    def head_linears(self) -> dict[str, TensorInfo]:
+        """Weights of the linear layers of NV-Embed's folded head, by the name of the layer."""
+        return {name.removesuffix(".weight"): info for name, info in self.tensors.items() if is_head_linear(name)}
+
+    @property
+    def token_table(self) -> str | None:
+        """Name of the module with the token embedding table: of the tables outside of blocks the one with the most rows."""
+        tables = {
+            name.removesuffix(".weight"): info.shape[0]
+            for name, info in self.tensors.items()
+            if _TABLE.search(name) and len(info.shape) == 2 and not _BLOCK.search(name)
+        }
+        return max(tables, key=tables.__getitem__) if tables else None
 
     @property
     def largest_segment_bytes(self) -> int:

@@ -9,21 +9,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compress.errors import UserError
-from compress.layers.scheme import ActivationScheme
+from compress.layers.scheme import ActivationScheme, QuantizedLayer
 from compress.models.spec import EmbedderSpec
 
 VARIANT_FILE = "variant.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
-
-
-class QuantizedLayer(BaseModel):
-    """How one linear layer is stored and multiplied."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    bits: Literal[8]
-    activations: ActivationScheme
 
 
 class VariantInfo(BaseModel):
@@ -44,19 +35,20 @@ class VariantInfo(BaseModel):
     folded: bool = False
     """Whether NV-Embed's latent head is folded."""
     quantized: dict[str, QuantizedLayer]
-    """By the layer's name in the network."""
+    """Linear layers and tables, by their names in the network."""
     steps: list[dict[str, Any]]
     """The recipe's steps as they were applied, defaults filled in."""
 
     @property
     def weights(self) -> str:
-        """Say what the weights are, in a word: `int8`, or `float16` where nothing is quantized."""
-        return "+".join(sorted({f"int{layer.bits}" for layer in self.quantized.values()})) or "float16"
+        """Say what the weights are: `int8`, several joined by `+`, or `float16` where nothing is quantized."""
+        return "+".join(sorted({layer.name for layer in self.quantized.values()})) or "float16"
 
     @property
     def activations(self) -> str:
-        """Name the activation scheme, or several joined by `+`."""
-        return "+".join(sorted({layer.activations for layer in self.quantized.values()})) or ActivationScheme.NONE
+        """Name the activation scheme, or several joined by `+`; tables have none and are not asked."""
+        schemes = {layer.activations for layer in self.quantized.values()}
+        return "+".join(sorted(schemes - {ActivationScheme.NONE})) or ActivationScheme.NONE
 
     def write(self, folder: Path) -> None:
         """Write `variant.json`."""

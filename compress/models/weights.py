@@ -33,10 +33,10 @@ class Weights:
             UserError: a tensor is missing, is left over or has another shape.
         """
         self._wanted = network.state_dict(keep_vars=True)
-        found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+        found: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
         for path in paths:
             for stored, info in read_header(path).items():
-                found[stored if exact else _network_name(stored, network)] = (path, stored, info.shape)
+                found[stored if exact else _network_name(stored, network)] = (path, stored, info.shape, info.dtype)
         missing = sorted(self._wanted.keys() - found.keys())
         extra = sorted(found.keys() - self._wanted.keys()) if exact else []
         if missing or extra:
@@ -45,11 +45,18 @@ class Weights:
                 f"such as {(missing or extra)[0]!r} ({'missing' if missing else 'not wanted'})"
             )
         self._place: dict[str, tuple[Path, str]] = {}
+        self._dtypes: set[str] = set()
         for name, tensor in self._wanted.items():
-            path, stored, shape = found[name]
+            path, stored, shape, dtype = found[name]
+            self._dtypes.add(dtype)
             if shape != tuple(tensor.shape):
                 raise UserError(f"{path}: {stored} is {list(shape)}, its network wants {list(tensor.shape)}")
             self._place[name] = (path, stored)
+
+    def dtypes(self) -> set[torch.dtype]:
+        """Return the dtypes that the floating-point tensors are stored in."""
+        names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+        return {names[dtype] for dtype in self._dtypes if dtype in names}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield tensors as they are stored; each is mapped from its file for as long as it lives."""

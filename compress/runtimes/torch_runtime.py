@@ -10,9 +10,10 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from compress.errors import UserError
+from compress.layers.compressed import CompressedLayer
+from compress.layers.empty import empty_layer
 from compress.layers.float_layers import CastEmbedding, OneDnnLinear, has_onednn_linear
-from compress.layers.quantized_linear import QuantizedLinear
-from compress.layers.scheme import ActivationScheme
+from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.models.checkpoint import weight_files
 from compress.models.network import empty_network, load_network, read_config
 from compress.models.nv_embed import NVEmbedder, NVEmbedNetwork, is_nv_embed, read_nv_spec
@@ -58,14 +59,16 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
     for path in [path for path, _ in model.named_modules()]:  # by name: a list of modules would keep what is replaced alive
         module = model.get_submodule(path)
         for name, child in list(module.named_children()):
-            if isinstance(child, QuantizedLinear):
+            if isinstance(child, QuantizedEmbedding):
+                child.dtype = dtype
+            elif isinstance(child, CompressedLayer):
                 child.pack()
             elif type(child) is nn.Embedding and child.weight.dtype != dtype:
                 setattr(module, name, CastEmbedding(child, dtype))
             elif type(child) is nn.Linear and device.type == "cpu" and has_onednn_linear(dtype):
                 setattr(module, name, OneDnnLinear(child, dtype))
     for module in model.modules():
-        if isinstance(module, QuantizedLinear | CastEmbedding):
+        if isinstance(module, CompressedLayer | CastEmbedding):
             continue  # scales stay in float32, tables as they are stored
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
@@ -142,17 +145,17 @@ def empty_model(folder: Path) -> nn.Module:
         return empty_network(transformer_folder(folder))
     info = VariantInfo.read(folder)
     model = empty_network(folder, info.folded)
-    for layer, quantized in info.quantized.items():
-        owner, _, attribute = layer.rpartition(".")
-        linear = model.get_submodule(layer)
-        assert isinstance(linear, nn.Linear)
-        weight = torch.empty((linear.out_features, linear.in_features), dtype=torch.int8, device="meta")
-        scale = torch.empty(linear.out_features, device="meta")
-        static = quantized.activations is ActivationScheme.STATIC_PER_TENSOR
-        input_scale = torch.empty((), device="meta") if static else None
-        empty = QuantizedLinear(weight, scale, linear.bias, quantized.activations, input_scale)
-        setattr(model.get_submodule(owner), attribute, empty)
+    for name, layer in info.quantized.items():
+        model.set_submodule(name, empty_layer(model.get_submodule(name), layer))
     return model
+
+
+def buffers_to(model: nn.Module, device: torch.device) -> None:
+    """Move what no file holds, such as rotary frequencies, to a device; parameters without values stay without."""
+    for module in model.modules():
+        for buffer, tensor in module.named_buffers(recurse=False):
+            if not tensor.is_meta:
+                setattr(module, buffer, tensor.to(device))
 
 
 def weights_of(folder: Path, model: nn.Module) -> Weights:
@@ -175,9 +178,6 @@ def open_streamed(folder: Path, name: str, *, device: str | None = None, dtype: 
     target = pick_device(device)
     compute = pick_dtype(dtype, target)
     model = empty_model(folder)
-    for module in model.modules():  # such as rotary frequencies: no file holds them
-        for buffer, tensor in module.named_buffers(recurse=False):
-            if not tensor.is_meta:
-                setattr(module, buffer, tensor.to(target))
+    buffers_to(model, target)
     source = Streamed(model, weights_of(folder, model), partial(prepare, dtype=compute, device=target))
     return StreamedEmbedder(_kind(model)(name, *read_text_side(folder), model, target, compute), source)

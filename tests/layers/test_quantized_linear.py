@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from compress.layers.float_layers import CastEmbedding, OneDnnLinear
+from compress.layers.grid import find_grid
 from compress.layers.int8_matmul import IntMmMatmul, OneDnnMatmul, OneDnnSplitMatmul, int8_matmul, is_exact
-from compress.layers.quantized_linear import QMAX, QuantizedLinear, quantize_symmetric, weight_scale
-from compress.layers.scheme import ActivationScheme
+from compress.layers.quantized_linear import QMAX, QuantizedLinear, quantize_symmetric
+from compress.layers.scheme import ActivationScheme, QuantizedLayer
 
 # A CPU without VNNI saturates in `OneDnnMatmul`; that it is not chosen there is what `is_exact` is for.
 KERNELS = [
@@ -67,8 +68,9 @@ def test_rounding_known_answer() -> None:
     x = torch.tensor([[1.27, -1.27, 0.004, 0.006, -0.016]])
     assert quantize_symmetric(x, torch.tensor(0.01)).tolist() == [[127, -127, 0, 1, -2]]
     weight = torch.tensor([[2.54, -1.0], [0.0, 0.0]])
-    torch.testing.assert_close(weight_scale(weight)[0], torch.tensor(0.02))
-    assert (weight_scale(weight) > 0).all()
+    scale = find_grid(weight, 8).scale[:, 0]
+    torch.testing.assert_close(scale[0], torch.tensor(0.02))
+    assert (scale > 0).all()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -116,9 +118,8 @@ def test_per_token_scales_keep_small_rows_that_a_tensor_scale_loses() -> None:
 
 
 def test_static_scale_is_used_as_given() -> None:
-    layer = QuantizedLinear(
-        torch.eye(4, dtype=torch.int8) * 10, torch.ones(4), None, ActivationScheme.STATIC_PER_TENSOR, torch.tensor(0.5)
-    )
+    static = QuantizedLayer(bits=8, activations=ActivationScheme.STATIC_PER_TENSOR)
+    layer = QuantizedLinear(static, 4, torch.eye(4, dtype=torch.int8) * 10, torch.ones(4), input_scale=torch.tensor(0.5))
     assert layer(torch.tensor([[1.0, 0.6, 1000.0, 0.0]])).tolist() == [[10.0, 5.0, 127 * 5.0, 0.0]]
 
 
@@ -129,10 +130,18 @@ def test_no_rows_zero_rows_and_one_token() -> None:
 
 
 def test_wrong_parts_are_refused() -> None:
-    with pytest.raises(ValueError, match="int8 weights"):
-        QuantizedLinear(torch.zeros(2, 2), torch.ones(2), None, ActivationScheme.NONE)
+    integers, scale = torch.zeros(2, 2, dtype=torch.int8), torch.ones(2)
+    with pytest.raises(ValueError, match=r"int8 weights of 2 inputs are torch.int8 \[out, 2\]"):
+        QuantizedLinear(QuantizedLayer(bits=8), 2, torch.zeros(2, 2), scale)
     with pytest.raises(ValueError, match="static scheme"):
-        QuantizedLinear(torch.zeros(2, 2, dtype=torch.int8), torch.ones(2), None, ActivationScheme.STATIC_PER_TENSOR)
+        QuantizedLinear(QuantizedLayer(bits=8, activations=ActivationScheme.STATIC_PER_TENSOR), 2, integers, scale)
+    with pytest.raises(ValueError, match="zeros go with grids that are not symmetric"):
+        QuantizedLinear(QuantizedLayer(bits=8, symmetric=False), 2, integers.view(torch.uint8), scale)
+    with pytest.raises(ValueError, match="input_factor"):
+        QuantizedLinear(QuantizedLayer(bits=8, input_factor=True), 2, integers, scale)
+    wrong = QuantizedLayer(bits=4, group_size=8, activations=ActivationScheme.DYNAMIC_PER_TOKEN)
+    with pytest.raises(ValueError, match="one scale per output channel"):
+        QuantizedLinear(wrong, 2, torch.zeros(2, 1, dtype=torch.uint8), scale)
 
 
 def test_onednn_linear_is_the_linear_layer() -> None:

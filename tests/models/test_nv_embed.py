@@ -4,69 +4,33 @@ from __future__ import annotations
 
 import json
 import shutil
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from tests_support import SHARED, apply_in_memory
-from tokenizers import AddedToken, Tokenizer, models, normalizers, processors, trainers
+from tests_support import GOLDEN, SHARED, apply_in_memory
 
 import compress
 from compress.errors import UserError
 from compress.methods.fold import Fold
 from compress.methods.quantize.rtn import RTN
-from compress.models.network import empty_network, load_network
-from compress.models.nv_embed import EOS, PREFIX, NVEmbedNetwork, fold, instruction_prompts
+from compress.models.network import load_network
+from compress.models.nv_embed import PREFIX, NVEmbedNetwork, fold, instruction_prompts
 from compress.models.segments import begin, run_block, segments_of
 from compress.models.shape import known_shape, read_shape
 from compress.models.variant import VariantInfo
 from compress.pipeline import run
 from compress.recipe import parse_recipe, read_recipe, steps_for
-from compress.texts import suite_texts
 from compress.verify import describe, verify
 
-GOLDEN = Path(__file__).parent / "golden"
 SETS = ["queries", "passages", "truncated", "edge_instructed"]
 
 
-def golden_weights(seed: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The golden checkpoint's weights, which follow from the seed, key by key."""
-    made = {}
-    for key, shape in shapes.items():
-        r = np.random.default_rng(zlib.crc32(f"{seed}:{key}".encode())).standard_normal(shape)
-        if "norm" in key:
-            r = 1 + 0.2 * r if key.endswith("weight") else 0.1 * r
-        elif key.endswith("bias"):
-            r = 0.1 * r
-        else:
-            r = 0.5 * r if "embed_tokens" in key or key.endswith("latents") else r * 1.5 / np.sqrt(shape[1])
-        made[key] = r.astype(np.float32)
-    return made
-
-
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny golden checkpoint in the published form, two shards, with a small tokenizer made here."""
-    folder = tmp_path_factory.mktemp("nv-embed")
-    shutil.copy(GOLDEN / "config.json", folder)
-    empty = empty_network(folder)
-    weights = golden_weights(7, {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()})
-    names = sorted(weights)
-    for shard, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
-        save_file(
-            {name: weights[name] for name in part}, folder / f"model-0000{shard}-of-00002.safetensors", metadata={"format": "pt"}
-        )
-    # As Mistral's: pieces with a leading mark, BOS before, "</s>" a special token that is found in the text.
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    special = [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", EOS)]
-    tokenizer.train_from_iterator(suite_texts(), trainers.BpeTrainer(vocab_size=800, special_tokens=special, max_token_length=8))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+def checkpoint(nv_embed: Path) -> Path:
+    return nv_embed
 
 
 @pytest.fixture(scope="module", params=["published", "folded"])

@@ -1,80 +1,58 @@
-"""Round to nearest: each weight becomes the int8 nearest to it. No calibration, seconds even for large models."""
+"""Round to nearest: each weight becomes the nearest value of its grid. No calibration, seconds even for large models."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from compress.layers.scheme import ActivationScheme
-from compress.methods.base import Estimate, Method
-from compress.models.checkpoint import TensorInfo
-from compress.models.shape import ModelShape, check_patterns, is_block_linear, matching
-from compress.models.variant import QuantizedLayer
+from pydantic import model_validator
+
+from compress.layers.scheme import ActivationScheme, QuantizedLayer
+from compress.methods.quantize.base import IntegerWeights, replace_module
 
 if TYPE_CHECKING:
+    from compress.calibration import Inputs
     from compress.models.segments import Parts
 
 
-class RTN(Method):
-    """Round the linear layers of the blocks to int8, symmetric, one scale per output channel.
+class RTN(IntegerWeights):
+    """Round linear layers to integers of `bits` bits.
 
-    With activations `dynamic_per_token` this is the W8A8 arithmetic of LLM.int8() without its outlier columns (Dettmers et al.
-    2022, arXiv 2208.07339, section 2.1: row-wise times column-wise scales).
+    With 8 bits and activations `dynamic_per_token` this is the W8A8 arithmetic of LLM.int8() without its outlier columns (Dettmers
+    et al. 2022, arXiv 2208.07339, section 2.1: row-wise times column-wise scales).
     """
 
     method: Literal["rtn"] = "rtn"
-    bits: Literal[8] = 8
-    """Bits of a weight."""
     activations: Literal["none", "dynamic_per_tensor", "dynamic_per_token"] = "dynamic_per_token"
     """What the layer's input becomes: nothing (weights alone are quantized; smaller, not faster), or int8 with one scale per
     tensor or per token."""
-    skip: tuple[str, ...] = ()
-    """Layers left alone: shell-style patterns of their names, such as "*.output.dense"."""
+    search: bool = False
+    """Whether each scale is the one with the least squared error of the weights, rather than the one that clips none."""
 
-    def estimate(self, shape: ModelShape) -> Estimate:
-        """Size after: one byte a weight and four bytes an output channel; everything else in half precision.
+    @model_validator(mode="after")
+    def _integer_products_have_one_scale_a_channel(self) -> Self:
+        others = any(other.group_size or other.symmetric is False for other in self.overrides.values())
+        if self.activations != "none" and (self.group_size or not self.symmetric or others):
+            raise ValueError("groups and zeros go with `activations: none`; integer products have one scale per output channel")
+        return self
 
-        Raises:
-            ValueError: a pattern of `skip` matches no linear layer.
-        """
-        linears = shape.block_linears
-        check_patterns(linears, self.skip)
-        chosen = linears.keys() - matching(linears, self.skip)
-        weights = sum(linears[name].parameters for name in chosen)
-        largest = max((linears[name].parameters for name in chosen), default=0)
-        tensors = dict(shape.as_stored().tensors)
-        for name in chosen:
-            tensors[f"{name}.weight"] = TensorInfo("I8", linears[name].shape)
-            tensors[f"{name}.weight_scale"] = TensorInfo("F32", linears[name].shape[:1])
-        return Estimate(
-            after=ModelShape(shape.name, tensors, shape.config),
-            memory_bytes=largest * (4 + 4 + 1),  # a float32 copy, its rounded copy, the integers
-            bytes_touched=weights * (4 + 4 + 1),
-            note=f"{len(chosen)} linear layers, {weights / 1e6:,.1f} M weights to int8, activations {self.activations}",
-        )
+    def numbers_of(self, name: str) -> QuantizedLayer:
+        """Return the layer's precision, with the step's activations."""
+        return super().numbers_of(name).model_copy(update={"activations": ActivationScheme(self.activations)})
 
-    def apply(self, parts: Parts) -> dict[str, QuantizedLayer]:
+    def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
         """Replace every chosen `nn.Linear` of a segment by a `QuantizedLinear`.
 
         Raises:
             ValueError: a weight is NaN or infinite.
         """
-        import torch
-        from torch import nn
-
+        from compress.layers.grid import find_grid
         from compress.layers.quantized_linear import QuantizedLinear
 
-        scheme = ActivationScheme(self.activations)
         quantized = {}
-        for path, part in parts.items():
-            linears = {
-                f"{path}.{name}": (name, module)
-                for name, module in part.named_modules()
-                if isinstance(module, nn.Linear) and is_block_linear(f"{path}.{name}.weight", module.weight.dim())
-            }
-            for layer in sorted(linears.keys() - matching(linears, self.skip)):
-                name, linear = linears[layer]
-                if not torch.isfinite(linear.weight).all():
-                    raise ValueError(f"{layer}.weight holds NaN or infinity; it was not quantized")
-                part.set_submodule(name, QuantizedLinear.from_float(linear, scheme))
-                quantized[layer] = QuantizedLayer(bits=self.bits, activations=scheme)
+        for name, linear in self.linears_in(parts).items():
+            wanted, weight = self.numbers_of(name), linear.weight.detach()
+            grid = find_grid(weight, wanted.bits, wanted.group_size, wanted.symmetric, search=self.search)
+            layer = QuantizedLinear.from_integers(grid.round(weight), grid, linear.bias, wanted.activations)
+            replace_module(parts, name, layer)
+            quantized[name] = layer.layer
         return quantized

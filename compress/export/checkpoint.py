@@ -1,0 +1,176 @@
+"""What every layout of a torch checkpoint shares: a variant opened, its layers told apart, its tensors and config written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from compress.errors import UserError
+from compress.layers.compressed import CompressedLayer
+from compress.layers.grid import dequantize
+from compress.layers.quantized_embedding import QuantizedEmbedding
+from compress.layers.quantized_linear import stored_integers, stored_zeros
+from compress.layers.scheme import BITSANDBYTES, QuantizedLayer
+from compress.layers.torch_packing import pack
+from compress.loading import Source
+from compress.models.checkpoint import write_text_atomic
+from compress.models.network import read_config
+from compress.models.nv_embed import is_nv_embed
+from compress.models.segments import Kind, segments_of
+from compress.models.shards import join_shards, shard, write_tensors
+from compress.models.spec import read_json
+from compress.models.variant import VariantInfo
+from compress.runtimes.torch_runtime import empty_model, weights_of
+from compress.walk import Streamed
+
+Convert = Callable[[Any], dict[str, torch.Tensor]]
+"""From a quantized linear layer to its tensors in a layout, without its bias."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A variant whose weights are still in its files."""
+
+    info: VariantInfo
+    folder: Path
+    network: nn.Module
+    """Without values."""
+    linears: dict[str, QuantizedLayer]
+    """Quantized linear layers by name."""
+    tables: list[str]
+    """Names of quantized embedding tables."""
+    plain: list[str]
+    """Names of linear layers that are not quantized; those that readers' network has and the variant lacks (BERT's pooler) too."""
+    blocks: str
+    """Name of the list of blocks."""
+    prefix: str
+    """What stands before every name in the checkpoint of a model with a task's head: `model.`, `bert.`."""
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Return outputs and inputs of a quantized linear layer."""
+        layer = self.network.get_submodule(name)
+        return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+def open_variant(source: Source, layout: str) -> Opened:
+    """Open a variant to be written in a layout.
+
+    Raises:
+        UserError: NV-Embed's architecture, which only its own code runs; numbers that no layout but the variant's own holds; a
+            layer that divides its input.
+    """
+    folder = source.folder
+    if is_nv_embed(folder):
+        raise UserError(
+            f"{source.name}: NV-Embed has an architecture of its own, which readers of {layout} files do not run",
+            "use the variant as it is (compress encode); other models can be exported",
+        )
+    info = VariantInfo.read(folder)
+    network = empty_model(folder)
+    tables = [name for name in info.quantized if isinstance(network.get_submodule(name), QuantizedEmbedding)]
+    linears = {name: layer for name, layer in info.quantized.items() if name not in tables}
+    for name, layer in linears.items():
+        if layer.numbers in BITSANDBYTES:
+            raise refusal(name, layout, f"are stored by the bitsandbytes package ({layer.numbers})", "use rtn, gptq or awq")
+        if layer.input_factor:
+            raise refusal(
+                name,
+                layout,
+                "want their input divided channel by channel first",
+                "awq and smoothquant (unless its alpha is 0) make such layers; rtn and gptq do not",
+            )
+    if not linears:
+        raise UserError(f"{source.name}: no linear layer is quantized", "a model in half precision needs no export")
+    with torch.device("meta"):
+        full = AutoModel.from_config(read_config(folder))
+    plain = [name for name, module in full.named_modules() if isinstance(module, nn.Linear) and name not in linears]
+    block = next(segment for segment in segments_of(network) if segment.kind is Kind.BLOCK)
+    prefix = str(getattr(network, "base_model_prefix", "") or "")
+    return Opened(info, folder, network, linears, tables, plain, block.paths[0].rpartition(".")[0], f"{prefix}." if prefix else "")
+
+
+def refusal(name: str, layout: str, why: str, hint: str) -> UserError:
+    """Say that a layout cannot hold a layer: `why` goes on after "its weights"."""
+    return UserError(f"{name}: cannot be written as {layout}: its weights {why}", hint)
+
+
+def write_weights(opened: Opened, folder: Path, convert: Convert, prefix: str = "") -> None:
+    """Write a variant's tensors, segment by segment: quantized linear layers converted, tables in half precision, others as stored.
+
+    `prefix`: put before every name.
+    """
+    source = Streamed(opened.network, weights_of(opened.folder, opened.network))
+    segments = segments_of(opened.network)
+    for index, segment in enumerate(segments):
+        tensors: dict[str, torch.Tensor] = {}
+        for path, part in source.load(segment).items():
+            quantized = {
+                f"{path}.{inner}" if inner else path: module
+                for inner, module in part.named_modules()
+                if isinstance(module, CompressedLayer)
+            }
+            for name, module in quantized.items():
+                if isinstance(module, QuantizedEmbedding):
+                    converted = {"weight": _half_table(module)}
+                else:
+                    converted = convert(module)
+                    bias = getattr(module, "bias", None)
+                    if bias is not None:
+                        converted["bias"] = bias
+                tensors |= {f"{name}.{key}": tensor for key, tensor in converted.items()}
+            for key, tensor in part.state_dict().items():
+                name = f"{path}.{key}"
+                if name.rpartition(".")[0] not in quantized:
+                    tensors[name] = tensor
+        write_tensors(shard(folder, index, len(segments)), {f"{prefix}{name}": tensor for name, tensor in tensors.items()})
+    join_shards(folder, len(segments))
+
+
+def words(integers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack rows without gaps into 32-bit words: uint8 [rows, n] to int32 [rows, ceil(n x bits / 32)], the first value lowest.
+
+    Our own packing is the same in bytes, so this is it, filled up to whole words.
+    """
+    packed = pack(integers, bits)
+    # Copied into a tensor of its own: a single row may come with strides that no view as words takes.
+    filled = packed.new_zeros(packed.shape[0], -(-packed.shape[1] // 4) * 4)
+    filled[:, : packed.shape[1]] = packed
+    return filled.view(torch.int32)
+
+
+def write_config(opened: Opened, folder: Path, quantization: Mapping[str, Any], dtype: str, changes: Mapping[str, Any]) -> None:
+    """Write the model's `config.json` with its quantization.
+
+    `dtype`: what readers compute in unless they are told otherwise, under its name of today and that of transformers 4.
+    """
+    config = read_json(opened.folder / "config.json")
+    rope = config.get("rope_parameters")
+    if rope and "rope_theta" in rope:  # where transformers 4 looks for it
+        config.setdefault("rope_theta", rope["rope_theta"])
+    config |= {**changes, "dtype": dtype, "torch_dtype": dtype, "quantization_config": dict(quantization)}
+    write_json(folder / "config.json", config)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file."""
+    write_text_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def table_note(opened: Opened) -> list[str]:
+    """Say that tables are written in half precision, where there are quantized ones."""
+    if not opened.tables:
+        return []
+    return [f"{', '.join(opened.tables)}: in half precision here; readers of this layout look up no quantized tables."]
+
+
+def _half_table(table: QuantizedEmbedding) -> torch.Tensor:
+    scale = table.weight_scale.view(table.weight_scale.shape[0], -1)
+    integers = stored_integers(table.weight, table.layer, table.embedding_dim)
+    return dequantize(integers, scale, stored_zeros(None, table.layer, scale), table.layer.group_size, torch.float16)

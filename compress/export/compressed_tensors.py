@@ -1,0 +1,209 @@
+"""The layout of the compressed-tensors package, which transformers, sentence-transformers and vLLM load (the last not tried here).
+
+Three formats, chosen layer by layer: weights alone in packed integers (`pack-quantized`), int8 weights with int8 activations
+(`int-quantized`), FP8 weights (`float-quantized`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.export.checkpoint import Opened, open_variant, refusal, table_note, words, write_config, write_weights
+from compress.export.text import write_text_side
+from compress.layers.float8_linear import Float8Linear
+from compress.layers.quantized_linear import QuantizedLinear
+from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
+from compress.loading import Source
+from compress.models.spec import read_json
+
+if TYPE_CHECKING:
+    from compress.export import Say
+
+LAYOUT = "compressed-tensors"
+# The release whose layout this is.
+VERSION = "0.20.0"
+# Bits that divide a 32-bit word, which every release packs alike; others were packed with gaps up to release 0.17.
+EVEN_BITS = (2, 4, 8)
+
+LOADING = """\
+pip install sentence-transformers compressed-tensors
+
+    from sentence_transformers import SentenceTransformer
+    from transformers import CompressedTensorsConfig
+
+    config = CompressedTensorsConfig(dequantize=True)
+    vectors = SentenceTransformer("FOLDER", model_kwargs={"quantization_config": config}).encode(["any", "texts"])
+"""
+MIXED_LOADING = """\
+pip install transformers compressed-tensors
+
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
+"""
+
+
+def write(source: Source, folder: Path, say: Say) -> None:
+    """Write a variant into an empty folder.
+
+    Raises:
+        UserError: the layout cannot hold a layer; see `scheme_of`.
+    """
+    opened = open_variant(source, LAYOUT)
+    quantization = quantization_config(opened)
+    write_weights(opened, folder, tensors_of)
+    config = read_json(opened.folder / "config.json")
+    # Scales are float16 or float32; bfloat16 would round them.
+    single = str(config.get("dtype") or config.get("torch_dtype") or "float32") == "float32"
+    write_config(opened, folder, quantization, "float32" if single else "float16", {})
+    mixed = len(quantization["config_groups"]) > 1
+    notes = [*table_note(opened), *_notes(opened.linears.values(), mixed)]
+    write_text_side(opened, folder, MIXED_LOADING if mixed else LOADING, notes)
+    for note in notes:
+        say(note)
+
+
+def _notes(layers: Iterable[QuantizedLayer], mixed: bool) -> list[str]:
+    """Say what readers of today do not do with such layers."""
+    layers = list(layers)
+    notes = []
+    odd = sorted({layer.bits for layer in layers if layer.activations is ActivationScheme.NONE} - set(EVEN_BITS))
+    if odd:
+        bits = " and ".join(map(str, odd))
+        notes.append(f"{bits} bits: packed without gaps, as compressed-tensors does from release 0.19 on.")
+    zeros = not all(layer.symmetric for layer in layers)
+    if mixed and zeros:
+        notes.append("Several precisions, and zeros of their own: transformers 5.23 loads such files neither way.")
+    elif mixed:
+        notes.append(
+            "Several precisions: under `dequantize=True` transformers 5.23 takes all layers for the first one's; leave it out."
+        )
+    elif zeros:
+        notes.append("Zeros of their own: transformers 5.23 loads these, its own files too, under `dequantize=True` alone.")
+    if any(layer.activations is not ActivationScheme.NONE for layer in layers):
+        notes.append(
+            "Activations: `dequantize=True` leaves them in floating point; readers that multiply 8-bit numbers quantize them."
+        )
+    return notes
+
+
+def quantization_config(opened: Opened) -> dict[str, Any]:
+    """Return the `quantization_config` of `config.json`: a group for each precision that differs.
+
+    Raises:
+        UserError: see `scheme_of`.
+    """
+    by_layer: dict[QuantizedLayer, list[str]] = {}
+    for name, layer in opened.linears.items():
+        scheme_of(name, layer, opened.shape(name)[1])
+        by_layer.setdefault(layer, []).append(name)
+    groups = {}
+    for index, (layer, names) in enumerate(by_layer.items()):
+        targets = ["Linear"] if len(by_layer) == 1 else list(exactly(names))
+        groups[f"group_{index}"] = {"targets": targets, **scheme_of(names[0], layer, opened.shape(names[0])[1])}
+    formats = {str(group["format"]) for group in groups.values()}
+    return {
+        "quant_method": LAYOUT,
+        "version": VERSION,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(exactly(opened.plain)),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def exactly(names: Iterable[str]) -> Iterable[str]:
+    """Return patterns of single modules, whatever a reader puts before their names: transformers nothing, vLLM `model.`."""
+    return (rf"re:(.*\.)?{re.escape(name)}$" for name in names)
+
+
+def scheme_of(name: str, layer: QuantizedLayer, inputs: int) -> dict[str, Any]:
+    """Describe a layer's numbers as a group of the config does, its targets left out.
+
+    Raises:
+        UserError: its inputs are no multiple of its group; quantized activations beside weights of other than 8 bits, or with
+            one dynamic scale per tensor.
+    """
+    if layer.numbers is Numbers.FLOAT8:
+        weights = _arguments(8, "float", strategy="channel")
+        activations = None if layer.activations is ActivationScheme.NONE else _arguments(8, "float", strategy="token", dynamic=True)
+        return _scheme("float-quantized", weights, activations)
+    if layer.group_size and inputs % layer.group_size:
+        raise refusal(
+            name, LAYOUT, f"have {inputs} inputs, no multiple of the group of {layer.group_size}", "choose another group_size"
+        )
+    weights = _arguments(
+        layer.bits,
+        "int",
+        strategy="group" if layer.group_size else "channel",
+        group_size=layer.group_size,
+        symmetric=layer.symmetric,
+    )
+    if layer.activations is ActivationScheme.NONE:
+        return _scheme("pack-quantized", weights, None)
+    if layer.bits != 8:
+        raise refusal(
+            name,
+            LAYOUT,
+            f"have {layer.bits} bits and quantized activations",
+            "use 8 bits, or leave the activations alone (`activations: none`)",
+        )
+    if layer.activations is ActivationScheme.DYNAMIC_PER_TENSOR:
+        raise refusal(
+            name,
+            LAYOUT,
+            "go with activations of one scale per tensor found while running, which no reader runs",
+            "use dynamic_per_token",
+        )
+    static = layer.activations is ActivationScheme.STATIC_PER_TENSOR
+    return _scheme("int-quantized", weights, _arguments(8, "int", strategy="tensor" if static else "token", dynamic=not static))
+
+
+def tensors_of(layer: QuantizedLinear | Float8Linear) -> dict[str, torch.Tensor]:
+    """Return a layer's tensors: scales [out, 1] or [out, groups] in the dtype that the variant stores them in.
+
+    Packed integers are unsigned, the middle of their range standing for zero, as in the variant; rows of weights are filled up to
+    whole words, and zeros are packed along the outputs.
+    """
+    scale = layer.weight_scale.view(layer.out_features, -1)
+    if isinstance(layer, Float8Linear):
+        return {"weight": layer.weight, "weight_scale": scale}
+    if layer.scheme is not ActivationScheme.NONE:
+        assert layer.weight is not None, "as it was read"  # int8 as it stands: 8 bits, symmetric
+        tensors = {"weight": layer.weight, "weight_scale": scale}
+        if layer.input_scale is not None:
+            tensors["input_scale"] = layer.input_scale.view(1)
+        return tensors
+    bits = layer.layer.bits
+    tensors = {
+        "weight_packed": words(layer.integers(), bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([layer.out_features, layer.in_features]),
+    }
+    if not layer.layer.symmetric:
+        tensors["weight_zero_point"] = words(layer.zeros().t().contiguous(), bits).t()
+    return tensors
+
+
+def _arguments(
+    bits: int, kind: str, *, strategy: str, group_size: int | None = None, symmetric: bool = True, dynamic: bool = False
+) -> dict[str, Any]:
+    return {
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": symmetric,
+        "strategy": strategy,
+        "group_size": group_size,
+        "dynamic": dynamic,
+    }
+
+
+def _scheme(format: str, weights: dict[str, Any], activations: dict[str, Any] | None) -> dict[str, Any]:
+    return {"weights": weights, "input_activations": activations, "output_activations": None, "format": format}

@@ -1,0 +1,99 @@
+"""What a loader needs besides weights: the tokenizer's files, sentence-transformers' modules, a card that says how to load it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.export.checkpoint import Opened, write_json
+from compress.models.checkpoint import write_text_atomic
+from compress.models.spec import Pooling, read_json
+from compress.models.variant import VariantInfo
+
+MODULES = "sentence_transformers.models"
+# By what names tokenizers know their special tokens, where neither the model's config nor anything else says which is which.
+USUAL = {
+    "unk_token": ("[UNK]", "<unk>"),
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
+    "mask_token": ("[MASK]", "<mask>"),
+    "pad_token": ("[PAD]", "<pad>", "<|endoftext|>", "</s>", "<eos>"),
+}
+
+
+def write_text_side(opened: Opened, folder: Path, loading: str, notes: Sequence[str]) -> None:
+    """Write tokenizer files, sentence-transformers' files and the card."""
+    info, config = opened.info, read_json(opened.folder / "config.json")
+    shutil.copy(opened.folder / "tokenizer.json", folder / "tokenizer.json")
+    write_json(folder / "tokenizer_config.json", tokenizer_config(read_json(folder / "tokenizer.json"), config, info.max_length))
+    width = opened.network.config.hidden_size  # type: ignore[union-attr]
+    for name, content in sentence_transformers_files(info, int(width)).items():  # type: ignore[arg-type]
+        write_json(folder / name, content)
+    if info.spec.normalize:
+        (folder / "2_Normalize").mkdir()
+    write_text_atomic(folder / "README.md", card(info, loading, notes))
+
+
+def tokenizer_config(tokenizer: dict[str, Any], config: dict[str, Any], max_length: int) -> dict[str, Any]:
+    """Return a `tokenizer_config.json`: the class that takes `tokenizer.json` as it stands, and the special tokens' names."""
+    added = {entry["id"]: entry["content"] for entry in tokenizer.get("added_tokens", []) if entry.get("special")}
+    special = {"pad_token": added[config["pad_token_id"]]} if config.get("pad_token_id") in added else {}
+    for key, usual in USUAL.items():
+        name = next((name for name in usual if name in added.values()), None)
+        if key not in special and name is not None:
+            special[key] = name
+    if "pad_token" not in special and added:  # masked, so any token will do
+        special["pad_token"] = added.get(config.get("eos_token_id"), next(iter(added.values())))
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+
+
+def sentence_transformers_files(info: VariantInfo, width: int) -> dict[str, Any]:
+    """Return what sentence-transformers reads, by file name; `width`: of the token vectors."""
+    spec = info.spec
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + ([("2_Normalize", "Normalize")] if spec.normalize else [])
+    prompts = dict(spec.prompts)
+    default = next((name for name, text in prompts.items() if text == spec.default_prompt), None) if spec.default_prompt else None
+    if spec.default_prompt and default is None:
+        default = "default"
+        prompts[default] = spec.default_prompt
+    return {
+        "modules.json": [
+            {"idx": index, "name": str(index), "path": path, "type": f"{MODULES}.{kind}"}
+            for index, (path, kind) in enumerate(modules)
+        ],
+        "sentence_bert_config.json": {"max_seq_length": info.max_length, "do_lower_case": spec.lowercase},
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": width,
+            "pooling_mode_cls_token": spec.pooling is Pooling.CLS,
+            "pooling_mode_mean_tokens": spec.pooling is Pooling.MEAN,
+            "pooling_mode_lasttoken": spec.pooling is Pooling.LAST,
+            "include_prompt": spec.pool_prompt,
+        },
+        "config_sentence_transformers.json": {"prompts": prompts, "default_prompt_name": default, "similarity_fn_name": "cosine"},
+    }
+
+
+def card(info: VariantInfo, loading: str, notes: Sequence[str]) -> str:
+    """Return a model card: licence, what it is, how to load it."""
+    front = [f"license: {json.dumps(info.licence)}" if info.licence else "", "library_name: sentence-transformers"]
+    front += ["pipeline_tag: sentence-similarity"]
+    if "/" in info.base:
+        front += [f"base_model: {info.base}", "base_model_relation: quantized"]
+    title = f"{info.base}: weights {info.weights}, activations {info.activations}"
+    lines = ["---", *filter(None, front), "---", "", f"# {title}", "", loading.rstrip("\n")]
+    if not info.pretrained:
+        lines += ["", "Made from random weights, to measure speed and memory; its vectors mean nothing."]
+    if not info.licence:
+        lines += ["", f"The files of {info.base} named no licence; whatever holds for it holds here."]
+    for note in notes:
+        lines += ["", note]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,30 @@
+"""From a variant's description of a layer to the layer, its buffers without values, ready to be filled from the variant's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from compress.layers.bitsandbytes_linear import BitsAndBytes4BitLinear, BitsAndBytesInt8Linear
+from compress.layers.compressed import CompressedLayer
+from compress.layers.float8_linear import Float8Linear
+from compress.layers.quantized_embedding import QuantizedEmbedding
+from compress.layers.quantized_linear import QuantizedLinear
+from compress.layers.scheme import Numbers, QuantizedLayer
+
+LINEAR: dict[Numbers, Callable[[nn.Linear, QuantizedLayer], CompressedLayer]] = {
+    Numbers.INTEGER: QuantizedLinear.empty,
+    Numbers.FLOAT8: Float8Linear.empty,
+    Numbers.LLM_INT8: BitsAndBytesInt8Linear.empty,
+    Numbers.NF4: BitsAndBytes4BitLinear.empty,
+    Numbers.FP4: BitsAndBytes4BitLinear.empty,
+}
+
+
+def empty_layer(module: nn.Module, layer: QuantizedLayer) -> CompressedLayer:
+    """Return what stands in the place of a linear layer or a table of a network without values."""
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding.empty(module, layer)
+    assert isinstance(module, nn.Linear), f"{type(module).__name__} is neither a linear layer nor a table"
+    return LINEAR[layer.numbers](module, layer)

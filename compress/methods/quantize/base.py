@@ -1,0 +1,190 @@
+"""What the methods that quantize linear layers share: which layers, in which numbers, and what that makes of a shape."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.layers.packing import packed_width
+from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
+from compress.methods.base import Estimate, Method
+from compress.models.checkpoint import TensorInfo
+from compress.models.shape import HALF_BYTES, ModelShape, check_patterns, is_block_linear, is_head_linear, matching
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compress.models.segments import Parts
+
+Bits = Literal[2, 3, 4, 5, 6, 8]
+
+
+class QuantizeLinears(Method):
+    """A method that replaces linear layers by quantized ones."""
+
+    skip: tuple[str, ...] = ()
+    """Layers left alone: shell-style patterns of their names, such as "*.output.dense"."""
+    head: bool = False
+    """Whether the linear layers of NV-Embed's folded head are quantized too; 3 % of NV-Embed-v2's weights, used once a token."""
+
+    @abstractmethod
+    def numbers_of(self, name: str) -> QuantizedLayer:
+        """Return how the layer of that name is to be stored."""
+
+    def patterns(self) -> Iterable[str]:
+        """Return every pattern of the config, each of which must match a layer."""
+        return self.skip
+
+    def layers_of(self, names: Iterable[str]) -> dict[str, QuantizedLayer]:
+        """Choose among the names of linear layers, and say how each is to be stored."""
+        names = list(names)
+        left = matching(names, self.skip)
+        return {name: self.numbers_of(name) for name in names if name not in left}
+
+    def linears_in(self, parts: Parts) -> dict[str, nn.Linear]:
+        """Return the linear layers of a segment that are to be quantized, by name.
+
+        Raises:
+            ValueError: a weight is NaN or infinite.
+        """
+        import torch
+        from torch import nn
+
+        found: dict[str, nn.Linear] = {}
+        for path, part in parts.items():
+            for inner, module in part.named_modules():
+                name = f"{path}.{inner}"
+                if isinstance(module, nn.Linear) and (
+                    is_block_linear(f"{name}.weight", module.weight.dim()) or (self.head and is_head_linear(f"{name}.weight"))
+                ):
+                    found[name] = module
+        chosen = {name: found[name] for name in self.layers_of(found)}
+        for name, linear in chosen.items():
+            if not torch.isfinite(linear.weight).all():
+                raise ValueError(f"{name}.weight holds NaN or infinity; it was not quantized")
+        return chosen
+
+    def estimate(self, shape: ModelShape) -> Estimate:
+        """Size after: the weights' bits, their scales and zeros; everything else in half precision.
+
+        Raises:
+            ValueError: a pattern matches no linear layer.
+        """
+        linears = {**shape.block_linears, **(shape.head_linears if self.head else {})}
+        check_patterns(linears, self.patterns())
+        chosen = self.layers_of(linears)
+        if self.head and not shape.head_linears:
+            raise ValueError(f"{shape.name} has no folded latent-attention head; leave `head` out")
+        tensors = dict(shape.as_stored().tensors)
+        for name, layer in chosen.items():
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{part}": info for part, info in stored_tensors(layer, *linears[name].shape).items()}
+        weights = sum(linears[name].parameters for name in chosen)
+        largest = max((linears[name].parameters for name in chosen), default=0)
+        stored = sum(info.bytes for name in chosen for info in stored_tensors(chosen[name], *linears[name].shape).values())
+        everything = sum(info.parameters for info in linears.values())
+        bits = 8 * (stored + HALF_BYTES * (everything - weights)) / everything if everything else 0.0
+        kinds = ", ".join(sorted({layer.name for layer in chosen.values()}))
+        schemes = ", ".join(sorted({layer.activations for layer in chosen.values()}))
+        return Estimate(
+            after=ModelShape(shape.name, tensors, shape.config),
+            memory_bytes=largest * (4 + 4 + 1) + self.work_bytes([linears[name] for name in chosen]),
+            bytes_touched=weights * (4 + 4 + 1),
+            flops=self.work_flops([linears[name] for name in chosen]),
+            note=f"{len(chosen)} linear layers, {weights / 1e6:,.1f} M weights to {kinds}, activations {schemes}; "
+            f"{bits:.2f} bits a weight of these layers, scales counted",
+        )
+
+    def work_bytes(self, linears: list[TensorInfo]) -> int:
+        """Return the memory that is taken besides a float32 copy of the largest weight, its rounded copy and the integers."""
+        return 0
+
+    def work_flops(self, linears: list[TensorInfo]) -> float:
+        """Return the operations of what is more than passes over the weights; those of running the texts are not among them."""
+        return 0.0
+
+
+def stored_tensors(layer: QuantizedLayer, outputs: int, inputs: int) -> dict[str, TensorInfo]:
+    """Return the tensors that store a quantized weight [outputs, inputs], in the place of `weight`."""
+    per_channel = TensorInfo("F32", (outputs,))
+    if layer.numbers is Numbers.FLOAT8:
+        return {"weight": TensorInfo("F8_E4M3", (outputs, inputs)), "weight_scale": per_channel}
+    if layer.numbers is Numbers.LLM_INT8:
+        return {"weight": TensorInfo("I8", (outputs, inputs)), "weight_scale": per_channel}
+    if layer.numbers in (Numbers.NF4, Numbers.FP4):
+        count = outputs * inputs
+        blocks = -(-count // 64)
+        return {
+            "weight": TensorInfo("U8", (-(-count // 2), 1)),
+            "weight_scale": TensorInfo("U8", (blocks,)),
+            "weight_nested_scale": TensorInfo("F32", (-(-blocks // 256),)),
+            "weight_nested_offset": TensorInfo("F32", ()),
+        }
+    groups = -(-inputs // (layer.group_size or inputs))
+    plain = layer.bits == 8 and layer.symmetric
+    tensors = {
+        "weight": TensorInfo("I8", (outputs, inputs)) if plain else TensorInfo("U8", (outputs, packed_width(inputs, layer.bits))),
+        "weight_scale": per_channel if layer.group_size is None else TensorInfo("F16", (outputs, groups)),
+    }
+    if not layer.symmetric:
+        tensors["weight_zero"] = TensorInfo("U8", (outputs, packed_width(groups, layer.bits)))
+    if layer.activations is ActivationScheme.STATIC_PER_TENSOR:
+        tensors["input_scale"] = TensorInfo("F32", ())
+    if layer.input_factor:
+        tensors["input_factor"] = TensorInfo("F32", (inputs,))
+    return tensors
+
+
+class Override(BaseModel):
+    """What another precision than the step's own is, for the layers of a pattern."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    bits: Bits | None = None
+    group_size: int | None = Field(None, ge=8)
+    symmetric: bool | None = None
+
+
+class IntegerWeights(QuantizeLinears):
+    """A method that gives linear layers integer weights."""
+
+    bits: Bits = 8
+    """Bits of a weight."""
+    group_size: int | None = Field(None, ge=8)
+    """Inputs that share a scale, in half precision; left out: an output channel has one scale, in float32."""
+    symmetric: bool = True
+    """Whether zero is the middle of the integers; otherwise each group has a zero of its own, which costs `bits` more a group."""
+    overrides: dict[str, Override] = Field(default={})
+    """Other precisions by pattern of the layer's name, the last that matches: {"*.down_proj": {bits: 8}}."""
+
+    def patterns(self) -> Iterable[str]:
+        """Return the patterns of `skip` and `overrides`."""
+        return (*self.skip, *self.overrides)
+
+    def numbers_of(self, name: str) -> QuantizedLayer:
+        """Return the step's own precision, or what an override changes of it."""
+        settings: dict[str, object] = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        settings |= overridden(name, self.overrides)
+        return QuantizedLayer(**settings)  # type: ignore[arg-type]
+
+
+def overridden(name: str, overrides: Mapping[str, Override]) -> dict[str, object]:
+    """Return the settings of the overrides that match a name, later ones over earlier ones."""
+    found: dict[str, object] = {}
+    for pattern, override in overrides.items():
+        if fnmatchcase(name, pattern):
+            found |= override.model_dump(exclude_unset=True)
+    return found
+
+
+def replace_module(parts: Parts, name: str, module: nn.Module) -> None:
+    """Put a module in the place of a part of a segment, or of one inside a part."""
+    if name in parts:
+        parts[name] = module
+        return
+    path = next(path for path in parts if name.startswith(f"{path}."))
+    parts[path].set_submodule(name.removeprefix(f"{path}."), module)

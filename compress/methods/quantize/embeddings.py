@@ -1,0 +1,83 @@
+"""The token embedding table in integers: it is half of a small model, and reading a row of it costs nothing to speak of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from compress.layers.scheme import QuantizedLayer
+from compress.methods.base import Estimate, Method
+from compress.methods.quantize.base import replace_module, stored_tensors
+from compress.models.shape import ModelShape, is_in_block
+
+if TYPE_CHECKING:
+    from compress.calibration import Inputs
+    from compress.models.segments import Parts
+
+
+class Embeddings(Method):
+    """Round the token embedding table to symmetric integers, one scale per row or group of a row.
+
+    53 % of MiniLM's parameters, 2 % of NV-Embed-v2's. Tables of positions and types stay as they are.
+    """
+
+    method: Literal["embeddings"] = "embeddings"
+    bits: Literal[2, 3, 4, 5, 6, 8] = 8
+    """Bits of a value."""
+    group_size: int | None = Field(None, ge=8)
+    """Values of a row that share a scale; left out: all of them."""
+    search: bool = True
+    """Whether each scale is the one with the least squared error, rather than the one that clips nothing."""
+
+    def _layer(self) -> QuantizedLayer:
+        return QuantizedLayer(bits=self.bits, group_size=self.group_size)
+
+    def estimate(self, shape: ModelShape) -> Estimate:
+        """Size after: the table's bits and its scales.
+
+        Raises:
+            ValueError: the model has no table with a row for each entry of its vocabulary.
+        """
+        name = shape.token_table
+        if name is None:
+            raise ValueError(f"{shape.name} has no token embedding table")
+        info = shape.tensors[f"{name}.weight"]
+        tensors = dict(shape.as_stored().tensors)
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{part}": stored for part, stored in stored_tensors(self._layer(), *info.shape).items()}
+        values = info.parameters
+        return Estimate(
+            after=ModelShape(shape.name, tensors, shape.config),
+            memory_bytes=values * (4 + 1),
+            bytes_touched=values * (4 + 1),
+            note=f"token embeddings, {values / 1e6:,.1f} M values to {self._layer().name}",
+        )
+
+    def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
+        """Replace the table, where the segment has it.
+
+        Raises:
+            ValueError: a value is NaN or infinite, or the table is of a kind that scales what is looked up in its own way.
+        """
+        import torch
+        from torch import nn
+
+        from compress.layers.grid import find_grid
+        from compress.layers.quantized_embedding import QuantizedEmbedding
+        from compress.models.segments import token_table
+
+        name = token_table(parts)
+        if name is None or is_in_block(name):
+            return {}
+        path = next(path for path in parts if f"{name}.".startswith(f"{path}."))
+        table = parts[path].get_submodule(name.removeprefix(path).removeprefix("."))
+        if type(table) is not nn.Embedding:
+            raise ValueError(f"{name} is a {type(table).__name__}, not a plain table; it was not quantized")
+        weight = table.weight.detach()
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name}.weight holds NaN or infinity; it was not quantized")
+        grid = find_grid(weight, self.bits, self.group_size, search=self.search)
+        layer = QuantizedEmbedding.from_integers(grid.round(weight), grid)
+        replace_module(parts, name, layer)
+        return {name: layer.layer}

@@ -1,0 +1,204 @@
+"""GPTQ: weights are rounded one input channel after another, and each rounds off what those before it have lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from compress.layers.scheme import QuantizedLayer
+from compress.methods.quantize.base import IntegerWeights, replace_module
+from compress.models.checkpoint import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.calibration import Inputs
+    from compress.layers.grid import Grid
+    from compress.models.segments import Parts
+
+# Input channels whose errors are fed forward together, and output channels that are worked on at once (none depends on another).
+BLOCK, ROWS = 128, 4_096
+
+
+class GPTQ(IntegerWeights):
+    """Round linear layers so that their outputs on calibration texts change least.
+
+    Frantar et al. 2023, arXiv 2210.17323. Written as linear feedback (Chee et al. 2023, QuIP, arXiv 2307.13304, section 3.2 and
+    theorem 6, which shows that both are the same): it needs one Cholesky factor of the inputs' second moment and no inverse. Scales
+    are found before anything is rounded ("static groups"), so that channels can be taken in any order. An output channel
+    that plain rounding serves better on the calibration texts is rounded plainly.
+    """
+
+    method: Literal["gptq"] = "gptq"
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    """Bits of a weight."""
+    group_size: int | None = Field(64, ge=8)
+    """Inputs that share a scale; null: an output channel has one."""
+    act_order: bool = True
+    """Whether input channels are taken in falling order of their mean square, those that matter most first."""
+    damping: float = Field(0.01, gt=0, le=1)
+    """Added to the diagonal of the second moment, as a share of its mean."""
+    weighting: Literal["tokens", "pooled"] = "tokens"
+    """What counts in the second moment: every token alike, or pooled tokens alone, each as much as it counts in its text's mean."""
+    search: bool = True
+    """Whether each scale is the one with the least squared error, inputs weighed by their mean square."""
+
+    @property
+    def calibrates(self) -> bool:
+        """It does."""
+        return True
+
+    def work_bytes(self, linears: list[TensorInfo]) -> int:
+        """Second moments of a block's inputs, and the factor of the largest."""
+        widths = [info.shape[1] for info in linears]
+        return 4 * (sum(width**2 for width in set(widths)) + 2 * max(widths, default=0) ** 2)
+
+    def work_flops(self, linears: list[TensorInfo]) -> float:
+        """Cholesky factors and feedback; layers that share an input are counted as if they did not."""
+        return sum(info.shape[1] ** 3 / 3 + 3 * info.shape[0] * info.shape[1] ** 2 for info in linears)
+
+    def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
+        """Replace every chosen `nn.Linear` of a segment by a `QuantizedLinear`.
+
+        Raises:
+            ValueError: a weight is NaN or infinite, or a layer's second moment has no Cholesky factor even in float64.
+        """
+        from compress.calibration import Hessian
+        from compress.layers.grid import find_grid
+        from compress.layers.quantized_linear import QuantizedLinear
+
+        linears = self.linears_in(parts)
+        if not linears:
+            return {}
+        assert inputs is not None  # the segment has linear layers, and the step said that it calibrates
+        moments: dict[str, Hessian] = {}
+
+        def see(leader: str, rows: torch.Tensor, counts: torch.Tensor) -> None:
+            if leader not in moments:
+                moments[leader] = Hessian(rows.shape[1], rows.device)
+            moments[leader].add(rows, counts)
+
+        quantized = {}
+        for leader, names in inputs.see(parts, linears, see, pooled_only=self.weighting == "pooled").items():
+            moment = moments.pop(leader).mean()
+            try:
+                feedback = factor(moment, self.damping, self.act_order)
+            except ValueError as error:
+                raise ValueError(f"{', '.join(names)}: {error}") from error
+            for name in names:
+                weight, wanted = linears[name].weight.detach().float(), self.numbers_of(name)
+                grid = find_grid(
+                    weight, wanted.bits, wanted.group_size, wanted.symmetric, search=self.search, importance=moment.diagonal()
+                )
+                layer = QuantizedLinear.from_integers(round_with_feedback(weight, grid, feedback), grid, linears[name].bias)
+                replace_module(parts, name, layer)
+                quantized[name] = layer.layer
+        return quantized
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """The damped second moment as `(U + I) D (U + I)^T`, channels in the order in which they are rounded."""
+
+    order: torch.Tensor
+    """int64 [in]: which channel comes when."""
+    upper: torch.Tensor
+    """float32 [in, in], strictly upper: what a channel hears of the errors of those before it."""
+    diagonal: torch.Tensor
+    """float32 [in]: what the squared error of a channel costs once it has heard them."""
+    damping: float
+    """What was added to the moment's diagonal."""
+
+
+def factor(moment: torch.Tensor, damping: float, act_order: bool) -> Feedback:
+    """Factor a second moment, float32 [in, in].
+
+    Raises:
+        ValueError: it has no Cholesky factor.
+    """
+    import torch
+
+    spread = moment.diagonal()
+    added = damping * float(spread.mean()) or 1.0  # all inputs zero: any rounding is right, and the identity gives the plain one
+    order = spread.argsort(descending=True, stable=True) if act_order else torch.arange(len(spread), device=moment.device)
+    damped = moment[order][:, order]
+    damped.diagonal().add_(added)
+    # Cholesky of the matrix turned by 180 degrees, turned back, is the factor that is upper and not lower.
+    for dtype in (torch.float32, torch.float64):
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1).to(dtype))
+        if not failed:
+            break
+    else:
+        raise ValueError(f"the second moment of its inputs is not positive definite with a damping of {damping}; raise `damping`")
+    upper = lower.flip(0, 1).float()
+    pivots = upper.diagonal().clone()
+    upper = upper.div_(pivots).triu_(1)
+    return Feedback(order, upper, pivots.square_(), added)
+
+
+def round_with_feedback(weight: torch.Tensor, grid: Grid, feedback: Feedback) -> torch.Tensor:
+    """Round a weight, float32 [out, in], to unsigned integers of a grid, uint8 [out, in].
+
+    With errors E = W - Q the output's squared error is tr(E H E^T) = sum_k D_k |E_k + sum_{j<k} E_j U_jk|^2, so channel k is
+    rounded after `sum_{j<k} E_j U_jk` is added to it, and nothing later undoes that.
+    """
+    import torch
+
+    rounded = grid.round(weight)
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        plain = rounded[rows]
+        fed, loss = _round_rows(weight[rows], rows, grid, feedback)
+        better = loss < _loss(weight[rows] - _values(plain, rows, grid), feedback)
+        rounded[rows] = torch.where(better[:, None], fed, plain)
+    return rounded
+
+
+def _round_rows(weight: torch.Tensor, rows: slice, grid: Grid, feedback: Feedback) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round some rows; also return what that costs each of them, damping left out."""
+    import torch
+
+    order, upper = feedback.order, feedback.upper
+    group = grid.group_of(weight.shape[1], weight.device)[order].tolist()
+    costs = feedback.diagonal.tolist()
+    # Transposed: a channel is then a row, and lies in one piece.
+    scales, zeros = grid.scale[rows].t().contiguous(), grid.zero[rows].t().contiguous()
+    exact = weight.t()[order].contiguous()
+    heard = exact.clone()
+    integers = torch.empty(exact.shape, dtype=torch.uint8, device=weight.device)
+    loss = torch.zeros(exact.shape[1], device=weight.device)
+    for start in range(0, len(exact), BLOCK):
+        stop = min(start + BLOCK, len(exact))
+        errors = torch.empty(stop - start, exact.shape[1], device=weight.device)
+        inner = upper[start:stop, start:stop].t().contiguous()
+        for channel in range(start, stop):
+            place = channel - start
+            wanted = torch.addmv(heard[channel], errors[:place].t(), inner[place, :place]) if place else heard[channel]
+            scale, zero = scales[group[channel]], zeros[group[channel]]
+            steps = (wanted / scale).round_().add_(zero).clamp_(grid.lowest, grid.highest)
+            integers[channel] = steps.to(torch.uint8)
+            value = steps.sub_(zero).mul_(scale)
+            torch.sub(exact[channel], value, out=errors[place])
+            loss.addcmul_(value.sub_(wanted), value, value=costs[channel])
+            loss.addcmul_(errors[place], errors[place], value=-feedback.damping)
+        heard[stop:].addmm_(upper[start:stop, stop:].t(), errors)
+    result = torch.empty_like(integers)
+    result[order] = integers
+    return result.t(), loss
+
+
+def _values(integers: torch.Tensor, rows: slice, grid: Grid) -> torch.Tensor:
+    from compress.layers.grid import dequantize
+
+    return dequantize(integers, grid.scale[rows], grid.zero[rows], grid.group_size, grid.scale.dtype)
+
+
+def _loss(errors: torch.Tensor, feedback: Feedback) -> torch.Tensor:
+    """Return what errors [out, in] cost each output channel, damping left out: float32 [out]."""
+    from compress.calibration import product
+
+    ordered = errors[:, feedback.order]
+    heard = product(ordered, feedback.upper.t()).add_(ordered)
+    return heard.square_() @ feedback.diagonal - feedback.damping * ordered.square_().sum(dim=1)

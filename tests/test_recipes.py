@@ -1,0 +1,54 @@
+"""Every recipe of the project, from end to end: on a tiny BERT and on a tiny NV-Embed, latent head included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compress
+from compress.errors import UserError
+from compress.models.variant import VariantInfo
+from compress.pipeline import run
+from compress.recipe import Calibration, Evaluate, Gates, Measure, read_recipe
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+TEXTS = ["the parcel never came", "rain by the evening", "who wrote it", "x", ""]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("kind", ["bert", "nv_embed"])
+def test_a_recipe_runs_to_its_end(request: pytest.FixtureRequest, path: Path, kind: str, tmp_path: Path) -> None:
+    recipe = read_recipe(path)
+    folder = request.getfixturevalue(kind)
+    methods = {step.method for step in recipe.steps}
+    if "bitsandbytes" in methods:
+        pytest.importorskip("bitsandbytes", reason="the extra `bitsandbytes` is not installed")
+    # The recipe's own steps; smaller, what is measured and the texts that are looked at.
+    small = recipe.model_copy(
+        update={
+            "evaluate": Evaluate(tasks=("MiniSTS",), baseline="float32"),
+            "measure": Measure(what=("fidelity",), count=16),
+            "calibration": Calibration(count=32),
+            "gates": Gates(),
+        }
+    )
+    if kind == "bert" and "fold" in methods:
+        with pytest.raises(UserError, match="no latent-attention head to fold"):
+            run(small, model=str(folder), output=tmp_path, device="cpu")
+        return
+    record = run(small, model=str(folder), output=tmp_path, device="cpu")
+    info = VariantInfo.read(tmp_path / record.run / "variant")
+    assert info.folded == (kind == "nv_embed")
+    assert bool(info.quantized) == (methods != {"fold"})
+    assert not any(name.startswith("latent_attention_model") for name in info.quantized)
+    assert record.rows[-1].size_bytes < 2 * record.model.parameters  # smaller than half precision
+    embedder = compress.load(str(tmp_path / record.run), device="cpu")
+    vectors, baseline = embedder.encode(TEXTS), compress.load(str(folder), device="cpu").encode(TEXTS)
+    assert np.isfinite(vectors).all()
+    assert record.fidelity is not None
+    assert record.fidelity["cosine_mean"] > 0.6  # a random network forgives little; three bits and NF4 on 48 inputs least
+    assert (vectors * baseline).sum(axis=1).min() > 0.3
+    streamed = compress.load(str(tmp_path / record.run), device="cpu", stream=True).encode(TEXTS)
+    np.testing.assert_array_equal(streamed, vectors)
