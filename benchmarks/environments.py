@@ -1,0 +1,49 @@
+"""Python environments for peers whose packages do not go together with ours, or with each other's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+from compress.cache import cache_root
+
+# The version that we run ourselves; pip prefers a local CPU build of it where it can find one.
+TORCH = "torch==2.13.0"
+STAMP = "complete.json"
+
+
+def add_environments_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--environments`."""
+    parser.add_argument(
+        "--environments", type=Path, default=cache_root() / "environments", help="folder of the peers' environments, made once"
+    )
+
+
+def python_of(name: str, requirements: Sequence[str], root: Path) -> Path:
+    """Return the Python of an environment, made if it is not there or has other packages.
+
+    Args:
+        name: its folder under `root`.
+        requirements: what pip installs beside torch, all together.
+        root: folder of the environments.
+    """
+    folder = root.resolve() / name
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    wanted = json.dumps([sys.version_info[:2], TORCH, *requirements])
+    stamp = folder / STAMP
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+        return python
+    print(f"making the environment {folder}", file=sys.stderr, flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    venv.create(folder, with_pip=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, TORCH, "setuptools", "wheel"], check=True)
+    subprocess.run([*pip, TORCH, *requirements], check=True)
+    stamp.write_text(wanted, encoding="utf-8")
+    return python

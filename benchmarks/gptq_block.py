@@ -1,0 +1,355 @@
+"""GPTQ on one block of a large model: ours, optimum's and llm-compressor's, each in a process and an environment of its own.
+
+    python benchmarks/gptq_block.py
+    python benchmarks/gptq_block.py --hidden 512 --mlp 1792 --heads 8 --kv-heads 2 --texts 16
+
+One block in Mistral-7B's shape, random weights, the same calibration tokens in the same batches: 4 bits, symmetric, groups of 128,
+damping 0.01, computed in the dtype that ours chooses for the processor. All three learn from one pass in which every layer of the
+block is seen unquantized (optimum's `true_sequential` is off: it would take seven passes). All take channels in falling order of
+their second moment and leave groups in place: ours and llm-compressor by static groups, optimum by `act_group_aware`, which is what
+it has of the kind; its `desc_act` would move groups.
+
+Seconds: from token ids to the quantized block, the pass of the texts through the result included. Ours hold reading the block
+and writing it; optimum's hold packing it; llm-compressor's hold neither. What is imported or compiled once is not in them: a small
+block goes before. Memory: the anonymous resident set before the block is loaded, and at its peak. Error: |X (W-Q)^T|^2 / |X W^T|^2
+of each layer, X being what the unquantized block gives it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+# Peers run this file too, in environments that hold none of our packages: nothing but the standard library is imported up here.
+OPTIMUM = ["optimum==2.3.*", "gptqmodel==7.6.*", "numpy==2.2.6"]
+LLM_COMPRESSOR = ["llmcompressor==0.14.*", "transformers>=5.15,<5.18"]
+PEERS = {"optimum": OPTIMUM, "llm-compressor": LLM_COMPRESSOR}
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+VOCABULARY, BATCH_TOKENS, DAMPING = 8_192, 2_048, 0.01
+
+
+class Peak:
+    """The anonymous resident set, watched from a thread, in bytes."""
+
+    def __init__(self) -> None:
+        self.start = self.bytes = self._now()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @staticmethod
+    def _now() -> int:
+        found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.M)
+        return 1024 * int(found.group(1)) if found else 0
+
+    def _watch(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, self._now())
+            time.sleep(0.002)
+
+
+def with_half_scales(weight: Any, scale: Any, group: int) -> Any:
+    """Return a weight [out, in] on the grid of its scales [out, groups] in float32, as if these were stored in 16 bits."""
+    wide = scale.float().repeat_interleave(group, dim=1)
+    stored = scale if scale.dtype.itemsize == 2 else scale.half()
+    return (weight.float() / wide).round_().mul_(stored.float().repeat_interleave(group, dim=1)).contiguous()
+
+
+def with_optimum(
+    model: Any, batches: list[Any], blocks: str, bits: int, group: int, *, damping: float = 0.1, sequential: bool = True
+) -> dict[str, Any]:
+    """Quantize a model in memory by `optimum.gptq.GPTQQuantizer`, by default as it does by default.
+
+    Args:
+        model: a transformers model.
+        batches: token ids without padding, int64 [texts, length].
+        blocks: name of its list of blocks.
+        bits: of a weight.
+        group: inputs that share a scale.
+        damping: share of the second moment's mean that is added to its diagonal.
+        sequential: a pass over the texts for each layer, instead of one for all layers of a block.
+
+    Returns:
+        A function for each layer that gives its quantized weight, float32 [out, in].
+    """
+    import torch
+    from optimum.gptq import GPTQQuantizer
+
+    dataset = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
+    quantizer = GPTQQuantizer(
+        bits, dataset, group, damping, desc_act=False, act_group_aware=True, true_sequential=sequential,
+        block_name_to_quantize=blocks, backend="torch",
+    )  # fmt: skip
+    quantizer.quantize_model(model)
+
+    def weight(layer: Any) -> Any:
+        return with_half_scales(layer.dequantize_weight().t(), layer.scales.t(), group)
+
+    return {name: (lambda layer=module: weight(layer)) for name, module in model.named_modules() if hasattr(module, "qweight")}
+
+
+def with_llm_compressor(
+    model: Any, batches: list[Any], block: str, bits: int, group: int, *, damping: float = 0.01, causal: bool = False
+) -> dict[str, Any]:
+    """Quantize a model in memory by llm-compressor's `oneshot` with a `GPTQModifier`; see `with_optimum`.
+
+    `block` is the class name of its blocks, by which the sequential pipeline cuts it. Batches without padding are calibrated
+    without a mask, `causal` or not: version 0.14 builds masks by a config that no longer says that attention is eager. A
+    `causal` model is therefore given its mask in four dimensions, which passes as it is.
+    """
+    import torch
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from torch.utils.data import DataLoader
+
+    inside = {id(part) for module in model.modules() if type(module).__name__ == block for part in module.modules()}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group, "actorder": "static"}
+    recipe = GPTQModifier(
+        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
+        ignore=[name for name, module in linears.items() if id(module) not in inside],
+        dampening_frac=damping,
+    )
+
+    def mask(ids: Any) -> Any:
+        if not causal:
+            return torch.ones_like(ids)
+        length = ids.shape[1]
+        future = torch.full((length, length), torch.finfo(model.dtype).min, dtype=model.dtype).triu(1)
+        return future.expand(len(ids), 1, length, length)
+
+    data = DataLoader([{"input_ids": ids, "attention_mask": mask(ids)} for ids in batches], batch_size=None)
+    oneshot(model=model, recipe=recipe, dataset=data, pipeline="sequential", sequential_targets=[block])
+
+    def weight(layer: Any) -> Any:
+        return with_half_scales(layer.weight, layer.weight_scale, group)
+
+    return {name: (lambda layer=module: weight(layer)) for name, module in linears.items() if hasattr(module, "weight_scale")}
+
+
+def by_peer(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str, Any]]:
+    """Quantize a checkpoint by a peer: seconds, and a function for the weight of each layer."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=getattr(torch, arguments.dtype))
+    batches = list(load_file(folder / "ids.safetensors")["ids"].split(batch_rows(arguments)))
+    start = time.perf_counter()
+    if arguments.worker == "optimum":
+        found = with_optimum(model, batches, "layers", arguments.bits, arguments.group, damping=DAMPING, sequential=False)
+    else:
+        block = type(model.layers[0]).__name__
+        found = with_llm_compressor(model, batches, block, arguments.bits, arguments.group, damping=DAMPING, causal=True)
+    return time.perf_counter() - start, found
+
+
+def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str, Any]]:
+    """Quantize a checkpoint by `compress.apply.make_variant`; the same."""
+    import numpy as np
+    from safetensors.torch import load_file
+
+    from compress.apply import CalibrationSource, make_variant
+    from compress.calibration import CalibrationTexts
+    from compress.layers.quantized_linear import QuantizedLinear
+    from compress.loading import find
+    from compress.methods.quantize.gptq import GPTQ
+    from compress.models.shape import read_shape
+    from compress.record import Journal
+    from compress.runtimes.torch_runtime import empty_model, weights_of
+    from compress.walk import Streamed, walk
+
+    class Ids(CalibrationSource):
+        def batches(self, *_: Any) -> CalibrationTexts:
+            batches = [(ids.numpy(), np.ones(ids.shape, dtype=np.int64)) for ids in all_ids.split(batch_rows(arguments))]
+            return CalibrationTexts(batches, [mask for _, mask in batches])
+
+    class Times(Journal):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder)
+            self.at: dict[str, float] = {}
+
+        def put(self, key: str, value: dict[str, Any]) -> None:
+            super().put(key, value)
+            self.at[key] = time.perf_counter()
+
+    all_ids = load_file(folder / "ids.safetensors")["ids"]
+    journal, variant = Times(folder / "journal"), folder / "variant"
+    journal.folder.mkdir()
+    method = GPTQ(bits=arguments.bits, group_size=arguments.group, damping=DAMPING)
+    texts = Ids([""] * len(all_ids), (), all_ids.shape[1])
+    make_variant(find(str(folder)), read_shape("block", folder), [method], "0", variant, journal, lambda _: None, texts)
+    # From where the embeddings are written to where the norm behind the block is: the texts have passed the block by then.
+    seconds = journal.at["segment 2"] - journal.at["segment 0"]
+
+    found: dict[str, Any] = {}
+
+    def collect(_: int, __: Any, parts: Any) -> None:
+        for path, part in parts.items():
+            for name, module in part.named_modules():
+                if isinstance(module, QuantizedLinear):
+                    found[f"{path}.{name}"] = module.dequantized
+
+    network = empty_model(variant)
+    walk(Streamed(network, weights_of(variant, network)), collect)
+    return seconds, found
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Be one of the three: a small block first, for imports and what is compiled once, then the block itself."""
+    from safetensors.torch import save_file
+
+    quantize = by_peer if arguments.worker in PEERS else by_us
+    folder = arguments.folder
+    quantize(arguments, folder / f"small-{arguments.worker}")
+    peak = Peak()
+    seconds, found = quantize(arguments, folder)
+    took = {"seconds": seconds, "before": peak.start, "peak": peak.bytes}
+    (folder / f"{arguments.worker}.json").write_text(json.dumps(took), encoding="utf-8")
+    save_file({name.rpartition(".")[2]: weight() for name, weight in found.items()}, folder / f"{arguments.worker}.safetensors")
+
+
+def batch_rows(arguments: argparse.Namespace) -> int:
+    return max(1, BATCH_TOKENS // arguments.tokens)
+
+
+def write_checkpoint(arguments: argparse.Namespace, folder: Path) -> None:
+    """Write the block as a model of one layer, bfloat16, a tokenizer that nothing needs, and the token ids."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+    from transformers import MistralConfig, MistralModel, PreTrainedTokenizerFast
+
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=arguments.hidden, intermediate_size=arguments.mlp, num_hidden_layers=1,
+        num_attention_heads=arguments.heads, num_key_value_heads=arguments.kv_heads, head_dim=arguments.hidden // arguments.heads,
+        sliding_window=None,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = MistralModel(config).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        std = 1.0 if "embed" in name else tensor.shape[-1] ** -0.5
+        made = torch.ones(tensor.shape) if tensor.dim() == 1 else torch.empty(tensor.shape).normal_(0, std, generator=generator)
+        state[name] = made.to(torch.bfloat16)
+    model.save_pretrained(folder, state_dict=state)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))).save_pretrained(folder)
+    ids = torch.randint(VOCABULARY, (arguments.texts, arguments.tokens), generator=generator)
+    save_file({"ids": ids}, folder / "ids.safetensors")
+
+
+def errors(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
+    """Return for each tool the error of each layer, from the second moments of the unquantized block's inputs."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    from compress.calibration import Hessian, product
+
+    model = AutoModel.from_pretrained(folder, dtype=getattr(torch, arguments.dtype))
+    linears = {name.rpartition(".")[2]: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    leaders = {"q_proj": LAYERS[:3], "o_proj": LAYERS[3:4], "gate_proj": LAYERS[4:6], "down_proj": LAYERS[6:]}
+    moments = {name: Hessian(linears[name].in_features, torch.device("cpu")) for name in leaders}
+    ones = torch.ones(batch_rows(arguments) * arguments.tokens)
+    for name, moment in moments.items():
+        linears[name].register_forward_pre_hook(
+            lambda _, given, moment=moment: moment.add(given[0].flatten(0, 1), ones[: given[0][..., 0].numel()])
+        )
+    with torch.no_grad():
+        for ids in load_file(folder / "ids.safetensors")["ids"].split(batch_rows(arguments)):
+            model(input_ids=ids)
+    found: dict[str, dict[str, float]] = {}
+    stored = {path.stem: load_file(path) for path in (folder / f"{tool}.safetensors" for tool in ("ours", *PEERS)) if path.exists()}
+    for leader, names in leaders.items():
+        moment = moments.pop(leader).mean()
+        for name in names:
+            weight = linears[name].weight.detach().float()
+            whole = float((product(weight, moment) * weight).sum())
+            for tool, quantized in stored.items():
+                lost = weight - quantized[name]
+                found.setdefault(tool, {})[name] = float((product(lost, moment) * lost).sum()) / whole
+    return found
+
+
+def peer_environment() -> dict[str, str]:
+    """Return the environment variables that a peer's process is given."""
+    left_out = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # By default gptqmodel gives a process half of the cores.
+    workers = {"GPTQMODEL_CPU_WORKERS": str(max(2, os.cpu_count() or 1))}
+    return {key: value for key, value in os.environ.items() if key not in left_out} | offline | workers
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Write the checkpoint, let each tool quantize it, print."""
+    import torch
+    from environments import python_of
+
+    from compress.layers.float_layers import has_onednn_linear
+
+    # As `compress.apply` chooses for a checkpoint in bfloat16.
+    arguments.dtype = "bfloat16" if has_onednn_linear(torch.bfloat16) else "float32"
+    tools = arguments.tools.split(",")
+    pythons = {
+        tool: python_of(tool, PEERS[tool], arguments.environments) if tool in PEERS else Path(sys.executable) for tool in tools
+    }
+    with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
+        folder = Path(temporary).resolve()
+        write_checkpoint(arguments, folder)
+        small = {"hidden": 2 * arguments.group, "mlp": 2 * arguments.group, "heads": 2, "kv_heads": 2, "texts": 8}
+        for tool in tools:
+            write_checkpoint(argparse.Namespace(**vars(arguments) | small), folder / f"small-{tool}")
+        given = {"folder": folder} | {key: getattr(arguments, key) for key in ("dtype", "bits", "group", "tokens")}
+        options = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+        print(f"{arguments.dtype}, {arguments.texts} texts of {arguments.tokens} tokens\n{'':16}seconds    before MB   peak MB")
+        for tool in tools:
+            environment = peer_environment() if tool in PEERS else dict(os.environ)
+            command = [str(pythons[tool]), str(Path(__file__).resolve()), "--worker", tool, *options]
+            done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{tool:16}failed:\n{done.stderr[-3000:]}", flush=True)
+                continue
+            took = json.loads((folder / f"{tool}.json").read_text(encoding="utf-8"))
+            print(f"{tool:16}{took['seconds']:7.1f}{took['before'] / 1e6:13,.0f}{took['peak'] / 1e6:10,.0f}", flush=True)
+        print(f"\n{'relative error':16}" + "".join(f"{name:>11}" for name in LAYERS))
+        for tool, layers in errors(arguments, folder).items():
+            print(f"{tool:16}" + "".join(f"{layers[name]:11.5f}" for name in LAYERS))
+
+
+def main() -> None:
+    """Compare; or be one of the three."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--mlp", type=int, default=14336)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--texts", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=256, help="tokens a text")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tools", default="ours,optimum,llm-compressor")
+    parser.add_argument("--work", type=Path, help="folder for the checkpoint, by default the system's temporary one")
+    for own in ("--worker", "--folder", "--dtype"):
+        parser.add_argument(own, type=Path if own == "--folder" else str, help=argparse.SUPPRESS)
+    if "--worker" not in sys.argv:
+        from environments import add_environments_option
+
+        add_environments_option(parser)
+    arguments = parser.parse_args()
+    if arguments.worker is None:
+        compare(arguments)
+    else:
+        work(arguments)
+
+
+if __name__ == "__main__":
+    main()
