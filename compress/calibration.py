@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from compress.errors import UserError
-from compress.layers.float_layers import has_onednn_linear
+from compress.layers.float_layers import linear
 from compress.models.embedder import Batch
 from compress.models.nv_embed import NVEmbedNetwork
 from compress.models.segments import Kind, Parts, Segment, replaced
@@ -27,6 +27,17 @@ BATCH_TOKENS = 2_048
 
 See = Callable[[str, torch.Tensor, torch.Tensor], None]
 """Told the layer that leads those with one input, its rows, float [n, in], and what each of them counts, float32 [n]."""
+
+
+class Statistic(Protocol):
+    """Something that is gathered from rows, a few at a time."""
+
+    def add(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
+        """Take rows [n, width] and what each counts, float32 [n]."""
+        ...
+
+
+S = TypeVar("S", bound=Statistic)
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,23 @@ class Inputs:
                 told(leader, *self._rows(caught[leader], batch, pooled_only))
         return {leader: tuple(names) for leader, names in groups.items()}
 
+    def gather(
+        self, parts: Parts, layers: Mapping[str, nn.Module], make: Callable[[int, torch.device], S], *, pooled_only: bool = False
+    ) -> tuple[dict[str, tuple[str, ...]], dict[str, S]]:
+        """Gather a statistic of each input: `make` it from the input's width and device; see `see` for the rest.
+
+        Returns:
+            The layers of each group, and each group's statistic, both by the layer that leads it.
+        """
+        found: dict[str, S] = {}
+
+        def told(leader: str, rows: torch.Tensor, counts: torch.Tensor) -> None:
+            if leader not in found:
+                found[leader] = make(rows.shape[1], rows.device)
+            found[leader].add(rows, counts)
+
+        return self.see(parts, layers, told, pooled_only=pooled_only), found
+
     def sample(self, parts: Parts) -> torch.Tensor:
         """Return what the segment answers for the batch of the shortest texts: hidden states, or vectors where it is the head."""
         return self._run(parts, len(self._texts.batches) - 1)
@@ -187,15 +215,7 @@ class Hessian:
         self._rows = []
         for start in range(0, len(columns), self.COLUMNS):
             stop = start + self.COLUMNS
-            self._sum[start:stop, start:] += product(columns[start:stop], columns[start:])
-
-
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return `a b^T` in float32: [n, k] and [m, k] to [n, m]; on a CPU by oneDNN, see `layers.float_layers.OneDnnLinear`."""
-    if a.device.type == "cpu" and has_onednn_linear(torch.float32):
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.contiguous(), None, "none", [], "")
-        return y
-    return a @ b.t()
+            self._sum[start:stop, start:] += linear(columns[start:stop], columns[start:])
 
 
 class Moments:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from compress.layers.compressed import CompressedLayer
+from compress.layers.float_layers import linear as plain_linear
 from compress.layers.grid import SMALLEST_SCALE
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 
@@ -68,14 +69,14 @@ class Float8Linear(CompressedLayer):
         """Map [..., in] to [..., out] in the dtype of `x`."""
         rows = x.reshape(-1, self.in_features)
         if self.layer.activations is ActivationScheme.NONE:
-            y = nn.functional.linear(rows, self.weight.to(x.dtype)).float()
+            y = plain_linear(rows, self.weight.to(x.dtype)).float()
         else:
             quantized, scale = to_float8(rows)
             if has_float8_products(x.device) and x.dtype in (torch.float16, torch.bfloat16):
                 ones = torch.ones((1, self.out_features), device=x.device)
                 y = torch._scaled_mm(quantized, self.weight.t(), scale, ones, out_dtype=torch.bfloat16).float()
             else:
-                y = nn.functional.linear(quantized.to(x.dtype), self.weight.to(x.dtype)).float().mul_(scale)
+                y = plain_linear(quantized.to(x.dtype), self.weight.to(x.dtype)).float().mul_(scale)
         y = y.mul_(self.weight_scale)
         if self.bias is not None:
             y = y.add_(self.bias)

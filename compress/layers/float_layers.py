@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -25,6 +27,14 @@ class OneDnnLinear(nn.Module):
         return y
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return `x weight^T + bias`, [..., in] and [out, in] to [..., out], by oneDNN where `OneDnnLinear` would be."""
+    if x.device.type == "cpu" and has_onednn_linear(x.dtype):
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
+        return y
+    return nn.functional.linear(x, weight, bias)
+
+
 class CastEmbedding(nn.Module):
     """A lookup table kept as stored, its rows cast after the lookup, so half-precision tables cost half the memory."""
 
@@ -38,6 +48,7 @@ class CastEmbedding(nn.Module):
         return nn.functional.embedding(ids, self.weight).to(self._dtype)
 
 
+@functools.cache
 def has_onednn_linear(dtype: torch.dtype) -> bool:
     """Whether this build of torch carries oneDNN's packed linear layer, and this CPU multiplies `dtype` with it.
 

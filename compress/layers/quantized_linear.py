@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from compress.layers.compressed import CompressedLayer
+from compress.layers.float_layers import OneDnnLinear, has_onednn_linear, linear
 from compress.layers.grid import SMALLEST_SCALE, Grid, dequantize, find_grid
 from compress.layers.int8_matmul import Int8Matmul, int8_matmul
 from compress.layers.packing import packed_width
@@ -164,11 +165,11 @@ class QuantizedLinear(CompressedLayer):
         weight = self.dequantized()
         weight = weight if self.input_factor is None else weight.div_(self.input_factor)
         with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
-        return linear
+            plain.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        return OneDnnLinear(plain, dtype) if weight.device.type == "cpu" and has_onednn_linear(dtype) else plain
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out] in the dtype of `x`."""
@@ -176,7 +177,7 @@ class QuantizedLinear(CompressedLayer):
         if self.scheme is ActivationScheme.NONE:
             if self.input_factor is not None:
                 x = x / self.input_factor.to(x.dtype)
-            return nn.functional.linear(x, self.dequantized(x.dtype), bias)
+            return linear(x, self.dequantized(x.dtype), bias)
         rows = x.reshape(-1, self.in_features)
         if self.input_factor is not None:
             rows = rows / self.input_factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -63,15 +64,9 @@ class AWQ(IntegerWeights):
         if not linears:
             return {}
         assert inputs is not None  # the segment has linear layers, and the step said that it calibrates
-        moments: dict[str, Moments] = {}
-
-        def see(leader: str, rows: torch.Tensor, counts: torch.Tensor) -> None:
-            if leader not in moments:
-                moments[leader] = Moments(rows.shape[1], rows.device, keep=SAMPLE_ROWS)
-            moments[leader].add(rows, counts)
-
+        groups, moments = inputs.gather(parts, linears, partial(Moments, keep=SAMPLE_ROWS))
         quantized = {}
-        for leader, names in inputs.see(parts, linears, see).items():
+        for leader, names in groups.items():
             layers, moment = [linears[name] for name in names], moments.pop(leader)
             factor = self._factor(moment, {name: linears[name].weight.detach().float() for name in names})
             importance = moment.mean_square / factor.square()
@@ -93,7 +88,7 @@ class AWQ(IntegerWeights):
         """Return the factor of the exponent with the least squared error of the outputs: float32 [in]."""
         import torch
 
-        from compress.calibration import product
+        from compress.layers.float_layers import linear
         from compress.layers.grid import find_grid
 
         rows, magnitude = moment.rows(), moment.mean_magnitude.clamp_min(1e-4)
@@ -105,7 +100,7 @@ class AWQ(IntegerWeights):
             for name, weight in weights.items():
                 wanted, scaled = super().numbers_of(name), weight * factor
                 grid = find_grid(scaled, wanted.bits, wanted.group_size, wanted.symmetric)
-                error += float(product(rows, grid.values(grid.round(scaled)).div_(factor).sub_(weight)).square_().sum())
+                error += float(linear(rows, grid.values(grid.round(scaled)).div_(factor).sub_(weight)).square_().sum())
             if error < least:
                 best, least = factor, error
         return best

@@ -73,15 +73,9 @@ class GPTQ(IntegerWeights):
         if not linears:
             return {}
         assert inputs is not None  # the segment has linear layers, and the step said that it calibrates
-        moments: dict[str, Hessian] = {}
-
-        def see(leader: str, rows: torch.Tensor, counts: torch.Tensor) -> None:
-            if leader not in moments:
-                moments[leader] = Hessian(rows.shape[1], rows.device)
-            moments[leader].add(rows, counts)
-
+        groups, moments = inputs.gather(parts, linears, Hessian, pooled_only=self.weighting == "pooled")
         quantized = {}
-        for leader, names in inputs.see(parts, linears, see, pooled_only=self.weighting == "pooled").items():
+        for leader, names in groups.items():
             moment = moments.pop(leader).mean()
             try:
                 feedback = factor(moment, self.damping, self.act_order)
@@ -197,8 +191,8 @@ def _values(integers: torch.Tensor, rows: slice, grid: Grid) -> torch.Tensor:
 
 def _loss(errors: torch.Tensor, feedback: Feedback) -> torch.Tensor:
     """Return what errors [out, in] cost each output channel, damping left out: float32 [out]."""
-    from compress.calibration import product
+    from compress.layers.float_layers import linear
 
     ordered = errors[:, feedback.order]
-    heard = product(ordered, feedback.upper.t()).add_(ordered)
+    heard = linear(ordered, feedback.upper.t()).add_(ordered)
     return heard.square_() @ feedback.diagonal - feedback.damping * ordered.square_().sum(dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -69,14 +70,7 @@ class SmoothQuant(QuantizeLinears):
         if not linears:
             return {}
         assert inputs is not None  # the segment has linear layers, and the step said that it calibrates
-        moments: dict[str, Moments] = {}
-
-        def see(leader: str, rows: torch.Tensor, counts: torch.Tensor) -> None:
-            if leader not in moments:
-                moments[leader] = Moments(rows.shape[1], rows.device, keep=SAMPLE_ROWS)
-            moments[leader].add(rows, counts)
-
-        groups = inputs.see(parts, linears, see)
+        groups, moments = inputs.gather(parts, linears, partial(Moments, keep=SAMPLE_ROWS))
         factors: dict[str, torch.Tensor | None] = dict.fromkeys(groups)
         largest = {leader: moment.largest for leader, moment in moments.items()}
         for leader, names in groups.items():
@@ -119,7 +113,8 @@ class SmoothQuant(QuantizeLinears):
 
     def _error(self, rows: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor) -> float:
         """Return the relative squared error of the outputs of rows [n, in], both sides rounded to int8 after the smoothing."""
-        from compress.calibration import Magnitudes, product
+        from compress.calibration import Magnitudes
+        from compress.layers.float_layers import linear
         from compress.layers.grid import find_grid
         from compress.layers.quantized_linear import QMAX, quantize_symmetric
 
@@ -131,8 +126,8 @@ class SmoothQuant(QuantizeLinears):
         else:
             scale = smooth.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / QMAX
         grid = find_grid(scaled, 8)
-        made = product(quantize_symmetric(smooth, scale).float() * scale, grid.values(grid.round(scaled)))
-        exact = product(rows, weight)
+        made = linear(quantize_symmetric(smooth, scale).float() * scale, grid.values(grid.round(scaled)))
+        exact = linear(rows, weight)
         # Of each token relative to its own size: a norm follows, in which a token with huge values counts no more than another.
         return float(((made - exact).square_().sum(dim=1) / exact.square().sum(dim=1).clamp_min(1e-12)).sum())
 
