@@ -1,14 +1,17 @@
 """NV-Embed-v2 at full size on a GPU, random weights: the published way of running it against ours.
 
-    python benchmarks/gpu_nv_embed.py            # 7.85 B in float16: some 35 GB of GPU memory
+    python benchmarks/gpu_nv_embed.py                                   # 7.85 B in float16: some 35 GB of GPU memory
+    python benchmarks/gpu_nv_embed.py --quantized int8,fp8,nf4,llm-int8 # these besides, our blocks quantized: 25 GB more
 
 The published way: eager attention, every padded token through the head, keys and values of the latents anew for every text.
-Ours: fused attention, folded head. Texts of a batch are equally long, so padding plays no part.
+Ours: fused attention, folded head. Texts of a batch are equally long, so padding plays no part. Memory is what the whole process
+holds at its peak, all ways' weights among it; a way's own weights stand beside its name.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
 import time
@@ -22,6 +25,12 @@ from nv_head import folded_twin
 from nv_original import OriginalStyle
 from torch import nn
 
+from compress.layers.compressed import CompressedLayer
+from compress.layers.quantized_linear import QuantizedLinear
+from compress.methods.base import Method
+from compress.methods.quantize.bitsandbytes import BitsAndBytes
+from compress.methods.quantize.fp8 import FP8
+from compress.methods.quantize.rtn import RTN
 from compress.models.network import empty_network
 from compress.models.nv_embed import NVEmbedNetwork
 from compress.models.shape import known_config
@@ -73,6 +82,39 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / median(times)
 
 
+METHODS: dict[str, Method] = {
+    "int8": RTN(),
+    "fp8": FP8(),
+    "nf4": BitsAndBytes(format="nf4"),
+    "llm-int8": BitsAndBytes(format="llm-int8"),
+}
+
+
+def quantized_twin(network: NVEmbedNetwork, step: Method, device: torch.device) -> NVEmbedNetwork:
+    """Return the network with its blocks quantized, one after another; what is not in a block is shared."""
+    twin = copy.copy(network)
+    twin._modules = dict(network._modules)
+    twin.embedding_model = copy.copy(network.embedding_model)
+    twin.embedding_model._modules = dict(network.embedding_model._modules)
+    blocks = nn.ModuleList()
+    for index, block in enumerate(network.embedding_model.layers):
+        made = copy.deepcopy(block)
+        step.apply({f"layers.{index}": made})
+        for module in made.modules():
+            if isinstance(module, CompressedLayer):
+                module.pack()
+        blocks.append(made.to(device))
+    twin.embedding_model.layers = blocks
+    return twin
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Return the bytes of a network's parameters and buffers; int8 weights that a kernel has packed are counted by their sizes."""
+    plain = sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
+    packed = (m for m in network.modules() if isinstance(m, QuantizedLinear) and m.weight is None)
+    return plain + sum(layer.in_features * layer.out_features for layer in packed)
+
+
 def main() -> None:
     """Measure both in turn at each length and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,6 +122,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens a batch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quantized", default="", metavar="A,B", help=f"of {', '.join(METHODS)}")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -90,8 +133,12 @@ def main() -> None:
     ours = folded_twin(published)
     ours.latent_attention_model.to(dtype)
     ways: dict[str, tuple[nn.Module, str]] = {"published": (OriginalStyle(published), "eager"), "ours": (ours, "sdpa")}
+    for name in filter(None, arguments.quantized.split(",")):
+        ways[name] = (quantized_twin(ours, METHODS[name], device), "sdpa")
+    for way, (network, _) in ways.items():
+        print(f"{way}: {weight_bytes(network) / 1e9:.2f} GB of weights")
     linear = 2 * sum(parameter.numel() for parameter in ours.embedding_model.layers.parameters())
-    print(f"{'tokens':>7}{'':>11}{'texts/s':>10}{'vs published':>14}{'GB at peak':>12}{'of the peak rate':>18}")
+    print(f"{'tokens':>7}{'':>11}{'texts/s':>10}{'vs published':>14}{'vs ours':>10}{'GB at peak':>12}{'of the peak rate':>18}")
     for length in LENGTHS:
         texts = max(1, arguments.tokens // length)
         ids = torch.randint(3, 30_000, (texts, length), device=device)
@@ -101,7 +148,7 @@ def main() -> None:
         with torch.inference_mode():
             for turn in range(arguments.rounds + 1):
                 for way, (network, attention) in ways.items():
-                    published.embedding_model.config._attn_implementation = attention
+                    published.embedding_model.config._attn_implementation = attention  # one config for all ways
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
                         torch.cuda.reset_peak_memory_stats()
@@ -112,9 +159,15 @@ def main() -> None:
         hidden, blocks = 4096, arguments.layers
         useful = texts * length * (linear + 4 * length * hidden * blocks)
         for way in ways:
-            ratio = median(theirs / own for theirs, own in zip(times["published"], times[way], strict=True))
+            ratios = [
+                median(theirs / own for theirs, own in zip(times[other], times[way], strict=True))
+                for other in ("published", "ours")
+            ]
             rate = useful / median(times[way]) / peak
-            print(f"{length:7}{way:>11}{texts / median(times[way]):10.1f}{ratio:13.2f}x{memory[way]:12.1f}{100 * rate:16.1f} %")
+            print(
+                f"{length:7}{way:>11}{texts / median(times[way]):10.1f}{ratios[0]:13.2f}x{ratios[1]:9.2f}x{memory[way]:12.1f}"
+                f"{100 * rate:16.1f} %"
+            )
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ class Hessian:
     """The second moment of a layer's inputs, `sum_t c_t x_t x_t^T / sum_t c_t`: half of the Hessian of its squared output error."""
 
     # Rows are gathered up to this many, so that products are large; columns are multiplied in stretches, upper ones alone.
-    ROWS, COLUMNS = 8_192, 2_048
+    ROWS, COLUMNS = 4_096, 2_048
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._sum = torch.zeros(width, width, device=device)
@@ -204,11 +204,15 @@ class Hessian:
             self._flush()
 
     def mean(self) -> torch.Tensor:
-        """Return the moment, float32 [width, width]."""
+        """Return the moment, float32 [width, width]; nothing can be added after that."""
         if self._rows:
             self._flush()
-        upper = self._sum.triu()
-        return (upper + upper.triu(1).t()).div_(self._count)
+        for start in range(0, len(self._sum), self.COLUMNS):  # below the diagonal, where only whole stretches were multiplied
+            stop = start + self.COLUMNS
+            inner = self._sum[start:stop, start:stop].triu_()
+            inner.add_(inner.triu(1).t())
+            self._sum[stop:, start:stop] = self._sum[start:stop, stop:].t()
+        return self._sum.div_(self._count)
 
     def _flush(self) -> None:
         columns = torch.cat(self._rows).t().contiguous()
