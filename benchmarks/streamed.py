@@ -2,14 +2,17 @@
 
     python benchmarks/streamed.py                                                # NV-Embed-v2 at full size: 24 GB of disk
     python benchmarks/streamed.py random:nvidia/NV-Embed-v2,num_hidden_layers=2  # a smaller shape
+    python benchmarks/streamed.py random:nvidia/NV-Embed-v2,num_hidden_layers=4 --recipe recipes/int4-gptq.yaml --kill-after 3
 
-Each part runs in a process of its own, whose anonymous memory is watched from before torch is imported.
+Each part runs in a process of its own, whose anonymous memory is watched from before torch is imported. With `--kill-after N` the
+one that compresses is killed once N segments are done (the embeddings are the first), and a second one goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -23,22 +26,22 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "int8.yaml"
 TOKENS = 64
 
 
-def write(model: str, _: str) -> str:
+def write(model: str, _: str, __: Path) -> str:
     """Write the checkpoint, or find it written."""
     from compress.loading import find
 
     return str(find(model).folder)
 
 
-def compress(model: str, output: str) -> str:
+def compress(model: str, output: str, recipe: Path) -> str:
     """Fold and quantize it."""
     from compress.pipeline import run
 
-    record = run(RECIPE, model=model, output=output, compress_only=True, device="cpu")
+    record = run(recipe, model=model, output=output, compress_only=True, device="cpu")
     return str(Path(output) / record.run / "variant")
 
 
-def encode(model: str, _: str) -> str:
+def encode(model: str, _: str, __: Path) -> str:
     """Encode one text of 64 tokens."""
     from compress.loading import load
     from compress.runtimes.streamed import StreamedEmbedder
@@ -55,13 +58,37 @@ def encode(model: str, _: str) -> str:
     return model
 
 
-PARTS: dict[str, Callable[[str, str], str]] = {"write": write, "compress": compress, "encode": encode}
+PARTS: dict[str, Callable[[str, str, Path], str]] = {"write": write, "compress": compress, "encode": encode}
 
 
-def measured(part: str, model: str, output: str) -> str:
+def command_of(part: str, model: str, output: str, recipe: Path) -> list[str]:
+    """Return the command of a process that does a part."""
+    return [sys.executable, __file__, model, "--output", output, "--recipe", str(recipe), "--part", part]
+
+
+def killed(model: str, output: str, recipe: Path, after: int) -> None:
+    """Start to compress, and kill the process once so many segments are done."""
+    start, peak = time.perf_counter(), 0
+    before = set(Path(output).glob(".*.partial"))
+    process = subprocess.Popen(command_of("compress", model, output, recipe), stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        found = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text(encoding="ascii"), re.M)
+        peak = max(peak, int(found.group(1)) * 1024 if found else 0)
+        done = [path for folder in set(Path(output).glob(".*.partial")) - before for path in folder.glob("journal/segment-*.json")]
+        if len(done) >= after:
+            process.kill()
+            process.wait()
+            print(
+                f"killed    {time.perf_counter() - start:7.1f} s, peak anonymous memory {peak / 1e9:.2f} GB, {after} segments done"
+            )
+            return
+        time.sleep(0.02)
+    raise SystemExit("it ended before it was killed; --kill-after must be smaller")
+
+
+def measured(part: str, model: str, output: str, recipe: Path) -> str:
     """Run a part in a fresh process, print its time and memory, return its answer."""
-    command = [sys.executable, __file__, model, "--output", output, "--part", part]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result = subprocess.run(command_of(part, model, output, recipe), check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(result.stdout.splitlines()[-1])
     size = f", {weight_bytes(Path(found['answer'])) / 1e9:.2f} GB on disk" if Path(found["answer"]).is_dir() else ""
     print(f"{part:9} {found['seconds']:7.1f} s, peak anonymous memory {found['peak'] / 1e9:.2f} GB{size}", flush=True)
@@ -73,19 +100,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="random:nvidia/NV-Embed-v2")
     parser.add_argument("--output", default="results")
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--kill-after", type=int, metavar="N", help="kill and continue the compression once N segments are done")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
         start = time.perf_counter()
         with PeakAnonymous() as peak:
-            answer = PARTS[arguments.part](arguments.model, arguments.output)
+            answer = PARTS[arguments.part](arguments.model, arguments.output, arguments.recipe)
         print(json.dumps({"answer": answer, "seconds": time.perf_counter() - start, "peak": peak.bytes}))
         return
-    measured("write", arguments.model, arguments.output)
-    variant = measured("compress", arguments.model, arguments.output)
+    measured("write", arguments.model, arguments.output, arguments.recipe)
+    if arguments.kill_after:
+        killed(arguments.model, arguments.output, arguments.recipe, arguments.kill_after)
+    variant = measured("compress", arguments.model, arguments.output, arguments.recipe)
     for name, model in (("as it is", arguments.model), ("compressed", variant)):
         print(f"one text of {TOKENS} tokens, streamed, the model {name}:")
-        measured("encode", model, arguments.output)
+        measured("encode", model, arguments.output, arguments.recipe)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ class AWQ(IntegerWeights):
     """Round W_j s_j with s_j = (mean |X_j|)^alpha, alpha searched for each input, and divide the input by s.
 
     Lin et al. 2023, arXiv 2306.00978, section 3.2: alpha from a grid, by the squared error of the layers' outputs on calibration
-    tokens; then each group's range is shrunk where that lowers the error of its weights, inputs weighed by their mean square. Where
-    the norm or the linear layer before can divide for nothing, it does; elsewhere the layer keeps the vector and divides by it.
+    tokens (here of each token relative to its size); then each group's range is shrunk where that lowers the error of its weights,
+    inputs weighed by their mean square. Where the norm or the linear layer before can divide for nothing, it does; elsewhere the
+    layer keeps the vector and divides by it.
     """
 
     method: Literal["awq"] = "awq"
@@ -85,13 +86,15 @@ class AWQ(IntegerWeights):
         return quantized
 
     def _factor(self, moment: Moments, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the factor of the exponent with the least squared error of the outputs: float32 [in]."""
+        """Return the factor of the exponent with the least relative error of the outputs: float32 [in]."""
         import torch
 
+        from compress.calibration import relative_error
         from compress.layers.float_layers import linear
         from compress.layers.grid import find_grid
 
         rows, magnitude = moment.rows(), moment.mean_magnitude.clamp_min(1e-4)
+        exact = {name: linear(rows, weight) for name, weight in weights.items()}
         best, least = torch.ones_like(magnitude), float("inf")
         for step in range(STEPS):
             factor = magnitude ** (step / STEPS)
@@ -100,7 +103,7 @@ class AWQ(IntegerWeights):
             for name, weight in weights.items():
                 wanted, scaled = super().numbers_of(name), weight * factor
                 grid = find_grid(scaled, wanted.bits, wanted.group_size, wanted.symmetric)
-                error += float(linear(rows, grid.values(grid.round(scaled)).div_(factor).sub_(weight)).square_().sum())
+                error += relative_error(linear(rows, grid.values(grid.round(scaled)).div_(factor)), exact[name])
             if error < least:
                 best, least = factor, error
         return best

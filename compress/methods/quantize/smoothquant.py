@@ -113,7 +113,7 @@ class SmoothQuant(QuantizeLinears):
 
     def _error(self, rows: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor) -> float:
         """Return the relative squared error of the outputs of rows [n, in], both sides rounded to int8 after the smoothing."""
-        from compress.calibration import Magnitudes
+        from compress.calibration import Magnitudes, relative_error
         from compress.layers.float_layers import linear
         from compress.layers.grid import find_grid
         from compress.layers.quantized_linear import QMAX, quantize_symmetric
@@ -127,9 +127,7 @@ class SmoothQuant(QuantizeLinears):
             scale = smooth.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / QMAX
         grid = find_grid(scaled, 8)
         made = linear(quantize_symmetric(smooth, scale).float() * scale, grid.values(grid.round(scaled)))
-        exact = linear(rows, weight)
-        # Of each token relative to its own size: a norm follows, in which a token with huge values counts no more than another.
-        return float(((made - exact).square_().sum(dim=1) / exact.square().sum(dim=1).clamp_min(1e-12)).sum())
+        return relative_error(made, linear(rows, weight))
 
     def _ends(
         self,
