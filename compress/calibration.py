@@ -107,6 +107,9 @@ class Inputs:
 
         Returns:
             The layers of each group, by the one that leads it.
+
+        Raises:
+            ValueError: a layer is never called, or given something that is not finite.
         """
         groups: dict[str, list[str]] = {}
         for batch in range(len(self._texts.batches)):
@@ -120,7 +123,10 @@ class Inputs:
                 if missing := layers.keys() - caught.keys():
                     raise ValueError(f"{sorted(missing)[0]} is never called when its segment runs")
             for leader in groups:
-                told(leader, *self._rows(caught[leader], batch, pooled_only))
+                rows, counts = self._rows(caught[leader], batch, pooled_only)
+                if not torch.isfinite(rows).all():
+                    raise ValueError(f"the input of {leader} on the calibration texts holds NaN or infinity")
+                told(leader, rows, counts)
         return {leader: tuple(names) for leader, names in groups.items()}
 
     def gather(

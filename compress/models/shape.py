@@ -82,8 +82,11 @@ class ModelShape:
 
     @cached_property
     def block_linears(self) -> dict[str, TensorInfo]:
-        """Weights of the linear layers inside blocks, by the name of the layer (without `.weight`)."""
-        return {name.removesuffix(".weight"): info for name, info in self.tensors.items() if is_block_linear(name, len(info.shape))}
+        """Weights of the linear layers inside blocks that are not quantized, by the name of the layer (without `.weight`)."""
+        found = {
+            name.removesuffix(".weight"): info for name, info in self.tensors.items() if is_block_linear(name, len(info.shape))
+        }
+        return {name: info for name, info in found.items() if f"{name}.weight_scale" not in self.tensors}
 
     @cached_property
     def head_linears(self) -> dict[str, TensorInfo]:

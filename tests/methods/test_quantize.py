@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests_support import apply_in_memory, compress_to
 
 import compress
@@ -119,6 +120,29 @@ def test_overrides_and_skip_go_by_pattern(bert: Path) -> None:
         parse_recipe({"steps": [{"method": "gptq", "overrides": {"*.dense": {"bit": 8}}}]})
     with pytest.raises(UserError, match="groups and zeros go with `activations: none`"):
         parse_recipe({"steps": [{"method": "rtn", "overrides": {"*.dense": {"group_size": 16}}}]})
+
+
+def test_a_second_step_takes_what_the_first_has_left(bert: Path, tmp_path: Path) -> None:
+    first, second = GPTQ(skip=("*.output.dense",), **GROUPS), RTN()
+    compress_to(bert, tmp_path / "variant", first, second)
+    found = {name: layer.name for name, layer in VariantInfo.read(tmp_path / "variant").quantized.items()}
+    assert {name for name, kind in found.items() if kind == "int8"} == {name for name in found if name.endswith("output.dense")}
+    shape = read_shape("tiny", bert)
+    after = second.estimate(first.estimate(shape).after)
+    assert "4 linear layers" in after.note
+    with pytest.raises(ValueError, match="no linear layer left to quantize"):
+        RTN().estimate(after.after)
+
+
+def test_inputs_that_are_not_finite_are_refused_by_name(bert: Path, copy_of, tmp_path: Path) -> None:
+    folder = copy_of(bert)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["encoder.layer.0.output.LayerNorm.weight"][0] = float("inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"encoder\.layer\.0\.output\.LayerNorm\.weight is not finite|the input of encoder\.layer\.1"
+    ):
+        compress_to(folder, tmp_path / "variant", GPTQ(**GROUPS))
 
 
 def test_a_static_scale_is_where_the_calibration_texts_end(bert: Path, tmp_path: Path) -> None:

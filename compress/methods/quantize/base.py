@@ -72,22 +72,24 @@ class QuantizeLinears(Method):
         """Size after: the weights' bits, their scales and zeros; everything else in half precision.
 
         Raises:
-            ValueError: a pattern matches no linear layer.
+            ValueError: a pattern matches no linear layer, or there is none left to quantize.
         """
         linears = {**shape.block_linears, **(shape.head_linears if self.head else {})}
         check_patterns(linears, self.patterns())
         chosen = self.layers_of(linears)
         if self.head and not shape.head_linears:
             raise ValueError(f"{shape.name} has no folded latent-attention head; leave `head` out")
+        if not chosen:
+            raise ValueError(f"{shape.name} has no linear layer left to quantize")
         tensors = dict(shape.as_stored().tensors)
         for name, layer in chosen.items():
             del tensors[f"{name}.weight"]
             tensors |= {f"{name}.{part}": info for part, info in stored_tensors(layer, *linears[name].shape).items()}
         weights = sum(linears[name].parameters for name in chosen)
-        largest = max((linears[name].parameters for name in chosen), default=0)
+        largest = max(linears[name].parameters for name in chosen)
         stored = sum(info.bytes for name in chosen for info in stored_tensors(chosen[name], *linears[name].shape).values())
         everything = sum(info.parameters for info in linears.values())
-        bits = 8 * (stored + HALF_BYTES * (everything - weights)) / everything if everything else 0.0
+        bits = 8 * (stored + HALF_BYTES * (everything - weights)) / everything
         kinds = ", ".join(sorted({layer.name for layer in chosen.values()}))
         schemes = ", ".join(sorted({layer.activations for layer in chosen.values()}))
         return Estimate(
