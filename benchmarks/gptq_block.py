@@ -252,7 +252,8 @@ def errors(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, f
     from safetensors.torch import load_file
     from transformers import AutoModel
 
-    from compress.calibration import Hessian, product
+    from compress.calibration import Hessian
+    from compress.layers.float_layers import linear
 
     model = AutoModel.from_pretrained(folder, dtype=getattr(torch, arguments.dtype))
     linears = {name.rpartition(".")[2]: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -272,10 +273,10 @@ def errors(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, f
         moment = moments.pop(leader).mean()
         for name in names:
             weight = linears[name].weight.detach().float()
-            whole = float((product(weight, moment) * weight).sum())
+            whole = float((linear(weight, moment) * weight).sum())
             for tool, quantized in stored.items():
                 lost = weight - quantized[name]
-                found.setdefault(tool, {})[name] = float((product(lost, moment) * lost).sum()) / whole
+                found.setdefault(tool, {})[name] = float((linear(lost, moment) * lost).sum()) / whole
     return found
 
 
