@@ -66,10 +66,14 @@ def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
     """Print what a model scored, alone or beside another."""
     console = console or Console(width=WIDTH, highlight=False)
     if found.against is not None:
-        console.print(
-            tasks_table(f"{found.model} against {found.against}, scores x 100", found.tasks, found.overall, ("other", "model"))
-        )
-        return
+        title = f"{found.model} against {found.against}, scores x 100"
+        console.print(tasks_table(title, found.tasks, found.overall, ("other", "model")))
+    else:
+        console.print(_alone(found))
+    _print_details(found, console)
+
+
+def _alone(found: Evaluation) -> Table:
     table = Table(title=f"{found.model}, scores x 100", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("task", "type", "metric"):
         table.add_column(heading)
@@ -78,8 +82,7 @@ def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
         table.add_row(task.task, task.type, task.metric, f"{100 * task.variant:.2f}")
     table.add_section()
     table.add_row("mean", "", "", f"{100 * float(np.mean([task.variant for task in found.tasks])):.2f}")
-    console.print(table)
-    _print_details(found, console)
+    return table
 
 
 def _print_details(found: Evaluation, console: Console) -> None:

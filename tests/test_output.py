@@ -9,6 +9,7 @@ import compress
 from compress.errors import UserError
 from compress.evaluate import evaluate
 from compress.output import OutputCodec, OutputScheme, rotation, unit
+from compress.report import print_evaluation
 
 GENERATOR = np.random.default_rng(0)
 # Vectors as embedders make them: of unit length, with few strong directions.
@@ -117,6 +118,17 @@ def test_a_table_of_outputs(minilm) -> None:
     assert rows["int8"].bytes_per_million * 4 == rows["float32"].bytes_per_million == 384 * 4 * 10**6
     assert abs(rows["int8"].scores["MiniRetrieval"] - whole) < 0.02
     assert rows["binary"].scores["MiniRetrieval"] < whole - 0.01
+
+
+@pytest.mark.parametrize("against", [None, "minilm"])
+def test_the_table_of_outputs_is_printed_alone_and_in_pairs(
+    minilm, capsys: pytest.CaptureFixture[str], against: str | None
+) -> None:
+    found = evaluate("minilm", ["MiniRetrieval"], against=against, device="cpu", outputs=["int8"], say=lambda _: None)
+    print_evaluation(found)
+    printed = capsys.readouterr().out
+    assert "vectors of minilm stored in fewer bytes" in printed
+    assert ("against minilm" in printed) == (against is not None)
 
 
 def test_evaluate_compares_in_pairs_and_refuses_random_weights(minilm) -> None:
