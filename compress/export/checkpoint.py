@@ -14,9 +14,7 @@ from transformers import AutoModel
 
 from compress.errors import UserError
 from compress.layers.compressed import CompressedLayer
-from compress.layers.grid import dequantize
 from compress.layers.quantized_embedding import QuantizedEmbedding
-from compress.layers.quantized_linear import stored_integers, stored_zeros
 from compress.layers.scheme import BITSANDBYTES, QuantizedLayer
 from compress.layers.torch_packing import pack
 from compress.loading import Source
@@ -84,7 +82,7 @@ def open_variant(source: Source, layout: str) -> Opened:
                 name,
                 layout,
                 "want their input divided channel by channel first",
-                "awq and smoothquant (unless its alpha is 0) make such layers; rtn and gptq do not",
+                "awq and smoothquant make none under `keep_factors: false`; rtn and gptq never do",
             )
     if not linears:
         raise UserError(f"{source.name}: no linear layer is quantized", "a model in half precision needs no export")
@@ -171,6 +169,5 @@ def table_note(opened: Opened) -> list[str]:
 
 
 def _half_table(table: QuantizedEmbedding) -> torch.Tensor:
-    scale = table.weight_scale.view(table.weight_scale.shape[0], -1)
-    integers = stored_integers(table.weight, table.layer, table.embedding_dim)
-    return dequantize(integers, scale, stored_zeros(None, table.layer, scale), table.layer.group_size, torch.float16)
+    table.dtype = torch.float16
+    return table(torch.arange(len(table.weight)))  # type: ignore[no-any-return]

@@ -11,12 +11,8 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.layers.compressed import CompressedLayer
-from compress.layers.scheme import Numbers, QuantizedLayer
+from compress.layers.scheme import BLOCK, NESTED_BLOCK, Numbers, QuantizedLayer
 
-BLOCK = 64
-"""Weights that share a scale in NF4 and FP4."""
-NESTED_BLOCK = 256
-"""Scales that share a scale of their own (double quantization: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3)."""
 OUTLIER = 6.0
 """Input channels with a magnitude above this are multiplied in floating point (LLM.int8(), arXiv 2208.07339, section 3.2)."""
 

@@ -32,6 +32,10 @@ class Numbers(StrEnum):
 
 BITSANDBYTES = (Numbers.LLM_INT8, Numbers.NF4, Numbers.FP4)
 """Stored and multiplied by the bitsandbytes package."""
+BLOCK = 64
+"""Weights that share a scale in NF4 and FP4."""
+NESTED_BLOCK = 256
+"""Scales that share a scale of their own (double quantization: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3)."""
 
 
 class QuantizedLayer(BaseModel):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.quantize.base import IntegerWeights, replace_module
+from compress.methods.quantize.base import Bits, IntegerWeights, replace_module
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ class AWQ(IntegerWeights):
     """
 
     method: Literal["awq"] = "awq"
-    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    bits: Bits = 4
     """Bits of a weight."""
     group_size: int | None = Field(64, ge=8)
     """Inputs that share a scale; null: an output channel has one."""

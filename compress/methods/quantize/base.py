@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress.layers.packing import packed_width
-from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
+from compress.layers.scheme import BLOCK, NESTED_BLOCK, ActivationScheme, Numbers, QuantizedLayer
 from compress.methods.base import Estimate, Method
 from compress.models.checkpoint import TensorInfo
 from compress.models.shape import HALF_BYTES, ModelShape, check_patterns, is_block_linear, is_head_linear, matching
@@ -119,11 +119,11 @@ def stored_tensors(layer: QuantizedLayer, outputs: int, inputs: int) -> dict[str
         return {"weight": TensorInfo("I8", (outputs, inputs)), "weight_scale": per_channel}
     if layer.numbers in (Numbers.NF4, Numbers.FP4):
         count = outputs * inputs
-        blocks = -(-count // 64)
+        blocks = -(-count // BLOCK)
         return {
             "weight": TensorInfo("U8", (-(-count // 2), 1)),
             "weight_scale": TensorInfo("U8", (blocks,)),
-            "weight_nested_scale": TensorInfo("F32", (-(-blocks // 256),)),
+            "weight_nested_scale": TensorInfo("F32", (-(-blocks // NESTED_BLOCK),)),
             "weight_nested_offset": TensorInfo("F32", ()),
         }
     groups = -(-inputs // (layer.group_size or inputs))

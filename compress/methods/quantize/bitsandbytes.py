@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
+from compress.layers.scheme import BLOCK, ActivationScheme, Numbers, QuantizedLayer
 from compress.methods.quantize.base import QuantizeLinears, replace_module
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class BitsAndBytes(QuantizeLinears):
         """Return the step's numbers."""
         if self.format == "llm-int8":
             return QuantizedLayer(numbers=Numbers.LLM_INT8, bits=8, activations=ActivationScheme.DYNAMIC_PER_TOKEN)
-        return QuantizedLayer(numbers=Numbers(self.format), bits=4, group_size=64)
+        return QuantizedLayer(numbers=Numbers(self.format), bits=4, group_size=BLOCK)
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
         """Replace every chosen `nn.Linear` of a segment by one of the package's making.

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Estimate, Method
-from compress.methods.quantize.base import replace_module, stored_tensors
+from compress.methods.quantize.base import Bits, replace_module, stored_tensors
 from compress.models.shape import ModelShape, is_in_block
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Embeddings(Method):
     """
 
     method: Literal["embeddings"] = "embeddings"
-    bits: Literal[2, 3, 4, 5, 6, 8] = 8
+    bits: Bits = 8
     """Bits of a value."""
     group_size: int | None = Field(None, ge=8)
     """Values of a row that share a scale; left out: all of them."""

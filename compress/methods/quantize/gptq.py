@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.quantize.base import IntegerWeights, replace_module
+from compress.methods.quantize.base import Bits, IntegerWeights, replace_module
 from compress.models.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class GPTQ(IntegerWeights):
     """
 
     method: Literal["gptq"] = "gptq"
-    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    bits: Bits = 4
     """Bits of a weight."""
     group_size: int | None = Field(64, ge=8)
     """Inputs that share a scale; null: an output channel has one."""

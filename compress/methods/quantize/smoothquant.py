@@ -103,13 +103,11 @@ class SmoothQuant(QuantizeLinears):
     def _factor(self, moment: Moments, weight: torch.Tensor) -> torch.Tensor | None:
         """Return what each channel of an input is divided by, float32 [in], None for nothing; `weight`: its layers' rows."""
         columns = weight.abs().amax(dim=0)
-        factors = {alpha: _smoothing(moment.largest, columns, alpha) for alpha in (ALPHAS if self.alpha is None else (self.alpha,))}
-        if len(factors) > 1:
+        alpha = self.alpha
+        if alpha is None:
             rows = moment.rows()
-            errors = {alpha: self._error(rows, weight, factor) for alpha, factor in factors.items()}
-            factors = {alpha: factors[alpha] for alpha in [min(errors, key=errors.__getitem__)]}
-        ((alpha, factor),) = factors.items()
-        return factor if alpha else None
+            alpha = min(ALPHAS, key=lambda tried: self._error(rows, weight, _smoothing(moment.largest, columns, tried)))
+        return _smoothing(moment.largest, columns, alpha) if alpha else None
 
     def _error(self, rows: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor) -> float:
         """Return the relative squared error of the outputs of rows [n, in], both sides rounded to int8 after the smoothing."""
