@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.loading import find
 from compress.models.network import empty_network, load_network
-from compress.models.nv_embed import LatentAttention, NVEmbedNetwork, fold
+from compress.models.nv_embed import LatentAttention, NVEmbedNetwork, fold, mean_of_rows
 from compress.runtimes.torch_runtime import pick_device, pick_dtype, prepare
 
 LENGTHS = (16, 64, 256)
@@ -42,7 +42,7 @@ def operations(network: nn.Module, length: int) -> int:
             network(ids, None, ids)
         else:  # which tokens are pooled cannot be read off a mask without values: all of them
             hidden = network.embedding_model(input_ids=ids).last_hidden_state
-            network.latent_attention_model(hidden[0], torch.zeros_like(ids[0]), 1)
+            network.latent_attention_model(hidden[0], mean_of_rows(torch.zeros_like(ids[0]), 1))
     return int(counter.get_total_flops())
 
 

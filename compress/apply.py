@@ -55,6 +55,8 @@ def make_variant(
     say: Callable[[str], None],
     calibration: CalibrationSource | None = None,
     device: str = "cpu",
+    runtime: str = "torch",
+    dtype: str | None = None,
 ) -> list[dict[str, Any]]:
     """Write the variant of a model.
 
@@ -71,6 +73,8 @@ def make_variant(
         say: told each step once it has seen all segments.
         calibration: for steps that calibrate: they are shown a segment's inputs as the segments before it, compressed, make them.
         device: where the segments are worked on.
+        runtime: what the variant is made for.
+        dtype: of the floating-point arithmetic there; None: its default.
 
     Returns:
         For each step its `config`, the `seconds` it took and a `note` on what it did.
@@ -145,6 +149,8 @@ def make_variant(
         spec=spec,
         pretrained=not source.is_random,
         folded=any(step.method == "fold" for step in steps),
+        runtime=runtime,
+        dtype=dtype,
         quantized={name: QuantizedLayer(**layer) for entry in entries for name, layer in entry["quantized"].items()},
         steps=[step["config"] for step in done],
     )

@@ -131,9 +131,9 @@ def _rows(
             Row(
                 name=name,
                 role="variant" if is_variant else "baseline",
-                runtime=recipe.runtime,
+                runtime=info.runtime if is_variant else "torch",
                 device=device,
-                compute=("float32" if device == "cpu" else "float16") if is_variant else name,
+                compute=(info.dtype or ("float32" if device == "cpu" else "float16")) if is_variant else name,
                 weights=info.weights if is_variant else name,
                 activations=info.activations if is_variant else "none",
                 size_bytes=weight_bytes(folder / VARIANT) if is_variant else shape.parameters * DTYPE_BYTES[name],

@@ -28,6 +28,10 @@ ModelOption = Annotated[
     typer.Option("--model", metavar="M", help="A built-in name, a folder or a hub name; overrides the recipe's."),
 ]
 DeviceOption = Annotated[str | None, typer.Option(metavar="D", help="cpu or cuda; by default the GPU where there is one.")]
+RuntimeOption = Annotated[
+    str | None,
+    typer.Option(metavar="R", help="torch, onnxruntime, openvino or auto; by default what the variant was made for."),
+]
 OutputOption = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the runs.")]
 
 
@@ -86,6 +90,7 @@ def encode(
     texts: Annotated[Path, typer.Argument(metavar="TEXTS", help="Texts, one a line, or JSON lines with `text`.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the vectors go: float32 .npy.")],
     prompt: Annotated[str | None, typer.Option(metavar="P", help="Put before every text.")] = None,
+    runtime: RuntimeOption = None,
     device: DeviceOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Read the model block by block; it need not fit in memory.")] = False,
 ) -> None:
@@ -97,7 +102,7 @@ def encode(
         from compress.loading import load
         from compress.models.checkpoint import save_array
 
-        vectors = load(model, device=device, stream=stream).encode(lines, prompt)
+        vectors = load(model, runtime=runtime, device=device, stream=stream).encode(lines, prompt)
         save_array(output, vectors)
     print(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]} dimensions")
 
@@ -115,6 +120,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="For the results in mteb's format.")
     ] = None,
+    runtime: RuntimeOption = None,
     device: DeviceOption = None,
     dtype: Annotated[str | None, typer.Option(metavar="T", help="float32, float16 or bfloat16.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Read the model block by block; it need not fit in memory.")] = False,
@@ -132,6 +138,7 @@ def evaluate(
             names,
             against=against,
             data=data,
+            runtime=runtime,
             device=device,
             dtype=dtype,
             stream=stream,

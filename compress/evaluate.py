@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compress.assemble import task_row
 from compress.errors import UserError
-from compress.loading import Source, find, open_source, tokenizer_of
+from compress.loading import Source, find, open_source, runtime_of, tokenizer_of
 from compress.measure.lengths import Bucket
 from compress.measure.outputs import OutputRow
 from compress.measure.statistics import Interval
@@ -48,6 +48,7 @@ def evaluate(
     *,
     against: str | None = None,
     data: Path | str | None = None,
+    runtime: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     stream: bool = False,
@@ -66,7 +67,8 @@ def evaluate(
         tasks: names of tasks, benchmarks or subsets; see `compress.measure.tasks.find_tasks`.
         against: another model, such as the one that a variant was made from.
         data: a folder with the tasks' data; None: the hub.
-        device: as for `compress.load`; so are `dtype` and `stream`.
+        runtime: of `model`, as for `compress.load`; so are `device`, `dtype` and `stream`.
+        device: where both run.
         dtype: of the arithmetic.
         stream: read the models block by block.
         batch_tokens: padded tokens a batch may hold; by default what suits the device.
@@ -94,8 +96,10 @@ def evaluate(
     place = str(pick_device(device))
 
     def scored(source: Source) -> Scored:
-        opened = partial(open_source, source, device=place, dtype=dtype, stream=stream)
-        key = baseline_key(source.fingerprint(), dtype, place, batch_tokens)
+        wanted = runtime if source is sources[-1] else None
+        opened = partial(open_source, source, runtime=wanted, device=place, dtype=dtype, stream=stream)
+        chosen = runtime_of(source, wanted, device=place, dtype=dtype)
+        key = baseline_key(source.fingerprint(), dtype, place, batch_tokens, chosen)
         return Scored(source, opened, key, batch_tokens=batch_tokens, prompts=prompts)
 
     scores: list[dict[str, TaskScore]] = []

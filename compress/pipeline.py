@@ -31,6 +31,7 @@ from compress.plan import make_plan
 from compress.random_checkpoint import PREFIX as RANDOM
 from compress.recipe import Recipe, read_recipe, steps_for
 from compress.record import RECORD_FILE, Journal, Record, Step
+from compress.runtimes.contract import GRAPH_RUNTIMES, pick_runtime
 from compress.scoring import Scored, baseline_key, versions_and_machine
 from compress.texts import calibration_texts, measure_texts, texts_to_calibrate
 
@@ -134,6 +135,7 @@ class _Run:
         )
         _check_prompts(evaluate.prompts, self.tasks)
         self.device = _device(device)
+        self.runtime = pick_runtime(self.recipe.runtime, self.plan.quantized, device=self.device, dtype=self.recipe.dtype)
         self.fingerprint = self.source.fingerprint()
         short = ("random-" if self.source.is_random else "") + self.source.name.split("/")[-1].split(",")[0].removeprefix(RANDOM)
         self.name = f"{recipe.name}-{short}-{self._identity()}"
@@ -214,10 +216,24 @@ class _Run:
         return CalibrationSource(texts, None if wanted.prompts == "model" else wanted.prompts, wanted.max_tokens)
 
     def _make_variant(self) -> dict[str, Any]:
-        target, steps = self.folder / VARIANT, self.recipe.steps
+        target = self.folder / VARIANT
         done = make_variant(
-            self.source, self.shape, steps, self.fingerprint, target, self.journal, self.say, self.calibration, self.device
+            self.source,
+            self.shape,
+            self.recipe.steps,
+            self.fingerprint,
+            target,
+            self.journal,
+            self.say,
+            self.calibration,
+            self.device,
+            self.runtime,
+            self.recipe.dtype,
         )
+        if self.runtime in GRAPH_RUNTIMES:
+            from compress.runtimes.lower import lower
+
+            self.say(f"lowered for {self.runtime}: {lower(target, self.runtime).name}")
         return {"steps": done}
 
     def _source(self, role: str) -> Source:

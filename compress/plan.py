@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from compress.errors import UserError
+from compress.layers.scheme import QuantizedLayer
 from compress.memory import available_memory_bytes, gigabytes
 from compress.models.shape import ModelShape
 from compress.recipe import Recipe, steps_for
+from compress.runtimes.contract import pick_runtime
 
 # What the estimates of time rest on; rough by nature, and said to be so where they are printed.
 MEMORY_BYTES_PER_SECOND = 2e9  # elementwise passes over weights and reading files
@@ -46,6 +49,10 @@ class Plan:
     evaluate_seconds: float | None
     """None where the tasks' sizes are not known before they are read."""
     measure_seconds: float
+    runtime: str
+    """What is to execute the variant."""
+    quantized: Mapping[str, QuantizedLayer]
+    """How layers and tables would be stored, by name."""
     problems: tuple[str, ...]
     """What does not fit, in sentences."""
 
@@ -57,6 +64,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         UserError: a step does not fit the model (a pattern that matches none of its layers, say).
     """
     after, step_memory, touched, operations, notes = shape.as_stored(), 0, 0, 0.0, []
+    quantized: dict[str, QuantizedLayer] = {}
     calibration_tokens = recipe.calibration.count * TYPICAL_LENGTH
     for index, step in enumerate(steps_for(recipe, shape)):
         try:
@@ -67,6 +75,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         step_memory = max(step_memory, estimate.memory_bytes)
         touched += estimate.bytes_touched
         operations += estimate.flops
+        quantized |= estimate.quantized
         if step.calibrates:
             # Once to see the inputs, once to pass them on; a batch's activations beside the segment, which is in float32 then.
             operations += 2 * calibration_tokens * shape.flops_per_token(TYPICAL_LENGTH)
@@ -90,9 +99,16 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         apply_seconds=(touched + shape.bytes) / MEMORY_BYTES_PER_SECOND + variant_bytes / DISK_BYTES_PER_SECOND + operations / rate,
         evaluate_seconds=2 * EMBEDDED_TASK_TOKENS * encode if mini_only else None,
         measure_seconds=3 * (PROCESS_SECONDS + (recipe.measure.rounds + 1) * texts_tokens * encode),
+        runtime=recipe.runtime,
+        quantized=quantized,
         problems=(),
     )
-    return Plan(**{**plan.__dict__, "problems": tuple(_problems(plan, output))})
+    problems = _problems(plan, output)
+    try:
+        plan = replace(plan, runtime=pick_runtime(recipe.runtime, quantized, dtype=recipe.dtype))
+    except UserError as error:
+        problems.append(error.message)
+    return replace(plan, problems=tuple(problems))
 
 
 def _problems(plan: Plan, output: Path) -> list[str]:
@@ -130,6 +146,7 @@ def describe(plan: Plan) -> str:
     lines = [
         f"model     {plan.model}: {plan.parameters / 1e6:,.1f} M parameters",
         *(f"step      {note}" for note in plan.steps or ("none: the model is measured as it is",)),
+        f"runtime   {plan.runtime}",
         f"size      {gigabytes(plan.half_bytes)} in half precision -> {gigabytes(plan.variant_bytes)} "
         f"({plan.variant_bytes / plan.half_bytes:.2f}x, {8 * plan.variant_bytes / plan.parameters:.2f} bits a parameter)",
         f"memory    {gigabytes(plan.apply_memory_bytes)} while compressing, "

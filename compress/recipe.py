@@ -104,8 +104,11 @@ class Recipe(Section):
     """When to use it, in a line."""
     model: str = "minilm"
     """A built-in name, a folder or a hub name; `--model` overrides it."""
-    runtime: Literal["torch"] = "torch"
-    """What executes the variant."""
+    runtime: Literal["torch", "onnxruntime", "openvino", "auto"] = "torch"
+    """What executes the variant: `torch`; `onnxruntime` and `openvino`, on a CPU and without torch; `auto`: the fastest that is
+    installed and executes the numbers that the steps make."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of the variant's floating-point arithmetic; left out: float32 on a CPU, float16 on a GPU."""
     seed: int = 0
     """Seed of everything that is sampled."""
     fold: bool = True

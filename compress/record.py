@@ -18,6 +18,7 @@ from compress.errors import UserError
 from compress.measure.statistics import Interval
 from compress.memory import memory_bytes
 from compress.models.checkpoint import write_text_atomic
+from compress.processor import cpu_flags, cpu_name
 
 RECORD_FILE = "record.json"
 PACKAGES = (
@@ -29,6 +30,8 @@ PACKAGES = (
     "sentence-transformers",
     "scikit-learn",
     "numpy",
+    "onnxruntime",
+    "openvino",
 )
 
 
@@ -223,19 +226,11 @@ def versions() -> dict[str, str]:
 
 def machine(gpu: str | None) -> Machine:
     """Describe this machine; `gpu` is the name of the accelerator in use, if any."""
-    cpu, flags = platform.processor() or platform.machine(), set()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        text = information.read_text(encoding="utf-8")
-        found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
-        cpu = found.group(1) if found else cpu
-        found = re.search(r"^flags\s*:\s*(.+)$", text, re.M)
-        flags = set(found.group(1).split()) if found else set()
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
     return Machine(
-        cpu=cpu,
+        cpu=cpu_name(),
         cores=os.cpu_count() or 1,
-        instructions=tuple(flag for flag in wanted if flag in flags),
+        instructions=tuple(flag for flag in wanted if flag in cpu_flags()),
         memory_bytes=memory_bytes(),
         gpu=gpu,
         system=f"{platform.system()} {platform.machine()}",

@@ -87,9 +87,9 @@ class Scored:
         )
 
 
-def baseline_key(fingerprint: str, dtype: str | None, device: str, batch_tokens: int | None) -> str:
-    """Name everything that decides a model's vectors: files, precision, batches, packages, machine."""
-    decided = [fingerprint, dtype, device, batch_tokens, versions_and_machine(device)]
+def baseline_key(fingerprint: str, dtype: str | None, device: str, batch_tokens: int | None, runtime: str = "torch") -> str:
+    """Name everything that decides a model's vectors: files, precision, batches, runtime, packages, machine."""
+    decided = [fingerprint, dtype, device, batch_tokens, runtime, versions_and_machine(device)]
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -31,7 +31,7 @@ LEVELS = [
     ["output"],
     ["models"],
     ["layers"],
-    ["texts", "cache", "memory"],
+    ["texts", "cache", "memory", "processor"],
     ["errors", "data"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -48,6 +48,11 @@ NO_TORCH = [
     "cli",
     "models/embedder.py",
     "models/tokens.py",
+    "models/variant.py",
+    "runtimes/contract.py",
+    "runtimes/graph_embedder.py",
+    "runtimes/onnx_runtime.py",
+    "runtimes/openvino_runtime.py",
 ]
 
 

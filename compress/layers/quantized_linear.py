@@ -13,13 +13,16 @@ from compress.layers.packing import packed_width
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
 from compress.layers.torch_packing import pack, unpack
 
-QMAX = 127  # symmetric: -128 is not used, so that negating a value never overflows
+QMAX = 127  # where the scales of symmetric grids end
 
 
 def quantize_symmetric(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Round `x / scale` to the nearest int8 in [-127, 127]; `scale` broadcasts against `x`."""
+    """Round `x / scale` to the nearest int8, ties to even, as ONNX's QuantizeLinear does; `scale` broadcasts against `x`.
+
+    What a static scale cuts off ends at -128 or 127: one more than the grid has below, because every runtime saturates there.
+    """
     # In float32 whatever x is: bfloat16 cannot hold the integers between 128 and 256 that rounding may pass through.
-    return (x.float() / scale).round_().clamp_(-QMAX, QMAX).to(torch.int8)
+    return (x.float() / scale).round_().clamp_(-QMAX - 1, QMAX).to(torch.int8)
 
 
 class QuantizedLinear(CompressedLayer):

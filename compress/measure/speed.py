@@ -31,7 +31,8 @@ class Speed(BaseModel):
     latency_p50_ms: float
     latency_p99_ms: float
     """Of one text at a time."""
-    threads: int
+    threads: int | None
+    """CPU threads; None where the measured does not tell."""
     loaded_bytes: int | None
     """Anonymous memory above the process's imports once the model is ready; None where the kernel does not tell."""
     peak_bytes: int | None

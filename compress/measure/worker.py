@@ -26,21 +26,18 @@ class Worker:
 
     def load(self, loader: str, arguments: dict[str, Any], threads: int | None) -> dict[str, Any]:
         """Load the embedder by calling `loader` ("module:function") with `arguments`, and say what memory that took."""
-        import torch
-
         module = importlib.import_module(loader.partition(":")[0])
         # Memory counts from here: what the runtime's own imports take is no model's doing.
         if hasattr(module, "preload"):
             module.preload(**arguments)
         load = getattr(module, loader.partition(":")[2])
-        if threads:
-            torch.set_num_threads(threads)
-        self.gpu = torch.cuda if torch.cuda.is_available() else None
+        torch: Any = sys.modules.get("torch")  # not imported here: a runtime without it is measured without it
+        self.gpu = torch.cuda if torch and torch.cuda.is_available() else None
         release_free_pages()
         self.imports_bytes = anonymous_bytes()
-        self.embedder = load(**arguments)
+        self.embedder = load(**arguments, **({"threads": threads} if threads else {}))
         release_free_pages()
-        return {"loaded_bytes": self._above_imports(anonymous_bytes()), "threads": torch.get_num_threads()}
+        return {"loaded_bytes": self._above_imports(anonymous_bytes()), "threads": getattr(self.embedder, "threads", None)}
 
     def memory(self, texts: list[str], batch_tokens: int | None) -> dict[str, Any]:
         """Encode all texts once and watch the memory; not timed, because watching takes a share of a core."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
@@ -30,6 +31,8 @@ class Estimate:
     """One line for people."""
     flops: float = 0.0
     """Floating-point operations beside passes over the weights and running the calibration texts."""
+    quantized: Mapping[str, QuantizedLayer] = field(default_factory=dict)
+    """How the layers that it quantizes would be stored, by name."""
 
 
 class Method(BaseModel):

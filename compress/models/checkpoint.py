@@ -8,7 +8,7 @@ import math
 import os
 import struct
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,8 @@ class TensorInfo:
 
     dtype: str
     shape: tuple[int, ...]
+    offset: int | None = field(default=None, compare=False)
+    """Byte of its file at which it begins, where it was read from one."""
 
     @property
     def parameters(self) -> int:
@@ -79,7 +81,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
     except (struct.error, ValueError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})", "download or write it again") from error
-    tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"}
+    tensors = {
+        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
     expected = 8 + length + sum(tensor.bytes for tensor in tensors.values())
     if path.stat().st_size != expected:
         raise UserError(

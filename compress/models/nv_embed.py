@@ -7,7 +7,7 @@ Lee et al. 2024, "NV-Embed", arXiv 2405.17428, section 3. Module names are those
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,10 @@ def instruction_prompts() -> dict[str, str]:
     return prompts
 
 
+Mean = Callable[[torch.Tensor], torch.Tensor]
+"""Averages the rows of each text in float32: [n, any] to [texts, any]."""
+
+
 class CrossAttention(nn.Module):
     """Tokens attend to the latents: no mask, no biases, heads laid out as (head, width)."""
 
@@ -158,11 +162,11 @@ class LatentAttention(nn.Module):
             [PreNorm(width, attention, latent_width), PreNorm(width, FeedForward(width))],
         )
 
-    def forward(self, hidden: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
-        """Pool: token vectors [n, width] and the text that each belongs to, int64 [n], to float32 [texts, width]."""
+    def forward(self, hidden: torch.Tensor, mean: Mean) -> torch.Tensor:
+        """Pool: token vectors [n, width] to float32 [texts, width]."""
         attend, feed = _blocks(self)
         attended = hidden + attend.fn(attend.norm(hidden), attend.norm_context(self.latents))
-        return _mean(attended + feed.fn.net(feed.norm(attended)), text, texts)
+        return mean(attended + feed.fn.net(feed.norm(attended)))
 
 
 def _blocks(head: LatentAttention) -> tuple[Any, Any]:
@@ -190,21 +194,36 @@ class FoldedLatentAttention(nn.Module):
         self.feed_norm = nn.LayerNorm(width)
         self.net = FeedForward(width).net
 
-    def forward(self, hidden: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, mean: Mean) -> torch.Tensor:
         """Pool; see `LatentAttention.forward`."""
         scores = self.scores(self.norm(hidden)).unflatten(-1, (self.heads, -1))
         attended = hidden + self.values(scores.softmax(dim=-1).flatten(-2))
         gated = self.net[1](self.net[0](self.feed_norm(attended)))
         # Back to the compute dtype for the last product; the residual's mean stays in float32.
-        last: torch.Tensor = self.net[2](_mean(gated, text, texts).to(hidden.dtype))
-        return _mean(attended, text, texts) + last.float()
+        last: torch.Tensor = self.net[2](mean(gated).to(hidden.dtype))
+        return mean(attended) + last.float()
 
 
-def _mean(x: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
-    """Average the rows of each text in float32: [n, width], int64 [n] to [texts, width]."""
-    sums = torch.zeros((texts, x.shape[1]), dtype=torch.float32, device=x.device).index_add_(0, text, x.float())
-    counts = torch.zeros(texts, device=x.device).index_add_(0, text, torch.ones_like(text, dtype=torch.float32))
-    return sums / counts.unsqueeze(1)
+def mean_of_rows(text: torch.Tensor, texts: int) -> Mean:
+    """Average the rows of each text: `text`, int64 [n], says whose each row is."""
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        sums = torch.zeros((texts, x.shape[1]), dtype=torch.float32, device=x.device).index_add_(0, text, x.float())
+        counts = torch.zeros(texts, device=x.device).index_add_(0, text, torch.ones_like(text, dtype=torch.float32))
+        return sums / counts.unsqueeze(1)
+
+    return mean
+
+
+def mean_of_padded(mask: torch.Tensor) -> Mean:
+    """Average the rows of a padded batch, texts one after another, by a mask, int64 [texts, length]."""
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        weights = mask.to(torch.float32)
+        sums: torch.Tensor = (weights.unsqueeze(1) @ x.float().view(*mask.shape, x.shape[1])).squeeze(1)
+        return sums / weights.sum(dim=1, keepdim=True)
+
+    return mean
 
 
 @torch.no_grad()
@@ -263,7 +282,13 @@ class NVEmbedNetwork(nn.Module):
     def pool(self, hidden: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
         """Pool hidden states [b, length, width] by a mask, int64 [b, length], to float32 [b, width]."""
         text, position = pool_mask.nonzero(as_tuple=True)
-        pooled: torch.Tensor = self.latent_attention_model(hidden[text, position], text, len(hidden))
+        return self._normalized(self.latent_attention_model(hidden[text, position], mean_of_rows(text, len(hidden))))
+
+    def pool_padded(self, hidden: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
+        """Pool as `pool` does, by steps whose shapes do not depend on the mask: the head sees all tokens, the mean not."""
+        return self._normalized(self.latent_attention_model(hidden.flatten(0, 1), mean_of_padded(pool_mask)))
+
+    def _normalized(self, pooled: torch.Tensor) -> torch.Tensor:
         return F.normalize(pooled, dim=1) if self.normalize else pooled
 
 

@@ -9,12 +9,25 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from compress.errors import UserError
 from compress.models.spec import EmbedderSpec
 
 Ids = npt.NDArray[np.int64]
 
 # Tokens. Above this a text is not padded, nor are others padded to it.
 LONGEST_PADDED = 2_048
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """Open a folder's `tokenizer.json`.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no tokenizer.json")
+    return Tokenizer.from_file(str(path))
 
 
 class TextTokenizer:

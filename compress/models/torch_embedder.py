@@ -71,6 +71,11 @@ class TorchEmbedder(BatchedEmbedder):
         vectors: Vectors = self.pool(self.hidden(ids, mask), mask, pool_from).cpu().numpy()
         return vectors
 
+    @property
+    def threads(self) -> int:
+        """How many CPU threads compute."""
+        return torch.get_num_threads()
+
     def compile(self) -> None:
         """Run the network through `torch.compile` from now on."""
         self.model = torch.compile(self.model, dynamic=True)  # type: ignore[assignment]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from compress.errors import UserError
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
 from compress.models.spec import EmbedderSpec
+from compress.models.tokens import TextTokenizer, open_tokenizer
 
 VARIANT_FILE = "variant.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -34,6 +35,10 @@ class VariantInfo(BaseModel):
     """False: made from random weights, to measure speed and memory; its vectors mean nothing."""
     folded: bool = False
     """Whether NV-Embed's latent head is folded."""
+    runtime: str = "torch"
+    """What it was made for and measured in; `compress.load` opens it there."""
+    dtype: str | None = None
+    """Of the floating-point arithmetic in that runtime; None: its default on the device."""
     quantized: dict[str, QuantizedLayer]
     """Linear layers and tables, by their names in the network."""
     steps: list[dict[str, Any]]
@@ -49,6 +54,10 @@ class VariantInfo(BaseModel):
         """Name the activation scheme, or several joined by `+`; tables have none and are not asked."""
         schemes = {layer.activations for layer in self.quantized.values()}
         return "+".join(sorted(schemes - {ActivationScheme.NONE})) or ActivationScheme.NONE
+
+    def tokenizer(self, folder: Path) -> TextTokenizer:
+        """Open the tokenizer that lies beside."""
+        return TextTokenizer(open_tokenizer(folder), self.max_length, self.spec)
 
     def write(self, folder: Path) -> None:
         """Write `variant.json`."""

@@ -18,7 +18,7 @@ from compress.models.checkpoint import weight_files
 from compress.models.network import empty_network, load_network, read_config
 from compress.models.nv_embed import NVEmbedder, NVEmbedNetwork, is_nv_embed, read_nv_spec
 from compress.models.spec import EmbedderSpec, read_spec, transformer_folder
-from compress.models.tokens import TextTokenizer
+from compress.models.tokens import TextTokenizer, open_tokenizer
 from compress.models.torch_embedder import TorchEmbedder
 from compress.models.variant import VariantInfo, is_variant
 from compress.models.weights import Weights
@@ -46,6 +46,11 @@ def pick_device(device: str | None) -> torch.device:
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     """Return the named compute dtype; by default half precision on a GPU and float32 on a CPU, where half is slow."""
     return DTYPES[dtype or ("float32" if device.type == "cpu" else "float16")]
+
+
+def use_threads(threads: int) -> None:
+    """Let torch compute with so many CPU threads, in the whole process."""
+    torch.set_num_threads(threads)
 
 
 def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -82,14 +87,6 @@ def import_architecture(folder: Path) -> None:
     AutoModel._model_mapping[type(read_config(transformer_folder(folder)))]
 
 
-def open_tokenizer(folder: Path) -> Tokenizer:
-    """Open a folder's `tokenizer.json`."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"{folder}: no tokenizer.json")
-    return Tokenizer.from_file(str(path))
-
-
 def _kind(model: nn.Module) -> type[TorchEmbedder]:
     return NVEmbedder if isinstance(model, NVEmbedNetwork) else TorchEmbedder
 
@@ -113,7 +110,7 @@ def read_text_side(folder: Path) -> tuple[EmbedderSpec, TextTokenizer]:
 
     if is_variant(folder):
         info = VariantInfo.read(folder)
-        return info.spec, TextTokenizer(open_tokenizer(folder), info.max_length, info.spec)
+        return info.spec, info.tokenizer(folder)
     if is_nv_embed(folder):
         spec = read_nv_spec(folder)
         # Its tokenizer.json as it stands: that is what the original loads, and it needs nothing from a hub.

@@ -65,8 +65,8 @@ def test_a_kernel_that_saturates_is_not_chosen(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_rounding_known_answer() -> None:
-    x = torch.tensor([[1.27, -1.27, 0.004, 0.006, -0.016]])
-    assert quantize_symmetric(x, torch.tensor(0.01)).tolist() == [[127, -127, 0, 1, -2]]
+    x = torch.tensor([[1.27, -1.27, 0.004, 0.006, -0.016, 9.0, -9.0]])
+    assert quantize_symmetric(x, torch.tensor(0.01)).tolist() == [[127, -127, 0, 1, -2, 127, -128]]
     weight = torch.tensor([[2.54, -1.0], [0.0, 0.0]])
     scale = find_grid(weight, 8).scale[:, 0]
     torch.testing.assert_close(scale[0], torch.tensor(0.02))

@@ -97,6 +97,7 @@ class QuantizeLinears(Method):
             memory_bytes=largest * (4 + 4 + 1) + self.work_bytes([linears[name] for name in chosen]),
             bytes_touched=weights * (4 + 4 + 1),
             flops=self.work_flops([linears[name] for name in chosen]),
+            quantized=chosen,
             note=f"{len(chosen)} linear layers, {weights / 1e6:,.1f} M weights to {kinds}, activations {schemes}; "
             f"{bits:.2f} bits a weight of these layers, scales counted",
         )

@@ -51,6 +51,7 @@ class Embeddings(Method):
             after=ModelShape(shape.name, tensors, shape.config),
             memory_bytes=values * (4 + 1),
             bytes_touched=values * (4 + 1),
+            quantized={name: self._layer()},
             note=f"token embeddings, {values / 1e6:,.1f} M values to {self._layer().name}",
         )
 

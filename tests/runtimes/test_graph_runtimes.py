@@ -1,0 +1,281 @@
+"""Graph runtimes execute a variant's own numbers: the weights' bytes, the vectors, what is refused, without torch, by many threads."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from safetensors import safe_open
+from tests_support import compress_to
+
+import compress
+import compress.processor
+from compress.errors import UserError
+from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
+from compress.methods.base import Method
+from compress.methods.fold import Fold
+from compress.methods.quantize.embeddings import Embeddings
+from compress.methods.quantize.gptq import GPTQ
+from compress.methods.quantize.rtn import RTN
+from compress.methods.quantize.smoothquant import SmoothQuant
+from compress.models.variant import VariantInfo
+from compress.runtimes import contract
+from compress.runtimes.contract import GRAPH_RUNTIMES, RUNTIMES, RuntimeName, graph_file, pick_runtime
+from compress.runtimes.lower import lower
+
+BOTH = [str(name) for name in GRAPH_RUNTIMES]
+TEXTS = ["", "a", "one two", "the parcel never came, and nobody at the depot knew of it", "🙂 日本語", "rain by the evening"]
+
+
+def opened(folder: Path, runtime: str, **settings: object):  # type: ignore[no-untyped-def]
+    if runtime in BOTH:
+        pytest.importorskip(runtime, reason=f"{runtime} is not installed")
+        if not graph_file(folder, runtime).exists():
+            lower(folder, runtime)
+    return compress.load(str(folder), runtime=runtime, device="cpu", **settings)
+
+
+def cosines(folder: Path, runtime: str, texts: Sequence[str], prompt: str | None = None) -> np.ndarray:
+    ours, theirs = (opened(folder, name).encode(texts, prompt) for name in (runtime, "torch"))
+    return (ours * theirs).sum(axis=1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+
+
+@pytest.mark.parametrize("runtime", BOTH)
+@pytest.mark.parametrize(
+    ("kind", "pooling", "normalize"),
+    [
+        ("bert", "mean", True),
+        ("bert", "cls", False),
+        ("roberta", "mean", True),
+        ("mistral", "lasttoken", True),
+        ("qwen3", "mean", False),
+        ("modernbert", "cls", True),
+        ("gemma3_text", "mean", True),
+    ],
+)
+def test_half_precision_gives_torch_s_vectors(
+    make_model, mixed_texts, tmp_path: Path, runtime: str, kind: str, pooling: str, normalize: bool
+) -> None:
+    compress_to(make_model(kind, pooling, normalize), tmp_path / "variant")
+    texts = mixed_texts[:60]  # empty, of one token, of 5,000 words
+    ours, theirs = (opened(tmp_path / "variant", name).encode(texts) for name in (runtime, "torch"))
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+INTEGERS: dict[str, tuple[Method, ...]] = {
+    "int8": (RTN(activations="none"),),
+    "int8-groups": (RTN(activations="none", group_size=32, symmetric=False),),
+    "int4-rows": (RTN(bits=4, activations="none"),),
+    "int4-g16": (RTN(bits=4, activations="none", group_size=16),),
+    "int4-g16-zeros": (RTN(bits=4, activations="none", group_size=16, symmetric=False),),
+    "int4-zeros-ragged": (RTN(bits=4, activations="none", group_size=32, symmetric=False),),
+    "table8": (Embeddings(bits=8),),
+    "table8-groups": (Embeddings(bits=8, group_size=32),),
+    "table4": (Embeddings(bits=4, group_size=32),),
+}
+
+
+@pytest.mark.parametrize("runtime", BOTH)
+@pytest.mark.parametrize("steps", INTEGERS.values(), ids=INTEGERS)
+def test_integer_weights_give_torch_s_vectors(
+    request: pytest.FixtureRequest, bert: Path, tmp_path: Path, runtime: str, steps: tuple[Method, ...]
+) -> None:
+    compress_to(bert, tmp_path / "variant", *steps)
+    if "ragged-openvino" in request.node.name:
+        with pytest.raises(UserError, match="has 48 four-bit inputs in groups of 32; openvino takes groups that divide them alone"):
+            lower(tmp_path / "variant", runtime)
+        return
+    ours, theirs = (opened(tmp_path / "variant", name).encode(TEXTS) for name in (runtime, "torch"))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "step"),
+    [(runtime, SmoothQuant(activations="static_per_tensor")) for runtime in BOTH]
+    + [("onnxruntime", RTN(activations=scheme)) for scheme in ("dynamic_per_tensor", "dynamic_per_token")]
+    + [("onnxruntime", SmoothQuant())],
+    ids=lambda value: value if isinstance(value, str) else f"{value.method}-{value.activations}",
+)
+@pytest.mark.parametrize("kind", ["bert", "mistral"])
+def test_quantized_activations_are_the_same_integers(make_model, tmp_path: Path, kind: str, runtime: str, step: Method) -> None:
+    compress_to(make_model(kind), tmp_path / "variant", step)
+    # Texts of one length each, because one scale for all tokens of a batch would see other texts.
+    found = [cosines(tmp_path / "variant", runtime, [text]) for text in TEXTS]
+    # A value that floating point moves across the middle between two integers is rounded to the other one.
+    assert np.min(found) > 0.9995
+    assert np.median(found) > 0.9999
+
+
+@pytest.mark.parametrize("runtime", BOTH)
+@pytest.mark.parametrize("steps", [(), (Fold(),), (Fold(), GPTQ(bits=4, group_size=16))], ids=["published", "folded", "int4"])
+def test_nv_embed_with_its_prompt_left_out_of_the_pool(nv_embed: Path, tmp_path: Path, runtime: str, steps: tuple) -> None:
+    compress_to(nv_embed, tmp_path / "variant", *steps)
+    for prompt in ("Instruct: find it\nQuery: ", ""):
+        assert cosines(tmp_path / "variant", runtime, TEXTS, prompt).min() > 1 - 1e-6
+    texts = opened(tmp_path / "variant", runtime)
+    assert not np.allclose(texts.encode(TEXTS, "Instruct: find it\nQuery: "), texts.encode(TEXTS, ""), atol=1e-3)
+
+
+@pytest.mark.parametrize("runtime", BOTH)
+@pytest.mark.parametrize("step", [SmoothQuant(activations="static_per_tensor"), RTN(bits=4, activations="none", group_size=16)])
+def test_a_graph_s_weights_are_the_variant_s_bytes(bert: Path, tmp_path: Path, runtime: str, step: Method) -> None:
+    folder = tmp_path / "variant"
+    compress_to(bert, folder, step, Embeddings(bits=8))
+    lower(folder, runtime)
+    model = onnx.load(graph_file(folder, runtime))  # with what it refers to
+    seen = set()
+    with safe_open(folder / "model.safetensors", "numpy") as stored:
+        for weight in model.graph.initializer:
+            name = weight.name.removesuffix(".pairs")
+            if name in stored.keys():  # noqa: SIM118  not a mapping
+                seen.add(name)
+                assert weight.raw_data == stored.get_tensor(name).tobytes()
+        # Scales and factors of an input that several layers share are referred to once.
+        left = {name for name in set(stored.keys()) - seen if not name.endswith((".input_scale", ".input_factor"))}
+    assert not left
+    assert graph_file(folder, runtime).stat().st_size < 200_000
+
+
+def test_batches_streams_and_order_change_nothing(bert: Path, mixed_texts, tmp_path: Path) -> None:
+    compress_to(bert, tmp_path / "variant", RTN(activations="none"))
+    for runtime in BOTH:
+        whole = opened(tmp_path / "variant", runtime, threads=1).encode(mixed_texts, batch_tokens=10_000)
+        small = opened(tmp_path / "variant", runtime, threads=4).encode(mixed_texts, batch_tokens=64)
+        np.testing.assert_allclose(whole, small, atol=1e-5)
+
+
+@pytest.mark.parametrize("runtime", BOTH)
+def test_eight_threads_of_small_requests(bert: Path, mixed_texts, tmp_path: Path, runtime: str) -> None:
+    compress_to(bert, tmp_path / "variant", SmoothQuant(activations="static_per_tensor"))
+    embedder = opened(tmp_path / "variant", runtime, threads=2)
+    requests = [mixed_texts[start : start + 3] for start in range(0, 240, 3)]
+    alone = [embedder.encode(texts) for texts in requests]
+    answers: list[np.ndarray | None] = [None] * len(requests)
+
+    def serve(first: int) -> None:
+        for index in range(first, len(requests), 8):
+            answers[index] = embedder.encode(requests[index])
+
+    threads = [threading.Thread(target=serve, args=(first,)) for first in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for answer, expected in zip(answers, alone, strict=True):
+        np.testing.assert_array_equal(answer, expected)
+
+
+WITHOUT_TORCH = """
+import sys
+import compress
+embedder = compress.load(sys.argv[1])
+assert embedder.encode(["a text", ""]).shape == (2, 48)
+heavy = {"torch", "transformers", "onnx", "mteb"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("runtime", BOTH)
+def test_a_variant_runs_where_it_was_made_for_without_torch(bert: Path, tmp_path: Path, runtime: str) -> None:
+    pytest.importorskip(runtime, reason=f"{runtime} is not installed")
+    folder = tmp_path / "variant"
+    compress_to(bert, folder, RTN(activations="none"))
+    VariantInfo.read(folder).model_copy(update={"runtime": runtime}).write(folder)
+    assert not graph_file(folder, runtime).exists()  # another process writes it
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(folder)], check=True)
+    assert graph_file(folder, runtime).exists()
+
+
+def test_bfloat16_in_openvino(bert: Path, tmp_path: Path) -> None:
+    compress_to(bert, tmp_path / "variant")
+    exact, rounded = (opened(tmp_path / "variant", "openvino", dtype=dtype).encode(TEXTS) for dtype in ("float32", "bfloat16"))
+    cosine = (exact * rounded).sum(axis=1)
+    assert cosine.min() > 0.999
+    if "avx512_bf16" in compress.processor.cpu_flags():
+        assert cosine.min() < 1 - 1e-7
+
+
+def layer(**settings: object) -> dict[str, QuantizedLayer]:
+    return {"encoder.layer.0.output.dense": QuantizedLayer(**{"bits": 8, **settings})}  # type: ignore[arg-type]
+
+
+def test_auto_is_the_fastest_that_executes_the_variant_s_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = set(RuntimeName)
+    monkeypatch.setattr(contract.Runtime, "is_installed", property(lambda self: self.name in installed))
+    static, dynamic = ({"activations": ActivationScheme(name)} for name in ("static_per_tensor", "dynamic_per_token"))
+    assert pick_runtime("auto", layer(**static)) == "openvino"
+    assert pick_runtime("auto", layer(**dynamic)) == "onnxruntime"
+    assert pick_runtime("auto", layer(bits=3)) == "torch"
+    assert pick_runtime("auto", layer(numbers=Numbers.FLOAT8)) == "torch"
+    assert pick_runtime("auto", {}, dtype="bfloat16") == "openvino"
+    assert pick_runtime("auto", layer(**static), device="cuda") == "torch"
+    installed.remove(RuntimeName.OPENVINO)
+    assert pick_runtime("auto", layer(**static)) == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "settings", "where", "said"),
+    [
+        ("openvino", {"activations": ActivationScheme.DYNAMIC_PER_TOKEN}, {}, r"openvino does not execute int8 weights with activations "
+         r"dynamic_per_token \(encoder\.layer\.0\.output\.dense\)"),
+        ("onnxruntime", {"bits": 3, "group_size": 64}, {}, r"onnxruntime does not execute int3-g64 weights \(encoder\.layer\.0"),
+        ("openvino", {"numbers": Numbers.NF4, "bits": 4}, {}, "openvino does not execute nf4 weights"),
+        ("onnxruntime", {"bits": 4, "activations": ActivationScheme.STATIC_PER_TENSOR}, {}, "int4 weights with activations static"),
+        ("openvino", {}, {"device": "cuda:0"}, "openvino runs on the CPU here, not on cuda:0"),
+        ("onnxruntime", {}, {"dtype": "bfloat16"}, "onnxruntime does not compute in bfloat16"),
+    ],
+)  # fmt: skip
+def test_refusals_name_the_layer_and_who_does(wanted: str, settings: dict, where: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said) as refused:
+        pick_runtime(wanted, layer(**settings), **where)
+    assert "torch" in refused.value.hint
+
+
+def test_more_refusals(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="openvino executes variants, and this is a checkpoint"):
+        compress.load(str(bert), runtime="openvino")
+    with pytest.raises(UserError, match="runtime 'openvno' is not known") as refused:
+        compress.load(str(bert), runtime="openvno")
+    assert "openvino" in refused.value.hint
+    compress_to(bert, tmp_path / "variant", SmoothQuant(activations="static_per_tensor"))
+    with pytest.raises(UserError, match="only torch compiles or streams"):
+        compress.load(str(tmp_path / "variant"), runtime="onnxruntime", stream=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(contract.Runtime, "is_installed", property(lambda self: self.name != "openvino"))
+        with pytest.raises(UserError, match=r"openvino is not installed: pip install 'compress-embedders\[openvino\]'"):
+            compress.load(str(tmp_path / "variant"), runtime="openvino")
+    monkeypatch.setattr(contract, "multiplies_bytes_exactly", lambda: False)
+    with pytest.raises(UserError, match="would let products of bytes overflow on this CPU"):
+        compress.load(str(tmp_path / "variant"), runtime="onnxruntime")
+
+
+def test_rows_of_an_odd_number_of_four_bit_integers_are_refused(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress.runtimes import lowered_layers
+
+    compress_to(bert, tmp_path / "variant", RTN(bits=4, activations="none"))
+    whole = lowered_layers.TracedLinear.__init__
+
+    def odd(self: object, linear: object) -> None:
+        whole(self, linear)  # type: ignore[arg-type]
+        self.width -= 1  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(lowered_layers.TracedLinear, "__init__", odd)
+    with pytest.raises(UserError, match="rows of 47 four-bit integers; graphs take even rows alone"):
+        lower(tmp_path / "variant", "openvino")
+
+
+def test_every_runtime_of_the_table_has_an_opener() -> None:
+    assert list(RUNTIMES) == [runtime.name for runtime in RUNTIMES.values()]
+    for runtime in RUNTIMES.values():
+        if runtime.is_installed:
+            assert callable(importlib.import_module(runtime.opener).open_variant)
