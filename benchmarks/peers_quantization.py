@@ -74,6 +74,10 @@ class Row:
     environment: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def said(self) -> dict[str, Any]:
+        """Return the options without where things lie on this machine."""
+        return {key: value for key, value in self.options.items() if key != "model"}
+
 
 REFERENCE = Row("sentence-transformers fp32", "SentenceTransformers", "sentence-transformers", {"dtype": "float32"})
 ROWS = (
@@ -208,7 +212,7 @@ class Bench:
         self.fingerprint = self.source.fingerprint()
         self.calibration = digest(lines)
         self.keys = {row.name: self._key(row) for row in rows}
-        self.results = {row.name: Result(row.name, row.environment, row.options) for row in rows}
+        self.results = {row.name: Result(row.name, row.environment, row.said()) for row in rows}
         self.failed: set[str] = set()
         self.pythons: dict[str, Path] = {OURS: Path(sys.executable)}
         self.versions: dict[str, dict[str, str]] = {}
@@ -359,6 +363,12 @@ def busy_seconds() -> float:
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
+def elsewhere(words: Sequence[str]) -> list[str]:
+    """Leave out of a command what says where this machine keeps things."""
+    places = ("--environments", "--output")
+    return [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & set(places)]
+
+
 def unit(vectors: Any) -> Any:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
@@ -472,7 +482,7 @@ def main() -> None:
     print(shown, end="")
     found = {
         "created": now(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "benchmarks/peers_quantization.py", *elsewhere(sys.argv[1:])]),
         "machine": machine(None).model_dump(mode="json"),
         "base": {"name": bench.source.name, "fingerprint": bench.fingerprint},
         "texts": {"source": arguments.texts, "count": len(texts), "seed": arguments.seed},

@@ -25,6 +25,7 @@ def test_a_recipe_runs_to_its_end(request: pytest.FixtureRequest, path: Path, ki
     methods = {step.method for step in recipe.steps}
     if "bitsandbytes" in methods:
         pytest.importorskip("bitsandbytes", reason="the extra `bitsandbytes` is not installed")
+    pytest.importorskip(recipe.runtime, reason=f"{recipe.runtime} is not installed")
     # The recipe's own steps; smaller, what is measured and the texts that are looked at.
     small = recipe.model_copy(
         update={
@@ -41,14 +42,18 @@ def test_a_recipe_runs_to_its_end(request: pytest.FixtureRequest, path: Path, ki
     record = run(small, model=str(folder), output=tmp_path, device="cpu")
     info = VariantInfo.read(tmp_path / record.run / "variant")
     assert info.folded == (kind == "nv_embed")
-    assert bool(info.quantized) == (methods != {"fold"})
+    assert bool(info.quantized) == bool(methods - {"fold"})
+    assert record.rows[-1].runtime == info.runtime == recipe.runtime
+    assert record.rows[-1].compute == (recipe.dtype or "float32")
     assert not any(name.startswith("latent_attention_model") for name in info.quantized)
-    assert record.rows[-1].size_bytes < 2 * record.model.parameters  # smaller than half precision
+    half = 2 * record.model.parameters
+    assert record.rows[-1].size_bytes < (half if methods else 1.1 * half)  # headers are a part of a tiny file
     embedder = compress.load(str(tmp_path / record.run), device="cpu")
     vectors, baseline = embedder.encode(TEXTS), compress.load(str(folder), device="cpu").encode(TEXTS)
     assert np.isfinite(vectors).all()
     assert record.fidelity is not None
     assert record.fidelity["cosine_mean"] > 0.6  # a random network forgives little; three bits and NF4 on 48 inputs least
     assert (vectors * baseline).sum(axis=1).min() > 0.3
-    streamed = compress.load(str(tmp_path / record.run), device="cpu", stream=True).encode(TEXTS)
-    np.testing.assert_array_equal(streamed, vectors)
+    if recipe.runtime == "torch":
+        streamed = compress.load(str(tmp_path / record.run), device="cpu", stream=True).encode(TEXTS)
+        np.testing.assert_array_equal(streamed, vectors)

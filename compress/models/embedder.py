@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -101,13 +102,7 @@ class BatchedEmbedder(ABC):
                 f"the prompt's {pool_from} tokens leave nothing of {self.tokenizer.max_length} for a text to be pooled"
             )
         chunks: list[Vectors] = []
-        iterator, seen = iter(texts), 0
-        while chunk := list(islice(iterator, CHUNK_TEXTS)):
-            for offset, text in enumerate(chunk):
-                if not isinstance(text, str):
-                    raise TypeError(f"texts[{seen + offset}] is {type(text).__name__}, not str")
-            seen += len(chunk)
-            rows = self.tokenizer([prompt + text for text in chunk] if prompt else chunk)
+        for chunk, rows in self._tokenized(texts, prompt):
             vectors = np.empty((len(rows), self.dimension), dtype=np.float32)
             order = list(batches_by_tokens([len(row) for row in rows], budget))
             batches = [pad_batch([rows[index] for index in batch]) for batch in order]
@@ -119,6 +114,38 @@ class BatchedEmbedder(ABC):
                 raise FloatingPointError(f"{self.name} gave a vector that is not finite, for {chunk[first][:80]!r}")
             chunks.append(vectors)
         return np.concatenate(chunks) if chunks else np.empty((0, self.dimension), dtype=np.float32)
+
+    def _tokenized(self, texts: Iterable[str], prompt: str) -> Iterator[tuple[list[str], list[Ids]]]:
+        """Yield texts, some at a time, and their ids; the next ones are tokenized while the caller computes with these."""
+        chunks = checked_chunks(texts)
+        chunk = next(chunks, None)
+        if chunk is None:
+            return
+        rows = self._ids(chunk, prompt)
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenizing") as beside:  # starts no thread before it is given work
+            while chunk is not None:
+                following = next(chunks, None)
+                ahead = None if following is None else beside.submit(self._ids, following, prompt)
+                yield chunk, rows
+                chunk, rows = following, [] if ahead is None else ahead.result()
+
+    def _ids(self, texts: list[str], prompt: str) -> list[Ids]:
+        return self.tokenizer([prompt + text for text in texts] if prompt else texts)
+
+
+def checked_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Cut texts into lists of `CHUNK_TEXTS`.
+
+    Raises:
+        TypeError: one is not a string.
+    """
+    iterator, seen = iter(texts), 0
+    while chunk := list(islice(iterator, CHUNK_TEXTS)):
+        for offset, text in enumerate(chunk):
+            if not isinstance(text, str):
+                raise TypeError(f"texts[{seen + offset}] is {type(text).__name__}, not str")
+        seen += len(chunk)
+        yield chunk
 
 
 def watched(items: Sequence[Item], what: str, show: bool) -> Iterator[Item]:

@@ -8,6 +8,7 @@ safetensors files (ONNX external data: file, offset, length), so it has the same
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,7 @@ def lower(folder: Path, runtime: str) -> Path:
     # Plain products and a softmax: both runtimes find attention in them and fuse it.
     backbone_of(network).set_attn_implementation("eager")  # type: ignore[operator]
     names = INPUTS[:2] if info.spec.pool_prompt else INPUTS
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, which no text network needs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own, about its own code
         program = torch.onnx.export(

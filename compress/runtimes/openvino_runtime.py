@@ -18,6 +18,9 @@ from compress.runtimes.graph_embedder import GraphEmbedder, lowered, threads_and
 # Python's own (openvino 2026.4). So it happens here: of threads that import a module, one runs it.
 openvino.Tensor(np.zeros(1, dtype=np.int64), shared_memory=True)
 
+# Kernels are compiled for every shape that comes, some 5 ms for a MiniLM, and kept. Batches have few shapes; single texts have one
+# for each length, so these are padded to a multiple of this, as their masks say.
+SINGLE_STEP = 8
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -47,6 +50,9 @@ class OpenVINOEmbedder(GraphEmbedder):
 
     def run(self, inputs: Sequence[Ids]) -> Vectors:
         """Run one batch; see `GraphEmbedder.run`."""
+        if len(inputs[0]) == 1:
+            missing = -inputs[0].shape[1] % SINGLE_STEP
+            inputs = [np.pad(rows, ((0, 0), (0, missing))) for rows in inputs]
         request = self._requests.get()
         try:
             request.infer(list(inputs), share_inputs=True)

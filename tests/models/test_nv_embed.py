@@ -17,7 +17,7 @@ from compress.errors import UserError
 from compress.methods.fold import Fold
 from compress.methods.quantize.rtn import RTN
 from compress.models.network import load_network
-from compress.models.nv_embed import PREFIX, NVEmbedNetwork, fold, instruction_prompts
+from compress.models.nv_embed import PREFIX, NVEmbedNetwork, fold, instruction_prompts, mean_of_rows
 from compress.models.segments import begin, run_block, segments_of
 from compress.models.shape import known_shape, read_shape
 from compress.models.variant import VariantInfo
@@ -114,11 +114,12 @@ def test_missing_and_extra_tensors_are_refused(checkpoint: Path, tmp_path: Path)
 def test_the_fold_keeps_the_function_in_half_precision_too(checkpoint: Path) -> None:
     head = load_network(checkpoint, torch.float64).latent_attention_model
     folded = fold(head)
-    hidden, text = torch.randn(9, 64, dtype=torch.float64), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2])
+    hidden = torch.randn(9, 64, dtype=torch.float64)
+    mean = mean_of_rows(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2]), 3)
     with torch.inference_mode():
-        expected = head(hidden, text, 3)  # before anything is cast: folding shares the head's norms and feed-forward part
-        torch.testing.assert_close(folded(hidden, text, 3), expected, rtol=1e-5, atol=1e-6)
-        rounded = folded.to(torch.bfloat16)(hidden.bfloat16(), text, 3)
+        expected = head(hidden, mean)  # before anything is cast: folding shares the head's norms and feed-forward part
+        torch.testing.assert_close(folded(hidden, mean), expected, rtol=1e-5, atol=1e-6)
+        rounded = folded.to(torch.bfloat16)(hidden.bfloat16(), mean)
         assert lowest_cosine(rounded, expected) > 0.999
 
 
