@@ -87,5 +87,6 @@ def lowered(folder: Path, runtime: str, dtype: str | None = None) -> Path:
         command = [sys.executable, "-m", "compress.runtimes.lower", str(folder), runtime]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise UserError(f"{folder}: could not be lowered for {runtime}", done.stderr.strip().splitlines()[-1])
+            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise UserError(f"{folder}: could not be lowered for {runtime}", said[-1])
     return path

@@ -22,9 +22,9 @@ FLOAT32 = "1"
 class OnnxEmbedder(GraphEmbedder):
     """A variant in onnxruntime."""
 
-    def __init__(self, name: str, folder: Path, threads: int | None = None) -> None:
+    def __init__(self, name: str, folder: Path, dtype: str | None = None, threads: int | None = None) -> None:
         """Open a variant's folder; see `open_variant`."""
-        graph = lowered(folder, RuntimeName.ONNXRUNTIME)
+        graph = lowered(folder, RuntimeName.ONNXRUNTIME, dtype)
         threads, streams = threads_and_streams(folder, threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads // streams
@@ -58,5 +58,4 @@ def open_variant(folder: Path, name: str, *, dtype: str | None = None, threads: 
     Raises:
         UserError: onnxruntime does not execute the variant's numbers or the dtype.
     """
-    lowered(folder, RuntimeName.ONNXRUNTIME, dtype)
-    return OnnxEmbedder(name, folder, threads)
+    return OnnxEmbedder(name, folder, dtype, threads)
