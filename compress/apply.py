@@ -17,6 +17,7 @@ from compress.models.shape import ModelShape
 from compress.models.spec import EmbedderSpec, transformer_folder
 from compress.models.variant import VariantInfo
 from compress.record import Journal
+from compress.runtimes.contract import GRAPH_RUNTIMES
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ def make_variant(
 
     from compress.calibration import Inputs
     from compress.models.segments import Kind, segments_of
-    from compress.models.shards import join_shards, shard, write_tensors
+    from compress.models.shards import join_shards, shard, sparse, write_tensors
     from compress.runtimes.torch_runtime import buffers_to, empty_model, read_text_side, weights_of
     from compress.walk import Carry, Streamed, walk
 
@@ -121,7 +122,8 @@ def make_variant(
             except ValueError as error:
                 raise UserError(f"steps.{number} ({step.method}): {error}") from error
             seconds.append(time.perf_counter() - start)
-        write_tensors(shard(folder, index, count), _stored(parts, quantized, source.name))
+        tensors = _stored(parts, quantized, source.name)
+        write_tensors(shard(folder, index, count), tensors if runtime in GRAPH_RUNTIMES else sparse(tensors))
         described = {name: layer.model_dump(mode="json") for name, layer in quantized.items()}
         journal.put(_entry(index), {"segment": segment.name, "quantized": described, "seconds": seconds})
         if carry is not None:

@@ -14,6 +14,9 @@ METHODS = {
     "smoothquant": "compress.methods.quantize.smoothquant:SmoothQuant",
     "fp8": "compress.methods.quantize.fp8:FP8",
     "bitsandbytes": "compress.methods.quantize.bitsandbytes:BitsAndBytes",
+    "magnitude": "compress.methods.prune.magnitude:Magnitude",
+    "wanda": "compress.methods.prune.wanda:Wanda",
+    "sparsegpt": "compress.methods.prune.sparsegpt:SparseGPT",
     "embeddings": "compress.methods.quantize.embeddings:Embeddings",
 }
 

@@ -21,12 +21,18 @@ DTYPE_BYTES = {
 }  # fmt: skip
 
 
+MASK = "_mask"
+"""What the name of a matrix ends in that says where another one's values lie; see `compress.layers.bitmask`."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """A tensor as a safetensors header describes it: dtype by its safetensors name, shape."""
 
     dtype: str
     shape: tuple[int, ...]
+    density: float = 1.0
+    """Share of the values that are not zero; a matrix with few of them is stored as a bit for each value and these."""
     offset: int | None = field(default=None, compare=False)
     """Byte of its file at which it begins, where it was read from one."""
 
@@ -38,7 +44,11 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Bytes on disk."""
-        return self.parameters * DTYPE_BYTES[self.dtype]
+        item = DTYPE_BYTES[self.dtype]
+        if self.density == 1 or len(self.shape) != 2:
+            return self.parameters * item
+        rows, width = self.shape
+        return min(self.parameters * item, rows * -(-width // 8) + round(self.density * self.parameters) * item)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -82,7 +92,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except (struct.error, ValueError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})", "download or write it again") from error
     tensors = {
-        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), offset=8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
         if name != "__metadata__"
     }

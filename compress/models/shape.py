@@ -75,7 +75,7 @@ class ModelShape:
         tensors = {
             name: info
             if info.dtype.startswith(("I", "U")) or (name.rpartition(".")[0] in own and not name.endswith(".bias"))
-            else TensorInfo("F16", info.shape)
+            else TensorInfo("F16", info.shape, info.density)
             for name, info in self.tensors.items()
         }
         return ModelShape(self.name, tensors, self.config)

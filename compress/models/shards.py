@@ -11,7 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compress.models.checkpoint import read_header, write_text_atomic
+from compress.layers.bitmask import encode
+from compress.models.checkpoint import MASK, read_header, write_text_atomic
+from compress.models.shape import is_block_linear
 from compress.models.variant import INDEX_FILE, WEIGHTS_FILE
 
 # A variant up to this size becomes one file.
@@ -26,6 +28,21 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         os.fsync(file.fileno())
     temporary.chmod(0o644)
     temporary.replace(path)
+
+
+def sparse(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take the matrices of linear layers apart where their zeros are so many that it makes them smaller.
+
+    The values keep the name, `weight`; the bits lie beside them, `weight_mask`.
+    """
+    made = dict(tensors)
+    for name, tensor in tensors.items():
+        if not is_block_linear(name, tensor.dim()) or tensor.dtype not in (torch.float16, torch.int8):
+            continue
+        bits, values = encode(tensor)
+        if bits.nbytes + values.nbytes < tensor.nbytes:
+            made[name], made[name + MASK] = values, bits
+    return made
 
 
 def shard(folder: Path, index: int, count: int) -> Path:

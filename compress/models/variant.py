@@ -46,8 +46,11 @@ class VariantInfo(BaseModel):
 
     @property
     def weights(self) -> str:
-        """Say what the weights are: `int8`, several joined by `+`, or `float16` where nothing is quantized."""
-        return "+".join(sorted({layer.name for layer in self.quantized.values()})) or "float16"
+        """Say what the weights are: `int8`, several joined by `+`, or `float16` where nothing is quantized; and how many went."""
+        numbers = "+".join(sorted({layer.name for layer in self.quantized.values()})) or "float16"
+        pruned = [f"{step['sparsity']:.0%} zeros" if step["pattern"] == "unstructured" else step["pattern"]
+                  for step in self.steps if "sparsity" in step]  # fmt: skip
+        return " ".join([numbers, *pruned])
 
     @property
     def activations(self) -> str:

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch import nn
 
 from compress.errors import UserError
-from compress.models.checkpoint import read_header
+from compress.layers.bitmask import decode
+from compress.models.checkpoint import MASK, read_header
 
 # How checkpoints of older libraries name the parameters of a layer norm.
 _LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
@@ -37,6 +38,7 @@ class Weights:
         for path in paths:
             for stored, info in read_header(path).items():
                 found[stored if exact else _network_name(stored, network)] = (path, stored, info.shape, info.dtype)
+        self._masks = {name: found.pop(name + MASK)[:2] for name in self._wanted if name + MASK in found}
         missing = sorted(self._wanted.keys() - found.keys())
         extra = sorted(found.keys() - self._wanted.keys()) if exact else []
         if missing or extra:
@@ -49,7 +51,10 @@ class Weights:
         for name, tensor in self._wanted.items():
             path, stored, shape, dtype = found[name]
             self._dtypes.add(dtype)
-            if shape != tuple(tensor.shape):
+            if name in self._masks:
+                if len(shape) != 1:
+                    raise UserError(f"{path}: {stored} has a mask beside it and is {list(shape)}; its values are to lie in a row")
+            elif shape != tuple(tensor.shape):
                 raise UserError(f"{path}: {stored} is {list(shape)}, its network wants {list(tensor.shape)}")
             self._place[name] = (path, stored)
 
@@ -66,7 +71,18 @@ class Weights:
         for path, inside in by_path.items():
             with safe_open(path, framework="pt") as file:
                 for name in inside:
-                    yield name, file.get_tensor(self._place[name][1])
+                    tensor = file.get_tensor(self._place[name][1])
+                    yield name, tensor if name not in self._masks else self._dense(name, tensor)
+
+    def _dense(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return a matrix that is stored as its values and a mask."""
+        path, stored = self._masks[name]
+        with safe_open(path, framework="pt") as file:
+            bits = file.get_tensor(stored)
+        try:
+            return decode(bits, values, self._wanted[name].shape[1])
+        except ValueError as error:
+            raise UserError(f"{path}: {name}: {error}", "compress the model again") from error
 
     def fill(self, module: nn.Module, prefix: str = "", dtype: torch.dtype | None = None) -> None:
         """Put values into `module`, whose name in the network is `prefix`: as they are stored, or floating ones cast to `dtype`."""

@@ -23,7 +23,7 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.layers.compressed import CompressedLayer
-from compress.models.checkpoint import TensorInfo, read_header, weight_files
+from compress.models.checkpoint import MASK, TensorInfo, read_header, weight_files
 from compress.models.nv_embed import NVEmbedNetwork
 from compress.models.segments import backbone_of
 from compress.models.spec import EmbedderSpec
@@ -81,6 +81,13 @@ def lower(folder: Path, runtime: str) -> Path:
         UserError: a layer is stored in a way for which the graph has no words.
     """
     info = VariantInfo.read(folder)
+    stored = {name: Stored(path, tensor) for path in weight_files(folder) for name, tensor in read_header(path).items()}
+    for name in stored:
+        if name.endswith(MASK):
+            raise UserError(
+                f"{folder}: {name.removesuffix(MASK)} is stored as its values that are not zero, which {runtime} cannot refer to",
+                f"make the variant for it: runtime: {runtime} in the recipe",
+            )
     network = empty_model(folder)
     for name, layer in info.quantized.items():
         module = network.get_submodule(name)
@@ -110,7 +117,6 @@ def lower(folder: Path, runtime: str) -> Path:
             custom_translation_table=translations(runtime),
         )
     assert program is not None
-    stored = {name: Stored(path, tensor) for path in weight_files(folder) for name, tensor in read_header(path).items()}
     _finish(program.model, stored, unread)
     path = graph_file(folder, runtime)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -12,7 +12,8 @@ from tests_support import compress_to
 
 from compress.errors import UserError
 from compress.layers.grid import Grid, find_grid
-from compress.methods.quantize.gptq import GPTQ, factor, round_with_feedback
+from compress.methods.feedback import factor
+from compress.methods.quantize.gptq import GPTQ, round_with_feedback
 from compress.models.checkpoint import read_headers
 from compress.models.shape import read_shape
 from compress.models.variant import VariantInfo

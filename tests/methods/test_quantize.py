@@ -130,7 +130,7 @@ def test_a_second_step_takes_what_the_first_has_left(bert: Path, tmp_path: Path)
     shape = read_shape("tiny", bert)
     after = second.estimate(first.estimate(shape).after)
     assert "4 linear layers" in after.note
-    with pytest.raises(ValueError, match="no linear layer left to quantize"):
+    with pytest.raises(ValueError, match="no linear layer left for rtn"):
         RTN().estimate(after.after)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
@@ -11,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compress.layers.packing import packed_width
 from compress.layers.scheme import BLOCK, NESTED_BLOCK, ActivationScheme, Numbers, QuantizedLayer
-from compress.methods.base import Estimate, Method
+from compress.methods.base import Estimate
+from compress.methods.linears import LinearsMethod
 from compress.models.checkpoint import TensorInfo
-from compress.models.shape import HALF_BYTES, ModelShape, check_patterns, is_block_linear, is_head_linear, matching
+from compress.models.shape import HALF_BYTES, ModelShape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,73 +25,34 @@ if TYPE_CHECKING:
 Bits = Literal[2, 3, 4, 5, 6, 8]
 
 
-class QuantizeLinears(Method):
+class QuantizeLinears(LinearsMethod):
     """A method that replaces linear layers by quantized ones."""
-
-    skip: tuple[str, ...] = ()
-    """Layers left alone: shell-style patterns of their names, such as "*.output.dense"."""
-    head: bool = False
-    """Whether the linear layers of NV-Embed's folded head are quantized too; 3 % of NV-Embed-v2's weights, used once a token."""
 
     @abstractmethod
     def numbers_of(self, name: str) -> QuantizedLayer:
         """Return how the layer of that name is to be stored."""
 
-    def patterns(self) -> Iterable[str]:
-        """Return every pattern of the config, each of which must match a layer."""
-        return self.skip
-
-    def layers_of(self, names: Iterable[str]) -> dict[str, QuantizedLayer]:
-        """Choose among the names of linear layers, and say how each is to be stored."""
-        names = list(names)
-        left = matching(names, self.skip)
-        return {name: self.numbers_of(name) for name in names if name not in left}
-
-    def linears_in(self, parts: Parts) -> dict[str, nn.Linear]:
-        """Return the linear layers of a segment that are to be quantized, by name.
-
-        Raises:
-            ValueError: a weight is NaN or infinite.
-        """
-        import torch
-        from torch import nn
-
-        found: dict[str, nn.Linear] = {}
-        for path, part in parts.items():
-            for inner, module in part.named_modules():
-                name = f"{path}.{inner}"
-                if isinstance(module, nn.Linear) and (
-                    is_block_linear(f"{name}.weight", module.weight.dim()) or (self.head and is_head_linear(f"{name}.weight"))
-                ):
-                    found[name] = module
-        chosen = {name: found[name] for name in self.layers_of(found)}
-        for name, linear in chosen.items():
-            if not torch.isfinite(linear.weight).all():
-                raise ValueError(f"{name}.weight holds NaN or infinity; it was not quantized")
-        return chosen
-
     def estimate(self, shape: ModelShape) -> Estimate:
         """Size after: the weights' bits, their scales and zeros; everything else in half precision.
 
         Raises:
-            ValueError: a pattern matches no linear layer, or there is none left to quantize.
+            ValueError: a pattern matches no linear layer, or there is none left.
         """
-        linears = {**shape.block_linears, **(shape.head_linears if self.head else {})}
-        check_patterns(linears, self.patterns())
-        chosen = self.layers_of(linears)
-        if self.head and not shape.head_linears:
-            raise ValueError(f"{shape.name} has no folded latent-attention head; leave `head` out")
-        if not chosen:
-            raise ValueError(f"{shape.name} has no linear layer left to quantize")
+        linears, names = self.linears_of(shape)
+        chosen = {name: self.numbers_of(name) for name in names}
         tensors = dict(shape.as_stored().tensors)
         for name, layer in chosen.items():
             del tensors[f"{name}.weight"]
-            tensors |= {f"{name}.{part}": info for part, info in stored_tensors(layer, *linears[name].shape).items()}
+            stored = stored_tensors(layer, *linears[name].shape)
+            if stored["weight"].dtype == "I8":  # zeros stay zeros, and packed integers are not taken apart
+                stored["weight"] = replace(stored["weight"], density=linears[name].density)
+            tensors |= {f"{name}.{part}": info for part, info in stored.items()}
         weights = sum(linears[name].parameters for name in chosen)
         largest = max(linears[name].parameters for name in chosen)
-        stored = sum(info.bytes for name in chosen for info in stored_tensors(chosen[name], *linears[name].shape).values())
+        prefixes = tuple(f"{name}." for name in chosen)
+        size = sum(info.bytes for name, info in tensors.items() if name.startswith(prefixes) and not name.endswith(".bias"))
         everything = sum(info.parameters for info in linears.values())
-        bits = 8 * (stored + HALF_BYTES * (everything - weights)) / everything
+        bits = 8 * (size + HALF_BYTES * (everything - weights)) / everything
         kinds = ", ".join(sorted({layer.name for layer in chosen.values()}))
         schemes = ", ".join(sorted({layer.activations for layer in chosen.values()}))
         return Estimate(

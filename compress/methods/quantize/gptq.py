@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from compress.layers.scheme import QuantizedLayer
+from compress.methods.feedback import factor, loss_of
 from compress.methods.quantize.base import Bits, IntegerWeights, replace_module
 from compress.models.checkpoint import TensorInfo
 
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
     from compress.calibration import Inputs
     from compress.layers.grid import Grid
+    from compress.methods.feedback import Feedback
     from compress.models.segments import Parts
 
+# A layer with as many zeros has been pruned, and its zeros stay.
+PRUNED_SHARE = 0.05
 # Input channels whose errors are fed forward together, and output channels that are worked on at once (none depends on another).
 BLOCK, ROWS = 128, 4_096
 
@@ -86,59 +89,25 @@ class GPTQ(IntegerWeights):
                 grid = find_grid(
                     weight, wanted.bits, wanted.group_size, wanted.symmetric, search=self.search, importance=moment.diagonal()
                 )
-                layer = QuantizedLinear.from_integers(round_with_feedback(weight, grid, feedback), grid, linears[name].bias)
+                integers = round_with_feedback(weight, grid, feedback, pruned(weight))
+                layer = QuantizedLinear.from_integers(integers, grid, linears[name].bias)
                 replace_module(parts, name, layer)
                 quantized[name] = layer.layer
         return quantized
 
 
-@dataclass(frozen=True)
-class Feedback:
-    """The damped second moment as `(U + I) D (U + I)^T`, channels in the order in which they are rounded."""
-
-    order: torch.Tensor
-    """int64 [in]: which channel comes when."""
-    upper: torch.Tensor
-    """float32 [in, in], strictly upper: what a channel hears of the errors of those before it."""
-    diagonal: torch.Tensor
-    """float32 [in]: what the squared error of a channel costs once it has heard them."""
-    damping: float
-    """What was added to the moment's diagonal."""
+def pruned(weight: torch.Tensor) -> torch.Tensor | None:
+    """Return which weights are zero, bool [out, in], where a step before has pruned them; None where hardly any is."""
+    gone = weight == 0
+    return gone if float(gone.float().mean()) >= PRUNED_SHARE else None
 
 
-def factor(moment: torch.Tensor, damping: float, act_order: bool) -> Feedback:
-    """Factor a second moment, float32 [in, in].
-
-    Raises:
-        ValueError: it has no Cholesky factor.
-    """
-    import torch
-
-    spread = moment.diagonal()
-    added = damping * float(spread.mean()) or 1.0  # all inputs zero: any rounding is right, and the identity gives the plain one
-    order = spread.argsort(descending=True, stable=True) if act_order else torch.arange(len(spread), device=moment.device)
-    # Cholesky of the matrix turned by 180 degrees, turned back, is the factor that is upper and not lower.
-    turned = moment.index_select(0, order.flip(0)).index_select(1, order.flip(0))
-    turned.diagonal().add_(added)
-    for dtype in (torch.float32, torch.float64):
-        lower, failed = torch.linalg.cholesky_ex(turned.to(dtype))
-        if not failed:
-            break
-    else:
-        raise ValueError(f"the second moment of its inputs is not positive definite with a damping of {damping}; raise `damping`")
-    del turned  # 0.8 GB each for the widest layer of a 7B
-    upper = lower.flip(0, 1).float()
-    del lower
-    pivots = upper.diagonal().clone()
-    upper = upper.div_(pivots).triu_(1)
-    return Feedback(order, upper, pivots.square_(), added)
-
-
-def round_with_feedback(weight: torch.Tensor, grid: Grid, feedback: Feedback) -> torch.Tensor:
+def round_with_feedback(weight: torch.Tensor, grid: Grid, feedback: Feedback, gone: torch.Tensor | None = None) -> torch.Tensor:
     """Round a weight, float32 [out, in], to unsigned integers of a grid, uint8 [out, in].
 
     With errors E = W - Q the output's squared error is tr(E H E^T) = sum_k D_k |E_k + sum_{j<k} E_j U_jk|^2, so channel k is
-    rounded after `sum_{j<k} E_j U_jk` is added to it, and nothing later undoes that.
+    rounded after `sum_{j<k} E_j U_jk` is added to it, and nothing later undoes that. Weights that are `gone`, bool [out, in], stay
+    zero whatever they hear, and what they would have made up for is left to those after them.
     """
     import torch
 
@@ -146,13 +115,15 @@ def round_with_feedback(weight: torch.Tensor, grid: Grid, feedback: Feedback) ->
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
         plain = rounded[rows]
-        fed, loss = _round_rows(weight[rows], rows, grid, feedback)
-        better = loss < _loss(weight[rows] - _values(plain, rows, grid), feedback)
+        fed, loss = _round_rows(weight[rows], rows, grid, feedback, None if gone is None else gone[rows])
+        better = loss < loss_of(weight[rows] - _values(plain, rows, grid), feedback)
         rounded[rows] = torch.where(better[:, None], fed, plain)
     return rounded
 
 
-def _round_rows(weight: torch.Tensor, rows: slice, grid: Grid, feedback: Feedback) -> tuple[torch.Tensor, torch.Tensor]:
+def _round_rows(
+    weight: torch.Tensor, rows: slice, grid: Grid, feedback: Feedback, gone: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Round some rows; also return what that costs each of them, damping left out."""
     import torch
 
@@ -162,6 +133,7 @@ def _round_rows(weight: torch.Tensor, rows: slice, grid: Grid, feedback: Feedbac
     # Transposed: a channel is then a row, and lies in one piece.
     scales, zeros = grid.scale[rows].t().contiguous(), grid.zero[rows].t().contiguous()
     exact = weight.t()[order].contiguous()
+    stay_zero = None if gone is None else gone.t()[order].contiguous()
     heard = exact.clone()
     integers = torch.empty(exact.shape, dtype=torch.uint8, device=weight.device)
     loss = torch.zeros(exact.shape[1], device=weight.device)
@@ -174,6 +146,8 @@ def _round_rows(weight: torch.Tensor, rows: slice, grid: Grid, feedback: Feedbac
             wanted = torch.addmv(heard[channel], errors[:place].t(), inner[place, :place]) if place else heard[channel]
             scale, zero = scales[group[channel]], zeros[group[channel]]
             steps = (wanted / scale).round_().add_(zero).clamp_(grid.lowest, grid.highest)
+            if stay_zero is not None:
+                steps = torch.where(stay_zero[channel], zero, steps)
             integers[channel] = steps.to(torch.uint8)
             value = steps.sub_(zero).mul_(scale)
             torch.sub(exact[channel], value, out=errors[place])
@@ -189,12 +163,3 @@ def _values(integers: torch.Tensor, rows: slice, grid: Grid) -> torch.Tensor:
     from compress.layers.grid import dequantize
 
     return dequantize(integers, grid.scale[rows], grid.zero[rows], grid.group_size, grid.scale.dtype)
-
-
-def _loss(errors: torch.Tensor, feedback: Feedback) -> torch.Tensor:
-    """Return what errors [out, in] cost each output channel, damping left out: float32 [out]."""
-    from compress.layers.float_layers import linear
-
-    ordered = errors[:, feedback.order]
-    heard = linear(ordered, feedback.upper.t()).add_(ordered)
-    return heard.square_() @ feedback.diagonal - feedback.damping * ordered.square_().sum(dim=1)

@@ -1,0 +1,1 @@
+"""Pruning: weights set to zero and stored as a bit and nothing more."""

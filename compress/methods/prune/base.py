@@ -1,0 +1,121 @@
+"""What the methods that prune single weights share: how many go, in which pattern, and what that makes of a shape."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import Field, model_validator
+
+from compress.layers.scheme import QuantizedLayer
+from compress.methods.base import Estimate
+from compress.methods.linears import LinearsMethod
+from compress.models.checkpoint import TensorInfo
+from compress.models.shape import HALF_BYTES, ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.calibration import Inputs
+    from compress.models.segments import Parts
+
+GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
+"""Weights that go of how many neighbours in a row."""
+
+
+class PruneWeights(LinearsMethod):
+    """A method that sets weights of linear layers to zero.
+
+    They are stored as a bit for every weight and the values that are left, and multiplied as if nothing were missing: the file
+    shrinks, the products do not.
+    """
+
+    sparsity: float = Field(0.5, gt=0, lt=1)
+    """Share of a layer's weights that go."""
+    pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
+    """`2:4`: two of every four neighbours in a row go, `4:8`: four of every eight; what sparse products of some GPUs want."""
+
+    @model_validator(mode="after")
+    def _a_pattern_has_its_own_share(self) -> Self:
+        if self.pattern in GROUPS and self.sparsity != 0.5:
+            raise ValueError(f"`pattern: {self.pattern}` takes half of the weights; leave `sparsity` out")
+        return self
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """How many weights go of how many neighbours in a row; None where the share alone counts."""
+        return GROUPS.get(self.pattern)
+
+    @abstractmethod
+    def prune(self, parts: Parts, inputs: Inputs | None) -> None:
+        """Set weights of a segment's chosen layers to zero, and change others if that helps."""
+
+    def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
+        """Prune every chosen `nn.Linear` of a segment; see `prune`.
+
+        Raises:
+            ValueError: a weight is NaN or infinite, or a pattern's groups do not divide a layer's inputs.
+        """
+        for name, linear in self.linears_in(parts).items():
+            self._check_group(name, linear.in_features)
+        self.prune(parts, inputs)
+        return {}
+
+    def estimate(self, shape: ModelShape) -> Estimate:
+        """Size after: a bit for every weight of a chosen layer, and half precision for those that are left.
+
+        Raises:
+            ValueError: a pattern matches no linear layer, there is none left, or its inputs are not a multiple of the group.
+        """
+        linears, chosen = self.linears_of(shape)
+        tensors = dict(shape.as_stored().tensors)
+        for name in chosen:
+            self._check_group(name, linears[name].shape[1])
+            tensors[f"{name}.weight"] = TensorInfo("F16", linears[name].shape, 1 - self.sparsity)
+        weights = sum(linears[name].parameters for name in chosen)
+        largest = max(linears[name].parameters for name in chosen)
+        stored = sum(tensors[f"{name}.weight"].bytes for name in chosen)
+        what = f"{100 * self.sparsity:.0f} %" if self.group is None else f"{self.pattern} of them"
+        return Estimate(
+            after=ModelShape(shape.name, tensors, shape.config),
+            memory_bytes=2 * largest * 4 + self.work_bytes([linears[name] for name in chosen]),
+            bytes_touched=weights * (4 + 4),
+            flops=self.work_flops([linears[name] for name in chosen]),
+            note=f"{len(chosen)} linear layers, {weights / 1e6:,.1f} M weights, {what} set to zero; "
+            f"{8 * stored / weights:.2f} bits a weight of these layers for {8 * HALF_BYTES}",
+        )
+
+    def work_bytes(self, linears: list[TensorInfo]) -> int:
+        """Return the memory that is taken besides a float32 copy of the largest weight and its scores."""
+        return 0
+
+    def work_flops(self, linears: list[TensorInfo]) -> float:
+        """Return the operations of what is more than passes over the weights; those of running the texts are not among them."""
+        return 0.0
+
+    def _check_group(self, name: str, inputs: int) -> None:
+        if self.group and inputs % self.group[1]:
+            raise ValueError(f"{name} has {inputs} inputs, no multiple of {self.group[1]}; leave it out with `skip`")
+
+
+def lowest_in_groups(scores: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
+    """Mark the lowest scores of every group of neighbours in a row: [rows, n] to bool [rows, n]."""
+    import torch
+
+    goes, of = group
+    grouped = scores.view(len(scores), -1, of)
+    marked = torch.zeros(grouped.shape, dtype=torch.bool, device=scores.device)
+    return marked.scatter_(2, grouped.argsort(dim=2, stable=True)[:, :, :goes], True).view(scores.shape)
+
+
+def lowest_in_rows(scores: torch.Tensor, share: float) -> torch.Tensor:
+    """Mark a share of the scores of every row, the lowest: [rows, n] to bool [rows, n]."""
+    import torch
+
+    marked = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    return marked.scatter_(1, scores.argsort(dim=1, stable=True)[:, : round(share * scores.shape[1])], True)
+
+
+def lowest(scores: torch.Tensor, share: float) -> torch.Tensor:
+    """Mark a share of all scores, the lowest: [rows, n] to bool [rows, n]."""
+    return lowest_in_rows(scores.reshape(1, -1), share).view(scores.shape)
