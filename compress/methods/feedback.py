@@ -7,6 +7,7 @@ factor, no inverse. With the moment `H = (U + I) D (U + I)^T` errors E = W - V o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,11 @@ class Feedback:
     """float32 [in]: what the squared error of a channel costs once it has heard them."""
     damping: float
     """What was added to the moment's diagonal."""
+
+
+def moment_bytes(widths: Sequence[int]) -> int:
+    """Return the memory of the second moments of inputs of these widths, and of the factor of the largest."""
+    return 4 * (sum(width**2 for width in set(widths)) + 2 * max(widths, default=0) ** 2)
 
 
 def factor(moment: torch.Tensor, damping: float, act_order: bool) -> Feedback:

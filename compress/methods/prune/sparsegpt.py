@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from compress.methods.feedback import factor
+from compress.methods.feedback import factor, moment_bytes
 from compress.methods.prune.base import PruneWeights, lowest, lowest_in_groups
 from compress.models.checkpoint import TensorInfo
 
@@ -42,8 +42,7 @@ class SparseGPT(PruneWeights):
 
     def work_bytes(self, linears: list[TensorInfo]) -> int:
         """Second moments of a block's inputs, and the factor of the largest."""
-        widths = [info.shape[1] for info in linears]
-        return 4 * (sum(width**2 for width in set(widths)) + 2 * max(widths, default=0) ** 2)
+        return moment_bytes([info.shape[1] for info in linears])
 
     def work_flops(self, linears: list[TensorInfo]) -> float:
         """Cholesky factors and feedback; layers that share an input are counted as if they did not."""

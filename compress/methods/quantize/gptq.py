@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.feedback import factor, loss_of
+from compress.methods.feedback import factor, loss_of, moment_bytes
 from compress.methods.quantize.base import Bits, IntegerWeights, replace_module
 from compress.models.checkpoint import TensorInfo
 
@@ -55,8 +55,7 @@ class GPTQ(IntegerWeights):
 
     def work_bytes(self, linears: list[TensorInfo]) -> int:
         """Second moments of a block's inputs, and the factor of the largest."""
-        widths = [info.shape[1] for info in linears]
-        return 4 * (sum(width**2 for width in set(widths)) + 2 * max(widths, default=0) ** 2)
+        return moment_bytes([info.shape[1] for info in linears])
 
     def work_flops(self, linears: list[TensorInfo]) -> float:
         """Cholesky factors and feedback; layers that share an input are counted as if they did not."""
