@@ -56,6 +56,14 @@ class LinearsMethod(Method):
                 raise ValueError(f"{name}.weight holds NaN or infinity; {self.method} left it alone")
         return chosen
 
+    def work_bytes(self, linears: list[TensorInfo]) -> int:
+        """Return the memory that is taken besides copies of the largest weight."""
+        return 0
+
+    def work_flops(self, linears: list[TensorInfo]) -> float:
+        """Return the operations of what is more than passes over the weights; those of running the texts are not among them."""
+        return 0.0
+
     def linears_of(self, shape: ModelShape) -> tuple[dict[str, TensorInfo], list[str]]:
         """Return a shape's linear layers, by name, and the names of those that the method works on.
 

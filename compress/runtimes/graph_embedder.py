@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from compress.errors import UserError
+from compress.models.checkpoint import weight_bytes
 from compress.models.embedder import Batch, BatchedEmbedder, Vectors, watched
 from compress.models.tokens import Ids
 from compress.models.variant import VariantInfo
@@ -71,8 +72,7 @@ def threads_and_streams(folder: Path, threads: int | None) -> tuple[int, int]:
     keep_freed_memory()
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return threads, 1 if size > LARGE_BYTES else threads
+    return threads, 1 if weight_bytes(folder) > LARGE_BYTES else threads
 
 
 def lowered(folder: Path, runtime: str, dtype: str | None = None) -> Path:

@@ -15,6 +15,7 @@ from compress.models.shape import HALF_BYTES, ModelShape
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from compress.calibration import Inputs
     from compress.models.segments import Parts
@@ -47,8 +48,14 @@ class PruneWeights(LinearsMethod):
         return GROUPS.get(self.pattern)
 
     @abstractmethod
-    def prune(self, parts: Parts, inputs: Inputs | None) -> None:
-        """Set weights of a segment's chosen layers to zero, and change others if that helps."""
+    def prune(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> None:
+        """Set weights of a segment's chosen layers to zero, and change others if that helps.
+
+        Args:
+            parts: the segment.
+            linears: those of its layers, by name; at least one.
+            inputs: the calibration texts as they arrive; not None where the method calibrates.
+        """
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
         """Prune every chosen `nn.Linear` of a segment; see `prune`.
@@ -56,9 +63,11 @@ class PruneWeights(LinearsMethod):
         Raises:
             ValueError: a weight is NaN or infinite, or a pattern's groups do not divide a layer's inputs.
         """
-        for name, linear in self.linears_in(parts).items():
+        linears = self.linears_in(parts)
+        for name, linear in linears.items():
             self._check_group(name, linear.in_features)
-        self.prune(parts, inputs)
+        if linears:
+            self.prune(parts, linears, inputs)
         return {}
 
     def estimate(self, shape: ModelShape) -> Estimate:
@@ -84,14 +93,6 @@ class PruneWeights(LinearsMethod):
             note=f"{len(chosen)} linear layers, {weights / 1e6:,.1f} M weights, {what} set to zero; "
             f"{8 * stored / weights:.2f} bits a weight of these layers for {8 * HALF_BYTES}",
         )
-
-    def work_bytes(self, linears: list[TensorInfo]) -> int:
-        """Return the memory that is taken besides a float32 copy of the largest weight and its scores."""
-        return 0
-
-    def work_flops(self, linears: list[TensorInfo]) -> float:
-        """Return the operations of what is more than passes over the weights; those of running the texts are not among them."""
-        return 0.0
 
     def _check_group(self, name: str, inputs: int) -> None:
         if self.group and inputs % self.group[1]:

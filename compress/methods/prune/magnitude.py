@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 from compress.methods.prune.base import PruneWeights, lowest, lowest_in_groups
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from compress.calibration import Inputs
     from compress.models.segments import Parts
 
@@ -19,9 +21,9 @@ class Magnitude(PruneWeights):
 
     method: Literal["magnitude"] = "magnitude"
 
-    def prune(self, parts: Parts, inputs: Inputs | None) -> None:
+    def prune(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> None:
         """See `PruneWeights.prune`."""
-        for linear in self.linears_in(parts).values():
+        for linear in linears.values():
             scores = linear.weight.detach().float().abs()
             gone = lowest_in_groups(scores, self.group) if self.group else lowest(scores, self.sparsity)
             linear.weight.data.masked_fill_(gone, 0)

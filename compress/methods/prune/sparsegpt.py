@@ -12,6 +12,7 @@ from compress.models.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from compress.calibration import Inputs
     from compress.methods.feedback import Feedback
@@ -48,7 +49,7 @@ class SparseGPT(PruneWeights):
         """Cholesky factors and feedback; layers that share an input are counted as if they did not."""
         return sum(info.shape[1] ** 3 / 3 + info.shape[0] * info.shape[1] ** 2 for info in linears)
 
-    def prune(self, parts: Parts, inputs: Inputs | None) -> None:
+    def prune(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> None:
         """See `PruneWeights.prune`.
 
         Raises:
@@ -56,10 +57,7 @@ class SparseGPT(PruneWeights):
         """
         from compress.calibration import Hessian
 
-        linears = self.linears_in(parts)
-        if not linears:
-            return
-        assert inputs is not None  # the segment has linear layers, and the step said that it calibrates
+        assert inputs is not None  # the step said that it calibrates
         groups, moments = inputs.gather(parts, linears, Hessian, pooled_only=self.weighting == "pooled")
         for leader, names in groups.items():
             try:

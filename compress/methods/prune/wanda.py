@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 from compress.methods.prune.base import PruneWeights, lowest_in_groups, lowest_in_rows
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from compress.calibration import Inputs
     from compress.models.segments import Parts
 
@@ -24,14 +26,11 @@ class Wanda(PruneWeights):
         """It does."""
         return True
 
-    def prune(self, parts: Parts, inputs: Inputs | None) -> None:
+    def prune(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> None:
         """See `PruneWeights.prune`."""
         from compress.calibration import Moments
 
-        linears = self.linears_in(parts)
-        if not linears:
-            return
-        assert inputs is not None  # the segment has linear layers, and the step said that it calibrates
+        assert inputs is not None  # the step said that it calibrates
         groups, moments = inputs.gather(parts, linears, Moments)
         for leader, names in groups.items():
             size = moments.pop(leader).mean_square.sqrt()

@@ -65,14 +65,6 @@ class QuantizeLinears(LinearsMethod):
             f"{bits:.2f} bits a weight of these layers, scales counted",
         )
 
-    def work_bytes(self, linears: list[TensorInfo]) -> int:
-        """Return the memory that is taken besides a float32 copy of the largest weight, its rounded copy and the integers."""
-        return 0
-
-    def work_flops(self, linears: list[TensorInfo]) -> float:
-        """Return the operations of what is more than passes over the weights; those of running the texts are not among them."""
-        return 0.0
-
 
 def stored_tensors(layer: QuantizedLayer, outputs: int, inputs: int) -> dict[str, TensorInfo]:
     """Return the tensors that store a quantized weight [outputs, inputs], in the place of `weight`."""
