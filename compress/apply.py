@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +15,9 @@ from compress.errors import UserError
 from compress.layers.scheme import QuantizedLayer
 from compress.loading import Source
 from compress.methods.base import Method
+from compress.models.checkpoint import write_text_atomic
 from compress.models.shape import ModelShape
-from compress.models.spec import EmbedderSpec, transformer_folder
+from compress.models.spec import EmbedderSpec
 from compress.models.variant import VariantInfo
 from compress.record import Journal
 from compress.runtimes.contract import GRAPH_RUNTIMES
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from compress.calibration import CalibrationTexts
+    from compress.models.opened import OpenModel
     from compress.models.segments import Parts, Segment
     from compress.models.tokens import TextTokenizer
 
@@ -88,21 +92,21 @@ def make_variant(
     from compress.calibration import Inputs
     from compress.models.segments import Kind, segments_of
     from compress.models.shards import join_shards, shard, sparse, write_tensors
-    from compress.runtimes.torch_runtime import buffers_to, empty_model, read_text_side, weights_of
+    from compress.runtimes.torch_runtime import buffers_to, open_model
     from compress.walk import Carry, Streamed, walk
 
-    network, place = empty_model(source.folder), torch.device(device)
-    buffers_to(network, place)
-    weights = weights_of(source.folder, network)
-    compute = _compute_dtype(weights.dtypes(), place)
+    model, place = open_model(source.folder), torch.device(device)
+    buffers_to(model.network, place)
+    compute = _compute_dtype(model.weights.dtypes(), place)
+    steps, model = _prepared(steps, model, calibration, place, compute, journal)
+    network, tokenizer = model.network, model.tokenizer
     count = len(segments_of(network))
-    spec, tokenizer = read_text_side(source.folder)
     folder = target.with_name(f"{target.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     texts = carry = None
     if any(step.calibrates for step in steps):
         assert calibration is not None, "a step calibrates"
-        texts = calibration.batches(tokenizer, spec)
+        texts = calibration.batches(tokenizer, model.spec)
         carry = Carry(texts.batches, place, journal.folder / "texts")
         say(f"calibrating on {len(calibration.texts)} texts, {texts.tokens:,} tokens")
 
@@ -131,7 +135,7 @@ def make_variant(
 
     first = next((index for index in range(count) if not journal.has(_entry(index))), count)
     if first < count:
-        walk(Streamed(network, weights), visit, carry, start=first)
+        walk(Streamed(network, model.weights), visit, carry, start=first)
     entries = [journal.get(_entry(index)) for index in range(count)]
     join_shards(folder, count)
 
@@ -139,29 +143,74 @@ def make_variant(
     for number, step in enumerate(steps):
         estimate = step.estimate(shape)
         note, shape = estimate.note, estimate.after
-        done.append(
-            {"config": step.model_dump(mode="json"), "seconds": sum(entry["seconds"][number] for entry in entries), "note": note}
-        )
+        decided = journal.get(_decision(number))["seconds"] if journal.has(_decision(number)) else 0.0
+        seconds = decided + sum(entry["seconds"][number] for entry in entries)
+        done.append({"config": step.model_dump(mode="json"), "seconds": seconds, "note": note})
         say(f"{step.method}: {note} ({done[-1]['seconds']:.1f} s)")
     info = VariantInfo(
         base=source.name,
         base_fingerprint=fingerprint,
         licence=source.licence(),
         max_length=tokenizer.max_length,
-        spec=spec,
+        spec=model.spec,
         pretrained=not source.is_random,
         folded=any(step.method == "fold" for step in steps),
         runtime=runtime,
         dtype=dtype,
+        layers=model.layers,
+        heads=model.heads,
+        dropped=model.dropped,
         quantized={name: QuantizedLayer(**layer) for entry in entries for name, layer in entry["quantized"].items()},
         steps=[step["config"] for step in done],
     )
-    shutil.copy(transformer_folder(source.folder) / "config.json", folder / "config.json")
+    write_text_atomic(folder / "config.json", json.dumps(model.config, indent=2, ensure_ascii=False) + "\n")
     tokenizer.save(folder / "tokenizer.json")
     info.write(folder)
     shutil.rmtree(target, ignore_errors=True)
     folder.rename(target)
     return done
+
+
+def _prepared(
+    steps: Sequence[Method],
+    model: OpenModel,
+    calibration: CalibrationSource | None,
+    device: torch.device,
+    compute: torch.dtype,
+    journal: Journal,
+) -> tuple[Sequence[Method], OpenModel]:
+    """Let every step decide what depends on the model as a whole; see `Method.prepare`."""
+    from compress.survey import Survey
+
+    decided: list[Method] = []
+    for number, step in enumerate(steps):
+
+        def texts(now: OpenModel = model) -> CalibrationTexts:
+            assert calibration is not None, "a step surveys the calibration texts"
+            return calibration.batches(now.tokenizer, now.spec)
+
+        try:
+            step, model = step.prepare(model, Survey(model, texts, device, compute), partial(_timed, journal, number))
+        except ValueError as error:
+            raise UserError(f"steps.{number} ({step.method}): {error}") from error
+        decided.append(step)
+    return decided, model
+
+
+def _timed(journal: Journal, number: int, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Keep what a step decided, and how long that took."""
+
+    def make() -> dict[str, Any]:
+        start = time.perf_counter()
+        decision = decide()
+        return {"decision": decision, "seconds": time.perf_counter() - start}
+
+    decision: dict[str, Any] = journal.once(_decision(number), make)["decision"]
+    return decision
+
+
+def _decision(number: int) -> str:
+    return f"step {number}"
 
 
 def _entry(index: int) -> str:

@@ -130,6 +130,7 @@ class _Run:
         wanted = measure.what or evaluate.tasks  # tasks alone want texts too: to see whether float32 may stand in for float16
         self.texts = measure_texts(measure.texts, measure.count, recipe.seed) if wanted else []
         self.calibration = self._calibration()
+        self.files = {name: _digest(Path(name)) for step in self.recipe.steps for name in step.reads}
         self.tasks: list[Task] = (
             find_tasks(evaluate.tasks, Path(evaluate.data) if evaluate.data else None) if evaluate.tasks else []
         )
@@ -159,6 +160,7 @@ class _Run:
             "model": self.fingerprint,
             "tasks": {task.name: task.fingerprint for task in self.tasks},
             "texts": self.texts,
+            "files": self.files,
             "calibration": list(self.calibration.texts) if self.calibration else None,
             "device": self.device,
             "machine": versions_and_machine(self.device),
@@ -209,7 +211,7 @@ class _Run:
 
     def _calibration(self) -> CalibrationSource | None:
         """Return what steps that calibrate are shown; None where none does."""
-        if not any(step.calibrates for step in self.recipe.steps):
+        if not any(step.calibrates or step.surveys for step in self.recipe.steps):
             return None
         wanted = self.recipe.calibration
         texts = texts_to_calibrate(wanted.texts, wanted.count, self.recipe.seed)
@@ -428,6 +430,19 @@ def _check_writable(output: Path) -> None:
         raise UserError(
             f"results folder {output}: cannot be written ({error.strerror})", "give another one with --output"
         ) from error
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file that a step reads.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _device(device: str | None) -> str:

@@ -76,6 +76,10 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         touched += estimate.bytes_touched
         operations += estimate.flops
         quantized |= estimate.quantized
+        if estimate.passes:
+            operations += estimate.passes * calibration_tokens * shape.flops_per_token(TYPICAL_LENGTH)
+            held = int(4 * estimate.copies * calibration_tokens * shape.hidden_size)
+            step_memory = max(step_memory, held + shape.activation_bytes(CALIBRATION_BATCH_TOKENS) + shape.largest_segment_bytes)
         if step.calibrates:
             # Once to see the inputs, once to pass them on; a batch's activations beside the segment, which is in float32 then.
             operations += 2 * calibration_tokens * shape.flops_per_token(TYPICAL_LENGTH)

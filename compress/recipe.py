@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -119,16 +120,34 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     measure: Measure = Measure()
     gates: Gates = Gates()
-    export: tuple[Literal["variant", "compressed-tensors", "gptq"], ...] = ("variant",)
+    export: tuple[Literal["variant", "sentence-transformers", "compressed-tensors", "gptq"], ...] = ("variant",)
     """What the run's folder keeps besides the record: `variant`, the model that was measured, and beside it the same weights in
     layouts that other libraries load, each in a folder of its name. Empty: the record alone."""
 
+    @field_validator("steps")
+    @classmethod
+    def _whole_model_first(cls, steps: tuple[Method, ...]) -> tuple[Method, ...]:
+        for number, (before, step) in enumerate(pairwise(steps), start=1):
+            if step.whole and not before.whole:
+                raise ValueError(f"steps.{number} ({step.method}) changes the model as a whole; put it before {before.method}")
+        if sum(step.method == "width" for step in steps) > 1:
+            raise ValueError("width can be there once; give it both `heads` and `channels`")
+        return steps
+
 
 def steps_for(recipe: Recipe, shape: ModelShape) -> tuple[Method, ...]:
-    """Return the steps that a recipe takes on a model: its own, after the exact fold where that applies and is not among them."""
+    """Return the steps that a recipe takes on a model: its own, and the exact fold where that applies and is not among them.
+
+    The fold comes before all steps that go segment by segment.
+    """
     fold = method_class("fold")(method="fold")
-    named = any(step.method == "fold" for step in recipe.steps)
-    return (fold, *recipe.steps) if recipe.fold and not named and fold.fits(shape) else recipe.steps
+    whole = sum(step.whole for step in recipe.steps)
+    for step in recipe.steps[:whole]:
+        if step.fits(shape):  # one that does not is refused where the recipe is planned, with the reason
+            shape = step.estimate(shape).after
+    if not recipe.fold or any(step.method == "fold" for step in recipe.steps) or not fold.fits(shape):
+        return recipe.steps
+    return (*recipe.steps[:whole], fold, *recipe.steps[whole:])
 
 
 def read_recipe(path: Path | str) -> Recipe:

@@ -28,6 +28,7 @@ LEVELS = [
     ["loading"],
     ["random_checkpoint"],
     ["runtimes"],
+    ["survey"],
     ["calibration"],
     ["walk"],
     ["output"],

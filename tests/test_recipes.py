@@ -9,6 +9,7 @@ import pytest
 
 import compress
 from compress.errors import UserError
+from compress.models.shape import read_shape
 from compress.models.variant import VariantInfo
 from compress.pipeline import run
 from compress.recipe import Calibration, Evaluate, Gates, Measure, read_recipe
@@ -42,12 +43,14 @@ def test_a_recipe_runs_to_its_end(request: pytest.FixtureRequest, path: Path, ki
     record = run(small, model=str(folder), output=tmp_path, device="cpu")
     info = VariantInfo.read(tmp_path / record.run / "variant")
     assert info.folded == (kind == "nv_embed")
-    assert bool(info.quantized) == bool(methods - {"fold", "magnitude", "wanda", "sparsegpt"})
+    assert bool(info.quantized) == bool(methods - {"fold", "magnitude", "wanda", "sparsegpt", "depth", "width"})
     assert record.rows[-1].runtime == info.runtime == recipe.runtime
     assert record.rows[-1].compute == (recipe.dtype or "float32")
     assert not any(name.startswith("latent_attention_model") for name in info.quantized)
     half = 2 * record.model.parameters
-    assert record.rows[-1].size_bytes < (half if methods else 1.1 * half)  # headers are a part of a tiny file
+    # Three quarters of two blocks are two; and headers are a part of a tiny file.
+    changed = bool(methods - {"depth"}) or (info.layers is not None and len(info.layers) < read_shape("", folder).blocks)
+    assert record.rows[-1].size_bytes < (half if changed else 1.1 * half)
     embedder = compress.load(str(tmp_path / record.run), device="cpu")
     vectors, baseline = embedder.encode(TEXTS), compress.load(str(folder), device="cpu").encode(TEXTS)
     assert np.isfinite(vectors).all()

@@ -19,11 +19,10 @@ from transformers import AutoConfig, AutoModel
 
 import compress
 from compress.errors import UserError
-from compress.methods.base import Method
-from compress.methods.quantize.gptq import GPTQ
 from compress.methods.quantize.rtn import RTN
 from compress.models.network import load_network
 from compress.models.segments import Kind, Parts, Segment, segments_of
+from compress.recipe import parse_recipe
 from compress.runtimes.streamed import StreamedEmbedder
 from compress.runtimes.torch_runtime import empty_model, weights_of
 from compress.walk import Carry, Resident, Streamed, walk
@@ -153,10 +152,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from compress.methods.quantize.gptq import GPTQ
-from compress.methods.base import Method
-from compress.methods.quantize.gptq import GPTQ
-from compress.methods.quantize.rtn import RTN
+from compress.recipe import parse_recipe
 from compress.models import shards
 from tests_support import compress_to
 write, written = shards.write_tensors, []
@@ -167,7 +163,7 @@ def write_and_die(path, tensors):
     write(path, tensors)
     written.append(path)
 shards.write_tensors = write_and_die
-compress_to(Path({folder!r}), Path({target!r}), {step})
+compress_to(Path({folder!r}), Path({target!r}), *parse_recipe({{'steps': {steps!r}}}).steps)
 """
 
 
@@ -176,18 +172,25 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def segments_kept(folder: Path) -> Iterator[str]:
-    return (path.name for path in sorted((folder / "journal").glob("segment-*")))
+    return (path.name for path in sorted((folder / "variant-journal").glob("segment-*")))
 
 
-@pytest.mark.parametrize("step", [RTN(), GPTQ(group_size=16)], ids=lambda step: step.method)
-def test_a_variant_whose_writing_was_killed_is_continued(make_model, tmp_path: Path, step: Method) -> None:
-    folder = make_model("mistral")
-    compress_to(folder, tmp_path / "whole" / "variant", step)
+KILLED_STEPS: dict[str, list[dict[str, object]]] = {
+    "rtn": [{"method": "rtn"}],
+    "gptq": [{"method": "gptq", "group_size": 16}],
+    "sparsegpt and gptq": [{"method": "sparsegpt", "pattern": "2:4"}, {"method": "gptq", "group_size": 16}],
+    "depth and width": [{"method": "depth", "keep": 0.5}, {"method": "width", "heads": 0.5, "channels": 0.5}],
+}
+
+
+@pytest.mark.parametrize("steps", KILLED_STEPS.values(), ids=KILLED_STEPS)
+def test_a_variant_whose_writing_was_killed_is_continued(make_model, tmp_path: Path, steps: list[dict[str, object]]) -> None:
+    folder, made = make_model("mistral"), parse_recipe({"steps": steps}).steps
+    compress_to(folder, tmp_path / "whole" / "variant", *made)
     killed = tmp_path / "killed"
-    after = random.randrange(1, 4)
-    made = "RTN()" if step.method == "rtn" else "GPTQ(group_size=16)"
+    after = random.randrange(1, 4 if steps[0]["method"] != "depth" else 3)  # there a block is gone
     script = KILLED.format(
-        tests=str(Path(__file__).parent), folder=str(folder), target=str(killed / "variant"), after=after, step=made
+        tests=str(Path(__file__).parent), folder=str(folder), target=str(killed / "variant"), after=after, steps=steps
     )
     result = subprocess.run([sys.executable, "-c", script], check=False, env={**os.environ})
     assert result.returncode == -signal.SIGKILL
@@ -195,8 +198,8 @@ def test_a_variant_whose_writing_was_killed_is_continued(make_model, tmp_path: P
     assert not (killed / "variant").exists()
     times = {path: path.stat().st_mtime_ns for path in (killed / "variant.partial").glob("model-*")}
     assert len(times) == after
-    journal = {path: path.stat().st_mtime_ns for path in (killed / "journal").glob("segment-*")}
-    compress_to(folder, killed / "variant", step)
+    journal = {path: path.stat().st_mtime_ns for path in (killed / "variant-journal").glob("segment-*")}
+    compress_to(folder, killed / "variant", *made)
     assert files_of(killed / "variant") == files_of(tmp_path / "whole" / "variant")
     assert {path: path.stat().st_mtime_ns for path in journal} == journal  # done once, not again
 

@@ -49,8 +49,8 @@ def apply_in_memory(network: nn.Module, *steps: Method) -> dict[str, QuantizedLa
     return quantized
 
 
-def compress_to(folder: Path, target: Path, *steps: Method) -> None:
-    """Write the variant of a model's folder."""
-    texts = CalibrationSource(calibration_texts()[:24], None, max_tokens=120)
-    journal = Journal(target.with_name("journal"))
+def compress_to(folder: Path, target: Path, *steps: Method, count: int = 24, max_tokens: int = 120) -> None:
+    """Write the variant of a model's folder, calibrated on some of the embedded texts."""
+    texts = CalibrationSource(calibration_texts()[:count], None, max_tokens)
+    journal = Journal(target.with_name(f"{target.name}-journal"))
     make_variant(find(str(folder)), read_shape("tiny", folder), steps, "0", target, journal, lambda _: None, texts)

@@ -11,6 +11,7 @@ from compress.errors import UserError, nearest
 from compress.loading import Source, find
 
 FORMATS = {
+    "sentence-transformers": "compress.export.sentence_transformers:write",
     "compressed-tensors": "compress.export.compressed_tensors:write",
     "gptq": "compress.export.gptq:write",
 }

@@ -57,12 +57,12 @@ class Opened:
         return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
 
-def open_variant(source: Source, layout: str) -> Opened:
-    """Open a variant to be written in a layout.
+def open_variant(source: Source, layout: str, *, integers: bool = True) -> Opened:
+    """Open a variant to be written in a layout, of quantized linear layers or (`integers` False) of none.
 
     Raises:
-        UserError: NV-Embed's architecture, which only its own code runs; numbers that no layout but the variant's own holds; a
-            layer that divides its input.
+        UserError: NV-Embed's architecture, which only its own code runs; numbers that the layout does not hold; a layer that
+            divides its input; blocks that the architecture's config cannot describe; texts that end in a token of their own.
     """
     folder = source.folder
     if is_nv_embed(folder):
@@ -84,8 +84,22 @@ def open_variant(source: Source, layout: str) -> Opened:
                 "want their input divided channel by channel first",
                 "awq and smoothquant make none under `keep_factors: false`; rtn and gptq never do",
             )
-    if not linears:
-        raise UserError(f"{source.name}: no linear layer is quantized", "a model in half precision needs no export")
+    if not linears and integers:
+        raise UserError(f"{source.name}: no linear layer is quantized", "sentence-transformers is the layout of such a model")
+    if linears and not integers:
+        raise refusal(next(iter(linears)), layout, "are quantized", "export it as compressed-tensors or gptq")
+    if info.heads is not None or info.dropped:
+        lacks = f"{info.heads} heads a block" if info.heads is not None else f"{len(info.dropped)} blocks without a sublayer"
+        kind = read_json(folder / "config.json")["model_type"]
+        raise UserError(
+            f"{source.name}: cannot be written as {layout}: it has {lacks}, which a {kind} config cannot say",
+            "use the variant as it is, or prune whole blocks and MLP channels alone",
+        )
+    if info.spec.suffix:
+        raise UserError(
+            f"{source.name}: cannot be written as {layout}: texts end in {info.spec.suffix!r}, which readers would not add",
+            "use the variant as it is (compress encode)",
+        )
     with torch.device("meta"):
         full = AutoModel.from_config(read_config(folder))
     plain = [name for name, module in full.named_modules() if isinstance(module, nn.Linear) and name not in linears]
@@ -143,8 +157,10 @@ def words(integers: torch.Tensor, bits: int) -> torch.Tensor:
     return filled.view(torch.int32)
 
 
-def write_config(opened: Opened, folder: Path, quantization: Mapping[str, Any], dtype: str, changes: Mapping[str, Any]) -> None:
-    """Write the model's `config.json` with its quantization.
+def write_config(
+    opened: Opened, folder: Path, quantization: Mapping[str, Any] | None, dtype: str, changes: Mapping[str, Any]
+) -> None:
+    """Write the model's `config.json` with its quantization, if any.
 
     `dtype`: what readers compute in unless they are told otherwise, under its name of today and that of transformers 4.
     """
@@ -152,7 +168,9 @@ def write_config(opened: Opened, folder: Path, quantization: Mapping[str, Any], 
     rope = config.get("rope_parameters")
     if rope and "rope_theta" in rope:  # where transformers 4 looks for it
         config.setdefault("rope_theta", rope["rope_theta"])
-    config |= {**changes, "dtype": dtype, "torch_dtype": dtype, "quantization_config": dict(quantization)}
+    config |= {**changes, "dtype": dtype, "torch_dtype": dtype}
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
     write_json(folder / "config.json", config)
 
 

@@ -17,6 +17,11 @@ METHODS = {
     "magnitude": "compress.methods.prune.magnitude:Magnitude",
     "wanda": "compress.methods.prune.wanda:Wanda",
     "sparsegpt": "compress.methods.prune.sparsegpt:SparseGPT",
+    "depth": "compress.methods.prune.depth:Depth",
+    "width": "compress.methods.prune.width:Width",
+    "vocabulary": "compress.methods.vocabulary:Vocabulary",
+    "latents": "compress.methods.latents:Latents",
+    "mean_pooling": "compress.methods.mean_pooling:MeanPooling",
     "embeddings": "compress.methods.quantize.embeddings:Embeddings",
 }
 

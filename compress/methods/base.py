@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,7 +14,12 @@ from compress.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from compress.calibration import Inputs
+    from compress.models.opened import OpenModel
     from compress.models.segments import Parts
+    from compress.survey import Survey
+
+Once = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
+"""Returns what a function returned the first time, in this process or in an earlier one that was stopped."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,10 @@ class Estimate:
     """One line for people."""
     flops: float = 0.0
     """Floating-point operations beside passes over the weights and running the calibration texts."""
+    passes: float = 0.0
+    """How often the calibration texts go through the whole model beside the walk that all steps share."""
+    copies: float = 0.0
+    """How many hidden states of every calibration token are in memory at once."""
     quantized: Mapping[str, QuantizedLayer] = field(default_factory=dict)
     """How the layers that it quantizes would be stored, by name."""
 
@@ -41,6 +50,20 @@ class Method(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     method: str
+
+    whole: ClassVar[bool] = False
+    """Whether it looks at the model whole or changes what the texts are made of. Such steps come before all others: when they are
+    through, the model is walked, segment by segment."""
+
+    @property
+    def surveys(self) -> bool:
+        """Whether `prepare` looks at what becomes of the calibration texts."""
+        return False
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Files besides the model's that decide what it does: a run whose files have changed is another run."""
+        return ()
 
     @property
     def calibrates(self) -> bool:
@@ -62,6 +85,22 @@ class Method(BaseModel):
         Raises:
             ValueError: the step does not fit the model, say because a pattern matches no layer.
         """
+
+    def prepare(self, model: OpenModel, survey: Survey, once: Once) -> tuple[Self, OpenModel]:
+        """Decide what depends on the model as a whole, and change what is not inside of a segment: called before the walk.
+
+        Args:
+            model: the model, as the steps before left it.
+            survey: looks at it.
+            once: keeps a decision that was dear, as JSON; it is not made again when a run goes on.
+
+        Returns:
+            The step with its decisions filled in, and the model as the walk is to see it.
+
+        Raises:
+            ValueError: the model does not allow it.
+        """
+        return self, model
 
     @abstractmethod
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from compress.layers.scheme import QuantizedLayer
@@ -43,7 +44,7 @@ class Fold(Method):
                 kept[f"{HEAD}net.{index}.{part}"] = shape.tensors[f"{FEED}.fn.net.{index}.{part}"]
         kept[f"{HEAD}scores.weight"] = TensorInfo(query.dtype, (rows, width))
         kept[f"{HEAD}values.weight"] = TensorInfo(query.dtype, (width, rows))
-        after = ModelShape(shape.name, kept, shape.config).as_stored()
+        after = replace(shape, tensors=kept).as_stored()
         saved = shape.parameters - after.parameters
         return Estimate(
             after=after,

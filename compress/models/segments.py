@@ -114,6 +114,20 @@ def _join(prefix: str, path: str) -> str:
     return f"{prefix}.{path}" if prefix else path
 
 
+def blocks_of(network: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the name of a network's list of blocks, and the list.
+
+    Raises:
+        UserError: its blocks are not a list of modules.
+    """
+    backbone = backbone_of(network)
+    prefix = next(name for name, module in network.named_modules() if module is backbone)
+    path = _join(prefix, _blocks_path(backbone))
+    blocks = network.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    return path, blocks
+
+
 def _blocks_path(backbone: nn.Module) -> str:
     count = int(backbone.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
     for path, module in backbone.named_modules():

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from compress.models.anatomy import Anatomy, anatomy_of
 from compress.models.checkpoint import TensorInfo, read_headers
 from compress.models.spec import read_json, transformer_folder
 
@@ -41,6 +42,26 @@ def is_in_block(name: str) -> bool:
     return _BLOCK.search(f"{name}.") is not None
 
 
+def place_in_block(name: str) -> tuple[int, str] | None:
+    """Return the number of the block that a tensor lies in and its name from there on; None outside of blocks."""
+    block = _BLOCK.search(name)
+    return None if block is None else (int(block.group(1)), name[block.end() :])
+
+
+def renumbered(name: str, number: int) -> str:
+    """Return the name that a module or tensor of a block has in the block of another number."""
+    block = _BLOCK.search(f"{name}.")
+    assert block is not None, f"{name} lies in no block"
+    return f"{name[: block.start(1)]}{number}{name[block.end(1) :]}"
+
+
+def with_backbone(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return a `config.json` with other settings of the transformer, which lie in `text_config` where there is one."""
+    if config.get("text_config"):
+        return {**config, "text_config": {**config["text_config"], **changes}}
+    return {**config, **changes}
+
+
 def is_head_linear(name: str) -> bool:
     """Whether a parameter is the weight of a linear layer of NV-Embed's folded head."""
     return _HEAD_LINEARS.fullmatch(name) is not None
@@ -53,6 +74,13 @@ class ModelShape:
     name: str
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
+    left: tuple[int, ...] | None = None
+    """Which blocks of the published model are left; None: all."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Which block of the published model each block is, from 0."""
+        return tuple(range(self.blocks)) if self.left is None else self.left
 
     @cached_property
     def parameters(self) -> int:
@@ -78,7 +106,7 @@ class ModelShape:
             else TensorInfo("F16", info.shape, info.density)
             for name, info in self.tensors.items()
         }
-        return ModelShape(self.name, tensors, self.config)
+        return replace(self, tensors=tensors)
 
     @cached_property
     def block_linears(self) -> dict[str, TensorInfo]:
@@ -129,10 +157,40 @@ class ModelShape:
         nested: Mapping[str, Any] = self.config.get("text_config") or self.config
         return nested
 
+    @property
+    def anatomy(self) -> Anatomy:
+        """Which of a block's layers do what.
+
+        Raises:
+            ValueError: the blocks are laid out like none of those that are known.
+        """
+        places = (place_in_block(name) for name in self.tensors)
+        try:
+            return anatomy_of(place[1] for place in places if place is not None)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return int(self._backbone.get("head_dim") or self.hidden_size // int(self._backbone["num_attention_heads"]))
+
+    def setting(self, key: str) -> Any:
+        """Return a setting of the transformer's config, None where it has none."""
+        return self._backbone.get(key)
+
     def flops_per_token(self, length: int) -> float:
         """Return floating-point operations per token at a text length in tokens: products of the linear layers and of attention."""
         linear = 2 * sum(info.parameters for info in self.block_linears.values())
-        return linear + 4 * length * self.hidden_size * self.blocks
+        return linear + 4 * length * self._attended()
+
+    def _attended(self) -> int:
+        """Return the width of all blocks' heads together; of architectures that are not known, the hidden size for each block."""
+        try:
+            output = f".{self.anatomy.output}.weight"
+        except ValueError:
+            return self.hidden_size * self.blocks
+        return sum(info.shape[1] for name, info in self.tensors.items() if name.endswith(output) and len(info.shape) == 2)
 
     def activation_bytes(self, batch_tokens: int, bytes_each: int = 4) -> int:
         """Return an upper estimate of the activations alive at once while a batch runs.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +68,15 @@ class TextTokenizer:
         encoding = self._tokenizer.encode(prompt, add_special_tokens=self._spec.prompt_specials)
         ends_special = bool(encoding.special_tokens_mask) and encoding.special_tokens_mask[-1] == 1
         return len(encoding.ids) - int(ends_special)
+
+    def definition(self) -> dict[str, Any]:
+        """Return what `tokenizer.json` would hold."""
+        content: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        return content
+
+    def redefined(self, definition: dict[str, Any]) -> TextTokenizer:
+        """Return a tokenizer of another definition that takes texts as this one does."""
+        return TextTokenizer(Tokenizer.from_str(json.dumps(definition)), self.max_length, self._spec)
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`."""

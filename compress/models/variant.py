@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compress.errors import UserError
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
+from compress.models.anatomy import Sublayer
 from compress.models.spec import EmbedderSpec
 from compress.models.tokens import TextTokenizer, open_tokenizer
 
@@ -39,6 +40,12 @@ class VariantInfo(BaseModel):
     """What it was made for and measured in; `compress.load` opens it there."""
     dtype: str | None = None
     """Of the floating-point arithmetic in that runtime; None: its default on the device."""
+    layers: tuple[int, ...] | None = None
+    """Which block of the published model each block is, from 0; None in variants of earlier versions, which have all."""
+    heads: int | None = None
+    """Attention heads of each block, where these are fewer than its config can say."""
+    dropped: tuple[tuple[int, Sublayer], ...] = ()
+    """Sublayers that its blocks lack, by the block's number here."""
     quantized: dict[str, QuantizedLayer]
     """Linear layers and tables, by their names in the network."""
     steps: list[dict[str, Any]]

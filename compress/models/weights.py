@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -62,6 +63,15 @@ class Weights:
         """Return the dtypes that the floating-point tensors are stored in."""
         names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
         return {names[dtype] for dtype in self._dtypes if dtype in names}
+
+    def renamed(self, rename: Callable[[str], str | None]) -> Weights:
+        """Return the same weights by other names: `rename` gives a tensor's new name, or None where it is left out."""
+        made = copy.copy(self)
+        names = {name: new for name in self._wanted if (new := rename(name)) is not None}
+        made._wanted = {new: self._wanted[name] for name, new in names.items()}
+        made._place = {new: self._place[name] for name, new in names.items()}
+        made._masks = {new: self._masks[name] for name, new in names.items() if name in self._masks}
+        return made
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield tensors as they are stored; each is mapped from its file for as long as it lives."""

@@ -17,7 +17,10 @@ from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.models.checkpoint import weight_files
 from compress.models.network import empty_network, load_network, read_config
 from compress.models.nv_embed import NVEmbedder, NVEmbedNetwork, is_nv_embed, read_nv_spec
-from compress.models.spec import EmbedderSpec, read_spec, transformer_folder
+from compress.models.opened import OpenModel
+from compress.models.segments import blocks_of
+from compress.models.spec import EmbedderSpec, read_json, read_spec, transformer_folder
+from compress.models.surgery import drop_sublayer, keep_heads
 from compress.models.tokens import TextTokenizer, open_tokenizer
 from compress.models.torch_embedder import TorchEmbedder
 from compress.models.variant import VariantInfo, is_variant
@@ -142,6 +145,10 @@ def empty_model(folder: Path) -> nn.Module:
         return empty_network(transformer_folder(folder))
     info = VariantInfo.read(folder)
     model = empty_network(folder, info.folded)
+    if info.heads is not None:
+        keep_heads(model, info.heads)
+    for number, sublayer in info.dropped:
+        drop_sublayer(blocks_of(model)[1][number], sublayer)
     for name, layer in info.quantized.items():
         model.set_submodule(name, empty_layer(model.get_submodule(name), layer))
     return model
@@ -159,6 +166,14 @@ def weights_of(folder: Path, model: nn.Module) -> Weights:
     """Open the weights of a model's or a variant's folder for `empty_model`'s network; none is read yet."""
     exact = is_variant(folder) or is_nv_embed(folder)
     return Weights(weight_files(transformer_folder(folder)), model, exact=exact)
+
+
+def open_model(folder: Path) -> OpenModel:
+    """Open a checkpoint to be made smaller; no weight is read yet."""
+    network = empty_model(folder)
+    config = read_json(transformer_folder(folder) / "config.json")
+    layers = tuple(range(len(blocks_of(network)[1])))
+    return OpenModel(network, weights_of(folder, network), *read_text_side(folder), config, layers)
 
 
 def open_variant(folder: Path, name: str, *, device: str | None = None, dtype: str | None = None) -> TorchEmbedder:

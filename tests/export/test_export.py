@@ -72,9 +72,10 @@ def test_layers_that_no_layout_holds_are_named(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_nv_embed_and_unquantized_models_are_refused(bert: Path, make_variant, tmp_path: Path, format: str) -> None:
-    run = make_variant(bert, Embeddings(bits=8))
-    with pytest.raises(UserError, match="no linear layer is quantized"):
+def test_nv_embed_and_models_of_other_numbers_are_refused(bert: Path, make_variant, tmp_path: Path, format: str) -> None:
+    other = FOUR if format == "sentence-transformers" else Embeddings(bits=8)
+    run = make_variant(bert, other)
+    with pytest.raises(UserError, match=r"no linear layer is quantized|are quantized"):
         export(run, format, tmp_path / "out")
     change(run / "variant" / "config.json", model_type=MODEL_TYPE)
     with pytest.raises(UserError, match="NV-Embed"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
@@ -86,7 +87,7 @@ class PruneWeights(LinearsMethod):
         stored = sum(tensors[f"{name}.weight"].bytes for name in chosen)
         what = f"{100 * self.sparsity:.0f} %" if self.group is None else f"{self.pattern} of them"
         return Estimate(
-            after=ModelShape(shape.name, tensors, shape.config),
+            after=replace(shape, tensors=tensors),
             memory_bytes=2 * largest * 4 + self.work_bytes([linears[name] for name in chosen]),
             bytes_touched=weights * (4 + 4),
             flops=self.work_flops([linears[name] for name in chosen]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -48,7 +49,7 @@ class Embeddings(Method):
         tensors |= {f"{name}.{part}": stored for part, stored in stored_tensors(self._layer(), *info.shape).items()}
         values = info.parameters
         return Estimate(
-            after=ModelShape(shape.name, tensors, shape.config),
+            after=replace(shape, tensors=tensors),
             memory_bytes=values * (4 + 1),
             bytes_touched=values * (4 + 1),
             quantized={name: self._layer()},

@@ -1,0 +1,126 @@
+"""Vocabulary: token embeddings dropped that the texts at hand never need."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, PrivateAttr
+
+from compress.layers.scheme import QuantizedLayer
+from compress.methods.base import Estimate, Method, Once
+from compress.models.checkpoint import TensorInfo
+from compress.models.shape import ModelShape, is_in_block, with_backbone
+from compress.texts import read_texts
+
+if TYPE_CHECKING:
+    from compress.calibration import Inputs
+    from compress.models.opened import OpenModel
+    from compress.models.segments import Parts
+    from compress.survey import Survey
+
+
+class Vocabulary(Method):
+    """Keep the tokens that some texts need, with their rows of the embedding table, and a tokenizer that knows only these.
+
+    Texts that need no other token have exactly the vectors that they had. **The risk**: any other word is spelled in smaller
+    pieces, down to characters, and embedded worse, in another language much worse, and no score on texts like those at hand shows
+    it. Give it texts of everything that will ever be embedded, and many.
+    """
+
+    method: Literal["vocabulary"] = "vocabulary"
+    whole: ClassVar[bool] = True
+    texts: str
+    """A JSONL file with `text` (`.gz` allowed) or a plain text file with one a line."""
+    min_count: int = Field(1, ge=1)
+    """Tokens seen less often go too."""
+    tokens: int | None = None
+    """How many are left; filled in by the run."""
+    _kept: list[int] = PrivateAttr(default_factory=list)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The texts."""
+        return (self.texts,)
+
+    def prepare(self, model: OpenModel, survey: Survey, once: Once) -> tuple[Self, OpenModel]:
+        """Choose the tokens and make the tokenizer.
+
+        Raises:
+            ValueError: the texts need the whole table.
+        """
+        from compress.models.vocabulary import with_tokens
+
+        definition = model.tokenizer.definition()
+        kept: list[int] = once(lambda: {"kept": self.choose(model)})["kept"]
+        decided = self.model_copy(update={"tokens": len(kept)})
+        decided._kept = kept
+        changes: dict[str, Any] = {"vocab_size": len(kept)}
+        backbone = model.config.get("text_config") or model.config
+        for key, value in backbone.items():
+            if key.endswith("_token_id") and isinstance(value, int):
+                changes[key] = kept.index(value) if value in kept else None
+        tokenizer = model.tokenizer.redefined(with_tokens(definition, kept))
+        return decided, replace(model, tokenizer=tokenizer, config=with_backbone(model.config, **changes))
+
+    def choose(self, model: OpenModel) -> list[int]:
+        """Return the ids of the tokens that stay, ascending.
+
+        Raises:
+            ValueError: with them alone one of the texts would be spelled in another way.
+        """
+        from compress.models.vocabulary import kept_tokens, with_tokens
+
+        texts, prompts = read_texts(Path(self.texts)), [*model.spec.prompts.values(), model.spec.default_prompt]
+        rows = model.tokenizer(texts)
+        counts = Counter(int(token) for row in rows for token in row)
+        seen = {token for token, count in counts.items() if count >= self.min_count}
+        seen |= {int(token) for row in model.tokenizer(prompts) for token in row}
+        definition = model.tokenizer.definition()
+        kept = kept_tokens(definition, seen)
+        if self.min_count == 1:
+            again = model.tokenizer.redefined(with_tokens(definition, kept))(texts)
+            for text, row, new in zip(texts, rows, again, strict=True):
+                if [kept[number] for number in new] != row.tolist():
+                    raise ValueError(f"{text[:60]!r} would be spelled in another way; this tokenizer cannot be trimmed")
+        return kept
+
+    def estimate(self, shape: ModelShape) -> Estimate:
+        """Size after; before a run has read the texts, what would be if every token stayed.
+
+        Raises:
+            ValueError: the model has no token table.
+        """
+        table = shape.token_table
+        if table is None:
+            raise ValueError(f"{shape.name} has no token embedding table")
+        rows, width = shape.tensors[f"{table}.weight"].shape
+        left = rows if self.tokens is None else self.tokens
+        tensors = {**shape.as_stored().tensors, f"{table}.weight": TensorInfo("F16", (left, width))}
+        said = f"{left:,} of {rows:,} tokens stay" if self.tokens is not None else f"of {rows:,} tokens those in {self.texts} stay"
+        return Estimate(
+            after=replace(shape, tensors=tensors, config=with_backbone(shape.config, vocab_size=left)),
+            memory_bytes=0,
+            bytes_touched=0,
+            note=said + (f", {(rows - left) * width / 1e6:,.1f} M parameters fewer" if self.tokens is not None else ""),
+        )
+
+    def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
+        """Take the rows of the tokens that stay, where the segment holds the table."""
+        import torch
+        from torch import nn
+
+        from compress.models.segments import token_table
+
+        name = token_table(parts)
+        if name is None or is_in_block(name):
+            return {}
+        path = next(path for path in parts if f"{name}.".startswith(f"{path}."))
+        table = parts[path].get_submodule(name.removeprefix(path).removeprefix("."))
+        assert isinstance(table, nn.Embedding)
+        kept = torch.tensor(self._kept, device=table.weight.device)
+        table.weight = nn.Parameter(table.weight.data[kept], requires_grad=False)
+        table.num_embeddings = len(kept)
+        return {}
