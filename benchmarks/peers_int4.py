@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 # Peers run this file too; see there.
-from gptq_block import PEERS, peer_environment, with_llm_compressor, with_optimum
+from one_block import PEERS, peer_environment, with_llm_compressor, with_optimum
 
 BITS, GROUP = 4, 64
 

@@ -1,13 +1,16 @@
-"""GPTQ on one block of a large model: ours, optimum's and llm-compressor's, each in a process and an environment of its own.
+"""GPTQ or SparseGPT on one block of a large model: ours and other libraries', each in a process and an environment of its own.
 
-    python benchmarks/gptq_block.py
-    python benchmarks/gptq_block.py --hidden 512 --mlp 1792 --heads 8 --kv-heads 2 --texts 16
+    python benchmarks/one_block.py
+    python benchmarks/one_block.py --method sparsegpt --pattern 2:4
+    python benchmarks/one_block.py --hidden 512 --mlp 1792 --heads 8 --kv-heads 2 --texts 16
 
-One block in Mistral-7B's shape, random weights, the same calibration tokens in the same batches: 4 bits, symmetric, groups of 128,
-damping 0.01, computed in the dtype that ours chooses for the processor. All three learn from one pass in which every layer of the
-block is seen unquantized (optimum's `true_sequential` is off: it would take seven passes). All take channels in falling order of
-their second moment and leave groups in place: ours and llm-compressor by static groups, optimum by `act_group_aware`, which is what
-it has of the kind; its `desc_act` would move groups.
+One block in Mistral-7B's shape, random weights, the same calibration tokens in the same batches, damping 0.01, computed in the
+dtype that ours chooses for the processor. All learn from one pass in which every layer of the block is seen as it was (optimum's
+`true_sequential` is off: it would take seven passes).
+
+GPTQ: 4 bits, symmetric, groups of 128. All take channels in falling order of their second moment and leave groups in place: ours
+and llm-compressor by static groups, optimum by `act_group_aware`, which is what it has of the kind; its `desc_act` would move
+groups. SparseGPT: half of the weights, by `--pattern`; ours and llm-compressor's.
 
 Seconds: from token ids to the quantized block, the pass of the texts through the result included. Ours hold reading the block
 and writing it; optimum's hold packing it; llm-compressor's hold neither. What is imported or compiled once is not in them: a small
@@ -104,19 +107,46 @@ def with_llm_compressor(
     without a mask, `causal` or not: version 0.14 builds masks by a config that no longer says that attention is eager. A
     `causal` model is therefore given its mask in four dimensions, which passes as it is.
     """
-    import torch
-    from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
-    from torch.utils.data import DataLoader
+
+    linears, ignored = _linears(model, block)
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group, "actorder": "static"}
+    recipe = GPTQModifier(
+        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=ignored, dampening_frac=damping
+    )
+    _oneshot(model, recipe, batches, block, causal)
+
+    def weight(layer: Any) -> Any:
+        return with_half_scales(layer.weight, layer.weight_scale, group)
+
+    return {name: (lambda layer=module: weight(layer)) for name, module in linears.items() if hasattr(module, "weight_scale")}
+
+
+def with_sparsegpt(model: Any, batches: list[Any], block: str, pattern: str, *, damping: float = 0.01) -> dict[str, Any]:
+    """Prune half of a causal model's weights in memory by llm-compressor's `SparseGPTModifier`; see `with_llm_compressor`."""
+    from llmcompressor.modifiers.pruning import SparseGPTModifier
+
+    linears, ignored = _linears(model, block)
+    structure = "0:0" if pattern == "unstructured" else pattern
+    recipe = SparseGPTModifier(sparsity=0.5, mask_structure=structure, targets=["Linear"], ignore=ignored, dampening_frac=damping)
+    _oneshot(model, recipe, batches, block, causal=True)
+    return {name: (lambda layer=module: layer.weight.detach().float()) for name, module in linears.items() if name not in ignored}
+
+
+def _linears(model: Any, block: str) -> tuple[dict[str, Any], list[str]]:
+    """Return a model's linear layers, and the names of those that lie outside of its blocks."""
+    import torch
 
     inside = {id(part) for module in model.modules() if type(module).__name__ == block for part in module.modules()}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group, "actorder": "static"}
-    recipe = GPTQModifier(
-        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
-        ignore=[name for name, module in linears.items() if id(module) not in inside],
-        dampening_frac=damping,
-    )
+    return linears, [name for name, module in linears.items() if id(module) not in inside]
+
+
+def _oneshot(model: Any, recipe: Any, batches: list[Any], block: str, causal: bool) -> None:
+    """Run a recipe of llm-compressor, block by block."""
+    import torch
+    from llmcompressor import oneshot
+    from torch.utils.data import DataLoader
 
     def mask(ids: Any) -> Any:
         if not causal:
@@ -127,11 +157,6 @@ def with_llm_compressor(
 
     data = DataLoader([{"input_ids": ids, "attention_mask": mask(ids)} for ids in batches], batch_size=None)
     oneshot(model=model, recipe=recipe, dataset=data, pipeline="sequential", sequential_targets=[block])
-
-    def weight(layer: Any) -> Any:
-        return with_half_scales(layer.weight, layer.weight_scale, group)
-
-    return {name: (lambda layer=module: weight(layer)) for name, module in linears.items() if hasattr(module, "weight_scale")}
 
 
 def by_peer(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str, Any]]:
@@ -145,6 +170,8 @@ def by_peer(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[st
     start = time.perf_counter()
     if arguments.worker == "optimum":
         found = with_optimum(model, batches, "layers", arguments.bits, arguments.group, damping=DAMPING, sequential=False)
+    elif arguments.method == "sparsegpt":
+        found = with_sparsegpt(model, batches, type(model.layers[0]).__name__, arguments.pattern, damping=DAMPING)
     else:
         block = type(model.layers[0]).__name__
         found = with_llm_compressor(model, batches, block, arguments.bits, arguments.group, damping=DAMPING, causal=True)
@@ -154,12 +181,14 @@ def by_peer(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[st
 def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str, Any]]:
     """Quantize a checkpoint by `compress.apply.make_variant`; the same."""
     import numpy as np
+    import torch
     from safetensors.torch import load_file
 
     from compress.apply import CalibrationSource, make_variant
     from compress.calibration import CalibrationTexts
     from compress.layers.quantized_linear import QuantizedLinear
     from compress.loading import find
+    from compress.methods.prune.sparsegpt import SparseGPT
     from compress.methods.quantize.gptq import GPTQ
     from compress.models.shape import read_shape
     from compress.record import Journal
@@ -183,7 +212,9 @@ def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str,
     all_ids = load_file(folder / "ids.safetensors")["ids"]
     journal, variant = Times(folder / "journal"), folder / "variant"
     journal.folder.mkdir()
-    method = GPTQ(bits=arguments.bits, group_size=arguments.group, damping=DAMPING)
+    method: Any = GPTQ(bits=arguments.bits, group_size=arguments.group, damping=DAMPING)
+    if arguments.method == "sparsegpt":
+        method = SparseGPT(pattern=arguments.pattern, damping=DAMPING)
     texts = Ids([""] * len(all_ids), (), all_ids.shape[1])
     make_variant(find(str(folder)), read_shape("block", folder), [method], "0", variant, journal, lambda _: None, texts)
     # From where the embeddings are written to where the norm behind the block is: the texts have passed the block by then.
@@ -196,6 +227,8 @@ def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str,
             for name, module in part.named_modules():
                 if isinstance(module, QuantizedLinear):
                     found[f"{path}.{name}"] = module.dequantized
+                elif isinstance(module, torch.nn.Linear):
+                    found[f"{path}.{name}"] = lambda layer=module: layer.weight.detach().float()
 
     network = empty_model(variant)
     walk(Streamed(network, weights_of(variant, network)), collect)
@@ -203,7 +236,7 @@ def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str,
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Be one of the three: a small block first, for imports and what is compiled once, then the block itself."""
+    """Be one of the tools: a small block first, for imports and what is compiled once, then the block itself."""
     from safetensors.torch import save_file
 
     quantize = by_peer if arguments.worker in PEERS else by_us
@@ -298,7 +331,8 @@ def compare(arguments: argparse.Namespace) -> None:
 
     # As `compress.apply` chooses for a checkpoint in bfloat16.
     arguments.dtype = "bfloat16" if has_onednn_linear(torch.bfloat16) else "float32"
-    tools = arguments.tools.split(",")
+    every = "ours,optimum,llm-compressor" if arguments.method == "gptq" else "ours,llm-compressor"
+    tools = (arguments.tools or every).split(",")
     pythons = {
         tool: python_of(tool, PEERS[tool], arguments.environments) if tool in PEERS else Path(sys.executable) for tool in tools
     }
@@ -308,9 +342,12 @@ def compare(arguments: argparse.Namespace) -> None:
         small = {"hidden": 2 * arguments.group, "mlp": 2 * arguments.group, "heads": 2, "kv_heads": 2, "texts": 8}
         for tool in tools:
             write_checkpoint(argparse.Namespace(**vars(arguments) | small), folder / f"small-{tool}")
-        given = {"folder": folder} | {key: getattr(arguments, key) for key in ("dtype", "bits", "group", "tokens")}
+        given = {"folder": folder} | {
+            key: getattr(arguments, key) for key in ("dtype", "method", "pattern", "bits", "group", "tokens")
+        }
         options = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-        print(f"{arguments.dtype}, {arguments.texts} texts of {arguments.tokens} tokens\n{'':16}seconds    before MB   peak MB")
+        print(f"{arguments.method}, {arguments.dtype}, {arguments.texts} texts of {arguments.tokens} tokens")
+        print(f"{'':16}seconds    before MB   peak MB")
         for tool in tools:
             environment = peer_environment() if tool in PEERS else dict(os.environ)
             command = [str(pythons[tool]), str(Path(__file__).resolve()), "--worker", tool, *options]
@@ -326,7 +363,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Compare; or be one of the three."""
+    """Compare; or be one of the tools."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--mlp", type=int, default=14336)
@@ -337,7 +374,9 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tools", default="ours,optimum,llm-compressor")
+    parser.add_argument("--method", choices=("gptq", "sparsegpt"), default="gptq")
+    parser.add_argument("--pattern", choices=("unstructured", "2:4", "4:8"), default="unstructured", help="of zeros")
+    parser.add_argument("--tools", help="by default all that have the method: ours,optimum,llm-compressor")
     parser.add_argument("--work", type=Path, help="folder for the checkpoint, by default the system's temporary one")
     for own in ("--worker", "--folder", "--dtype"):
         parser.add_argument(own, type=Path if own == "--folder" else str, help=argparse.SUPPRESS)
