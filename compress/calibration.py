@@ -6,7 +6,7 @@ Padding never enters a statistic: rows are taken by the batch's mask before anyt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -116,8 +116,9 @@ class Inputs:
             caught: dict[str, torch.Tensor] = {}
             with ExitStack() as hooks:
                 for name, layer in layers.items():
-                    hooks.callback(layer.register_forward_pre_hook(_keeping(caught, name)).remove)
-                self._run(parts, batch)
+                    hooks.callback(layer.register_forward_pre_hook(_keeping(caught, name, len(layers))).remove)
+                with suppress(_AllSeen):
+                    self._run(parts, batch)
             if not groups:
                 groups = _grouped(caught)
                 if missing := layers.keys() - caught.keys():
@@ -174,9 +175,15 @@ class Inputs:
         return given[chosen], counts[chosen]
 
 
-def _keeping(caught: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+class _AllSeen(Exception):
+    """Every layer has its input: the rest of the segment need not run, a block's last and widest product above all."""
+
+
+def _keeping(caught: dict[str, torch.Tensor], name: str, count: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def keep(_: nn.Module, given: tuple[Any, ...]) -> None:
         caught[name] = given[0]
+        if len(caught) == count:
+            raise _AllSeen
 
     return keep
 

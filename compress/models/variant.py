@@ -55,9 +55,7 @@ class VariantInfo(BaseModel):
     def weights(self) -> str:
         """Say what the weights are: `int8`, several joined by `+`, or `float16` where nothing is quantized; and how many went."""
         numbers = "+".join(sorted({layer.name for layer in self.quantized.values()})) or "float16"
-        pruned = [f"{step['sparsity']:.0%} zeros" if step["pattern"] == "unstructured" else step["pattern"]
-                  for step in self.steps if "sparsity" in step]  # fmt: skip
-        return " ".join([numbers, *pruned])
+        return " ".join([numbers, *(words for step in self.steps for words in _pruned(step))])
 
     @property
     def activations(self) -> str:
@@ -88,6 +86,17 @@ class VariantInfo(BaseModel):
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise UserError(f"{path}: {place}: {first['msg']}", "it may have been written by another version") from error
+
+
+def _pruned(step: dict[str, Any]) -> list[str]:
+    """Say in a word or two what a step took away; nothing of steps that only change numbers."""
+    if "sparsity" in step:
+        return [f"{step['sparsity']:.0%} zeros" if step["pattern"] == "unstructured" else step["pattern"]]
+    if step["method"] == "depth" and step["drop"]:
+        return [f"less {len(step['drop'])} {step['what']}"]
+    if step["method"] == "width":
+        return [f"{step[key]:.3g} of {key}" for key in ("heads", "channels") if step[key] < 1]
+    return []
 
 
 def is_variant(folder: Path) -> bool:
