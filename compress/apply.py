@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import UserError
 from compress.layers.scheme import QuantizedLayer
 from compress.loading import Source
-from compress.methods.base import Method
+from compress.methods.base import Bench, Method
 from compress.models.checkpoint import write_text_atomic
 from compress.models.shape import ModelShape
 from compress.models.spec import EmbedderSpec
@@ -98,7 +98,7 @@ def make_variant(
     model, place = open_model(source.folder), torch.device(device)
     buffers_to(model.network, place)
     compute = _compute_dtype(model.weights.dtypes(), place)
-    steps, model = _prepared(steps, model, calibration, place, compute, journal)
+    steps, model = _prepared(steps, model, calibration, place, compute, journal, source, say)
     network, tokenizer = model.network, model.tokenizer
     count = len(segments_of(network))
     folder = target.with_name(f"{target.name}.partial")
@@ -178,6 +178,8 @@ def _prepared(
     device: torch.device,
     compute: torch.dtype,
     journal: Journal,
+    source: Source,
+    say: Callable[[str], None],
 ) -> tuple[Sequence[Method], OpenModel]:
     """Let every step decide what depends on the model as a whole; see `Method.prepare`."""
     from compress.survey import Survey
@@ -190,7 +192,8 @@ def _prepared(
             return calibration.batches(now.tokenizer, now.spec)
 
         try:
-            step, model = step.prepare(model, Survey(model, texts, device, compute), partial(_timed, journal, number))
+            bench = Bench(partial(_timed, journal, number), journal.folder / _decision(number), source.folder, say)
+            step, model = step.prepare(model, Survey(model, texts, device, compute), bench)
         except ValueError as error:
             raise UserError(f"steps.{number} ({step.method}): {error}") from error
         decided.append(step)
@@ -210,7 +213,7 @@ def _timed(journal: Journal, number: int, decide: Callable[[], dict[str, Any]]) 
 
 
 def _decision(number: int) -> str:
-    return f"step {number}"
+    return f"step-{number}"
 
 
 def _entry(index: int) -> str:

@@ -168,12 +168,17 @@ def _blocks(network: nn.Module) -> int:
     return int(backbone_of(network).config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
 
 
+def is_residual(name: str) -> bool:
+    """Whether a tensor is a weight that writes into the residual stream."""
+    return _RESIDUAL.search(name) is not None
+
+
 def random_std(name: str, shape: tuple[int, ...], blocks: int) -> float | None:
     """Return the standard deviation of a tensor; None for norms (ones) and biases (zeros)."""
     if len(shape) < 2:
         return None
     std = 1.0 if _TABLE.search(name) else 1 / math.sqrt(shape[-1])
-    return std / math.sqrt(2 * blocks) if _RESIDUAL.search(name) else std
+    return std / math.sqrt(2 * blocks) if is_residual(name) else std
 
 
 def random_tensor(name: str, shape: tuple[int, ...], blocks: int, seed: int) -> torch.Tensor:

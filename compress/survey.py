@@ -14,12 +14,10 @@ import torch
 
 from compress.calibration import CalibrationTexts
 from compress.models.anatomy import Sublayer
-from compress.models.nv_embed import NVEmbedNetwork
+from compress.models.forward import pooled_vectors
 from compress.models.opened import OpenModel
 from compress.models.segments import Kind, Parts, begin, blocks_of, replaced, run_block, segments_of
-from compress.models.spec import Pooling
 from compress.models.surgery import signature, without
-from compress.models.torch_embedder import pool
 from compress.walk import Streamed
 
 Part = tuple[int, Literal["block"] | Sublayer]
@@ -38,7 +36,7 @@ class Survey:
         """Take a model whose buffers are on `device`; `texts` makes its batches, `dtype` is what is computed in."""
         self.model = model
         self._make_texts = texts
-        self._device, self._dtype = device, dtype
+        self.device = device
         self._segments = segments_of(model.network)
         self._source = Streamed(model.network, model.weights, lambda part: part.to(device, dtype))
 
@@ -123,7 +121,7 @@ class Survey:
         first = next(segment for segment in self._segments if segment.kind is Kind.EMBEDDINGS)
         embeddings = self._source.load(first)
         entered = [
-            begin(self.model.network, self._segments, embeddings, *(torch.from_numpy(x).to(self._device) for x in batch))
+            begin(self.model.network, self._segments, embeddings, *(torch.from_numpy(x).to(self.device) for x in batch))
             for batch in self.texts.batches
         ]
         del embeddings
@@ -156,10 +154,8 @@ class Survey:
         def finish(hidden: torch.Tensor, batch: int) -> torch.Tensor:
             for norm in norms.values():
                 hidden = norm(hidden)
-            mask, pooled = (torch.from_numpy(x).to(hidden.device) for x in (self.texts.batches[batch][1], self.texts.pooled[batch]))
-            if isinstance(network, NVEmbedNetwork):
-                with replaced(network, loaded[Kind.HEAD]):
-                    return network.pool(hidden, pooled)
-            return pool(hidden, pooled if spec.pooling is Pooling.MEAN else mask, spec)
+            masks = (torch.from_numpy(x).to(hidden.device) for x in (self.texts.batches[batch][1], self.texts.pooled[batch]))
+            with replaced(network, loaded.get(Kind.HEAD, {})):
+                return pooled_vectors(network, spec, hidden, *masks)
 
         return finish

@@ -19,6 +19,7 @@ METHODS = {
     "sparsegpt": "compress.methods.prune.sparsegpt:SparseGPT",
     "depth": "compress.methods.prune.depth:Depth",
     "width": "compress.methods.prune.width:Width",
+    "distill": "compress.methods.distill.method:Distill",
     "vocabulary": "compress.methods.vocabulary:Vocabulary",
     "latents": "compress.methods.latents:Latents",
     "mean_pooling": "compress.methods.mean_pooling:MeanPooling",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -18,8 +19,19 @@ if TYPE_CHECKING:
     from compress.models.segments import Parts
     from compress.survey import Survey
 
-Once = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
-"""Returns what a function returned the first time, in this process or in an earlier one that was stopped."""
+
+@dataclass(frozen=True)
+class Bench:
+    """What a run lends a step that looks at the model whole."""
+
+    once: Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
+    """Returns what a function returned the first time, in this process or in an earlier one that was stopped."""
+    folder: Path
+    """Keeps the step's files for as long as the run is under way."""
+    published: Path
+    """Folder of the model that the recipe started from."""
+    say: Callable[[str], None]
+    """Tells the user how it goes."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +98,13 @@ class Method(BaseModel):
             ValueError: the step does not fit the model, say because a pattern matches no layer.
         """
 
-    def prepare(self, model: OpenModel, survey: Survey, once: Once) -> tuple[Self, OpenModel]:
+    def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
         """Decide what depends on the model as a whole, and change what is not inside of a segment: called before the walk.
 
         Args:
             model: the model, as the steps before left it.
             survey: looks at it.
-            once: keeps a decision that was dear, as JSON; it is not made again when a run goes on.
+            bench: keeps decisions and files that were dear; they are not made again when a run goes on.
 
         Returns:
             The step with its decisions filled in, and the model as the walk is to see it.

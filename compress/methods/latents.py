@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.base import Estimate, Method, Once
+from compress.methods.base import Bench, Estimate, Method
 from compress.models.checkpoint import TensorInfo
 from compress.models.shape import HEAD_PREFIX, ModelShape
 
@@ -49,7 +49,7 @@ class Latents(Method):
         """Always: attention is what decides."""
         return True
 
-    def prepare(self, model: OpenModel, survey: Survey, once: Once) -> tuple[Self, OpenModel]:
+    def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
         """Say in the config what will be left of the head."""
         heads, latents = self._left(*_sizes(model.config))
         return self, replace(model, config=_with_sizes(model.config, heads, latents))

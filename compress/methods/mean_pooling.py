@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.base import Estimate, Method, Once
+from compress.methods.base import Bench, Estimate, Method
 from compress.models.shape import HEAD_PREFIX, ModelShape
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class MeanPooling(Method):
     method: Literal["mean_pooling"] = "mean_pooling"
     whole: ClassVar[bool] = True
 
-    def prepare(self, model: OpenModel, survey: Survey, once: Once) -> tuple[Self, OpenModel]:
+    def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
         """Leave the backbone alone, under its own names."""
         from compress.models.nv_embed import NVEmbedNetwork
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, PrivateAttr
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.base import Estimate, Method, Once
+from compress.methods.base import Bench, Estimate, Method
 from compress.models.checkpoint import TensorInfo
 from compress.models.shape import ModelShape, is_in_block, with_backbone
 from compress.texts import read_texts
@@ -45,7 +45,7 @@ class Vocabulary(Method):
         """The texts."""
         return (self.texts,)
 
-    def prepare(self, model: OpenModel, survey: Survey, once: Once) -> tuple[Self, OpenModel]:
+    def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
         """Choose the tokens and make the tokenizer.
 
         Raises:
@@ -54,7 +54,7 @@ class Vocabulary(Method):
         from compress.models.vocabulary import with_tokens
 
         definition = model.tokenizer.definition()
-        kept: list[int] = once(lambda: {"kept": self.choose(model)})["kept"]
+        kept: list[int] = bench.once(lambda: {"kept": self.choose(model)})["kept"]
         decided = self.model_copy(update={"tokens": len(kept)})
         decided._kept = kept
         changes: dict[str, Any] = {"vocab_size": len(kept)}

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from compress.models.anatomy import Sublayer
+from compress.models.checkpoint import TensorInfo
+from compress.models.shape import ModelShape
 from compress.models.spec import EmbedderSpec
 from compress.models.tokens import TextTokenizer
 from compress.models.weights import Weights
@@ -31,3 +33,9 @@ class OpenModel:
     """Attention heads of each block, where it has fewer than its config can say."""
     dropped: tuple[tuple[int, Sublayer], ...] = ()
     """Sublayers that are not there, by block."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """Its shape as it is now, the config being that of what is to be written."""
+        tensors = {name: TensorInfo("F16", tuple(tensor.shape)) for name, tensor in self.network.state_dict().items()}
+        return ModelShape(type(self.network).__name__, tensors, self.config, self.layers)

@@ -238,7 +238,7 @@ def test_the_refit_takes_back_most_of_what_width_loses(minilm: Path, tmp_path: P
     for refit in (True, False):
         target = tmp_path / str(refit) / "variant"
         step = Width(heads=0.75, channels=0.75, criterion="activation", refit=refit)
-        compress_to(minilm, target, step, count=256)
+        compress_to(minilm, target, step, count=160, max_tokens=64)
         losses[refit] = 1 - float((encoded(target, texts) * encoded(minilm, texts)).sum(axis=1).mean())
     assert losses[True] < losses[False] * 2 / 3
 
@@ -399,3 +399,8 @@ def test_a_block_runs_without_a_sublayer_only_for_a_while(bert: Path) -> None:
     with without(block, ["mlp", "attention"]):
         assert "intermediate.dense" not in dict(block.named_modules())
     assert [name for name, _ in block.named_modules()] == before
+
+
+def test_width_after_quantizing_is_refused(bert: Path) -> None:
+    with pytest.raises(ValueError, match="is quantized by a step before; put width before it"):
+        Width(channels=0.5).estimate(RTN().estimate(read_shape("tiny", bert)).after)

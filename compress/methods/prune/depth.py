@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.base import Estimate, Method, Once
+from compress.methods.base import Bench, Estimate, Method
 from compress.models.shape import ModelShape, place_in_block, renumbered, with_backbone
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Depth(Method):
         """Whether the choice is still to be made."""
         return self.drop is None
 
-    def prepare(self, model: OpenModel, survey: Survey, once: Once) -> tuple[Self, OpenModel]:
+    def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
         """Choose what goes, and take it out of the network.
 
         Raises:
@@ -68,7 +68,7 @@ class Depth(Method):
         from compress.models.surgery import drop_blocks, drop_sublayer
 
         if self.drop is None:
-            chosen = once(lambda: {"drop": self.choose(survey)})["drop"]
+            chosen = bench.once(lambda: {"drop": self.choose(survey)})["drop"]
             drop = sorted(model.layers[place] for place in chosen)
         else:
             drop = sorted(self.drop)

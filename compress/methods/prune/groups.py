@@ -67,8 +67,8 @@ def by_error(weight: torch.Tensor, covariance: torch.Tensor, groups: torch.Tenso
         goes -= len(lost)
         inputs = groups[lost].flatten()
         solved = torch.linalg.solve(inverse[inputs][:, inputs], inverse[inputs])
-        weight -= weight[:, inputs] @ solved
-        inverse -= inverse[:, inputs] @ solved
+        weight.addmm_(weight[:, inputs], solved, alpha=-1)
+        inverse.addmm_(inverse[:, inputs], solved, alpha=-1)
     return alive.nonzero()[:, 0]
 
 

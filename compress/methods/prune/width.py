@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.base import Estimate, Method, Once
+from compress.methods.base import Bench, Estimate, Method
 from compress.models.checkpoint import TensorInfo
 from compress.models.shape import ModelShape, is_in_block, place_in_block, with_backbone
 
@@ -62,26 +62,14 @@ class Width(Method):
         """Whether the inputs decide anything."""
         return self.refit or self.criterion != "magnitude"
 
-    def prepare(self, model: OpenModel, survey: Survey, once: Once) -> tuple[Self, OpenModel]:
-        """Say in the config what will be left of each block."""
-        from compress.models.segments import blocks_of
-        from compress.models.surgery import block_anatomy, head_width
-
-        changes: dict[str, int] = {}
+    def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
+        """Say in the config what will be left of each block, or beside it where it has no room for that."""
+        shape = model.shape
+        after, anatomy = self.estimate(shape).after, shape.anatomy
         heads = model.heads
-        for block in blocks_of(model.network)[1]:
-            anatomy, state = block_anatomy(block), block.state_dict()
-            if self.channels < 1 and f"{anatomy.falling}.weight" in state:
-                changes["intermediate_size"] = self._channels(state[f"{anatomy.falling}.weight"].shape[1])
-            if self.heads < 1 and f"{anatomy.output}.weight" in state:
-                width = head_width(block, anatomy)
-                every, keys = (state[f"{anatomy.attention[index]}.weight"].shape[0] // width for index in (0, 1))
-                left = self._heads(keys)
-                if anatomy.heads_in_config:
-                    changes |= {"num_attention_heads": left * every // keys, "num_key_value_heads": left, "head_dim": width}
-                else:
-                    heads = left
-        return self, replace(model, config=with_backbone(model.config, **changes), heads=heads)
+        if self.heads < 1 and not anatomy.heads_in_config:
+            heads = self._left_of(shape, anatomy)[1][anatomy.output] // shape.head_width
+        return self, replace(model, config=after.config, heads=heads)
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
         """Narrow a block.
@@ -98,7 +86,8 @@ class Width(Method):
         """Size after: fewer rows of the layers that make heads and channels, fewer columns of those that read them.
 
         Raises:
-            ValueError: nothing would be left, the blocks' layout is not known, or one layer makes queries, keys and values.
+            ValueError: nothing would be left, the blocks' layout is not known, one layer makes queries, keys and values, or layers
+                are quantized already.
         """
         anatomy = shape.anatomy
         rows, columns = self._left_of(shape, anatomy)
@@ -137,6 +126,9 @@ class Width(Method):
             at = place_in_block(name)
             if at is not None:
                 sizes[at[1]] = info.shape
+        for layer in (anatomy.output, anatomy.falling):
+            if f"{layer}.weight_scale" in sizes:
+                raise ValueError(f"{shape.name}: {layer} is quantized by a step before; put width before it")
         rows: dict[str, int] = {}
         columns: dict[str, int] = {}
         if self.channels < 1:

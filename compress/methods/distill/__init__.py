@@ -1,0 +1,1 @@
+"""Distillation: a student taught to give a teacher's vectors."""

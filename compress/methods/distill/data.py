@@ -1,0 +1,84 @@
+"""What a student learns from: texts, the prompts before them, and the teacher's vectors, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from compress.cache import use
+from compress.errors import UserError
+from compress.loading import Source, open_source, spec_of
+from compress.measure.vectors import StoredEmbedder, VectorStore
+from compress.models.embedder import Vectors
+from compress.models.shape import read_shape
+from compress.texts import read_texts
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Texts, each with the prompt that the student and the one that the teacher sees before it."""
+
+    texts: list[str]
+    prompts: list[str]
+    teacher_prompts: list[str]
+
+    def part(self, chosen: np.ndarray) -> Lessons:
+        """Return some of them."""
+        return Lessons(*([column[index] for index in chosen] for column in (self.texts, self.prompts, self.teacher_prompts)))
+
+
+def lessons(path: Path, count: int | None, prompts: Sequence[str], prompted: float, *, same_prompts: bool, seed: int) -> Lessons:
+    """Read texts, each once, in an order drawn with the seed.
+
+    Args:
+        path: a JSONL file with `text` or a plain text file.
+        count: how many; None: all.
+        prompts: put before a share of the texts, in turn.
+        prompted: that share.
+        same_prompts: whether the teacher is given the prompts too.
+        seed: of the order and of which texts get a prompt.
+
+    Raises:
+        UserError: the file holds fewer.
+    """
+    texts = list(dict.fromkeys(text for text in read_texts(path) if text.strip()))
+    if count is not None and len(texts) < count:
+        raise UserError(f"{path}: holds {len(texts):,} different texts, {count:,} are wanted", "lower `count`, or leave it out")
+    generator = np.random.default_rng(seed)
+    chosen = generator.permutation(len(texts))[:count]
+    drawn = generator.random(len(chosen)) < prompted if prompts else np.zeros(len(chosen), dtype=bool)
+    given = [prompts[number % len(prompts)] if with_one else "" for number, with_one in enumerate(drawn)]
+    return Lessons([texts[index] for index in chosen], given, given if same_prompts else [""] * len(given))
+
+
+class Teacher:
+    """A teacher whose vectors are kept in the cache, by its files' fingerprint and by text and prompt: each is made once, ever."""
+
+    def __init__(self, source: Source, device: str, dtype: str | None = None) -> None:
+        """`dtype`: that it computes in; None: bfloat16 where the processor multiplies it, else float32."""
+        dtype = dtype or _dtype(device)
+        key = f"teacher-{source.fingerprint()}-{dtype}"
+        width = read_shape(source.name, source.folder).hidden_size
+        opened = partial(open_source, source, device=device, dtype=dtype)
+        self.spec = spec_of(source)
+        self.embedder = StoredEmbedder(source.name, self.spec, width, opened, VectorStore(use("vectors", key)))
+
+    def vectors(self, taught: Lessons, progress: bool | None = None) -> Vectors:
+        """Return its vectors: float32 [texts, width]."""
+        made = np.empty((len(taught.texts), self.embedder.dimension), dtype=np.float32)
+        for prompt in dict.fromkeys(taught.teacher_prompts):
+            rows = [number for number, given in enumerate(taught.teacher_prompts) if given == prompt]
+            made[rows] = self.embedder.encode([taught.texts[row] for row in rows], prompt, progress=progress)
+        return made
+
+
+def _dtype(device: str) -> str:
+    import torch
+
+    from compress.layers.float_layers import has_onednn_linear
+
+    return "bfloat16" if device != "cpu" or has_onednn_linear(torch.bfloat16) else "float32"

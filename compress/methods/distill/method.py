@@ -1,0 +1,213 @@
+"""Distil: what is left of a model, or another one, is taught to give the teacher's vectors."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from compress.errors import nearest
+from compress.layers.scheme import QuantizedLayer
+from compress.methods.base import Bench, Estimate, Method
+from compress.methods.distill.student import Student
+from compress.models.checkpoint import TensorInfo
+from compress.models.shape import ModelShape
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from compress.calibration import Inputs
+    from compress.methods.distill.data import Lessons, Teacher
+    from compress.models.opened import OpenModel
+    from compress.models.segments import Parts
+    from compress.survey import Survey
+
+# Those of `compress.methods.distill.objectives`, named here so that a recipe is checked without torch; a test compares them.
+OBJECTIVES = ("cosine", "mse", "similarity", "ranking_kl", "margin")
+WEIGHTS = "student.safetensors"
+# What a plan takes for a text's length; the texts are not read for it.
+TYPICAL_TOKENS = 32
+
+
+class Distill(Method):
+    """Train the model as the steps before left it, or another one, on texts without labels.
+
+    Training is kept as it goes: a run that was killed goes on at the last checkpoint.
+    """
+
+    method: Literal["distill"] = "distill"
+    whole: ClassVar[bool] = True
+    texts: str
+    """A JSONL file with `text` (`.gz` allowed) or a plain text file with one a line."""
+    count: int | None = Field(None, ge=2)
+    """How many of them, drawn with `seed`; left out: all."""
+    held_out: int = Field(1_000, ge=1)
+    """Of these, texts that are not trained on; how it goes is judged by them."""
+    teacher: str | None = None
+    """A model's name or folder; left out: the model that the recipe starts from."""
+    student: Student | None = None
+    """A new model in the place of the one that the recipe starts from."""
+    objectives: dict[str, float] = {"cosine": 1.0, "similarity": 10.0}
+    """What is asked, each with its weight: cosine, mse, similarity, ranking_kl, margin."""
+    matryoshka: tuple[int, ...] = ()
+    """Numbers of leading dimensions at which the same is asked besides."""
+    prompts: tuple[str, ...] = ()
+    """Put before some of the student's texts, as they stand, in turn: the prefixes that it will be used with."""
+    prompted: float = Field(0.25, ge=0, le=1)
+    """Share of the texts that get one, where there are `prompts`."""
+    teacher_prompts: Literal["same", "none"] = "same"
+    """Whether the teacher is given the prompts too."""
+    steps: int = Field(2_000, ge=1)
+    batch: int = Field(128, ge=2)
+    """Texts a step."""
+    max_tokens: int = Field(256, ge=8)
+    """Texts are cut here, for the student."""
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises; then it falls to zero as a cosine."""
+    weight_decay: float = Field(0.01, ge=0)
+    precision: Literal["bf16", "no"] = "bf16"
+    """Of the products while training; the weights are float32."""
+    accumulate: int = Field(1, ge=1)
+    """Batches whose gradients make one step."""
+    every: int = Field(200, ge=1)
+    """Steps between looks at the held-out texts, and between checkpoints."""
+    patience: int | None = Field(None, ge=1)
+    """Looks without a better one after which it stops; left out: never."""
+    seed: int = 0
+
+    @field_validator("objectives")
+    @classmethod
+    def _known(cls, objectives: dict[str, float]) -> dict[str, float]:
+        for name, weight in objectives.items():
+            if name not in OBJECTIVES:
+                raise ValueError(f"objective {name!r} is not known; {nearest(name, OBJECTIVES)}")
+            if weight <= 0:
+                raise ValueError(f"objective {name!r} has the weight {weight}; leave it out")
+        if not objectives:
+            raise ValueError("no objective is given")
+        return objectives
+
+    @model_validator(mode="after")
+    def _leaves_texts(self) -> Self:
+        if self.count is not None and self.count - self.held_out < self.batch:
+            raise ValueError("`count` leaves less than a batch besides the held-out texts")
+        return self
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The texts."""
+        return (self.texts,)
+
+    def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
+        """Train, or find the training done, and return the student.
+
+        Raises:
+            ValueError: there are too few texts.
+        """
+        from compress.loading import find
+        from compress.methods.distill.data import Teacher
+        from compress.models.weights import Weights
+
+        device = str(survey.device)
+        teacher = Teacher(find(self.teacher or str(bench.published)), device)
+        student = model if self.student is None else self._new(self.student, bench, teacher)
+        bench.once(lambda: self._trained(student, teacher, bench, device))
+        weights = Weights([bench.folder / WEIGHTS], student.network, exact=True)
+        return self, replace(student, weights=weights)
+
+    def _new(self, wanted: Student, bench: Bench, teacher: Teacher) -> OpenModel:
+        """Write a new student, its weights as training begins with them, and open it."""
+        from safetensors.torch import save_file
+
+        from compress.methods.distill.student import initial_weights
+        from compress.runtimes.torch_runtime import open_model
+        from compress.texts import read_texts
+
+        folder = bench.folder / "new"
+        if not folder.exists():
+            partial = folder.with_name("new.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            wanted.write(partial, read_texts(Path(self.texts)))
+            made = initial_weights(partial, lambda texts: teacher.embedder.encode(texts, ""), self.seed)
+            save_file(made, partial / "model.safetensors", metadata={"format": "pt"})
+            partial.rename(folder)
+        return open_model(folder)
+
+    def _trained(self, student: OpenModel, teacher: Teacher, bench: Bench, device: str) -> dict[str, Any]:
+        """Train, write the weights, return what is worth recording."""
+        import copy
+
+        import torch
+
+        from compress.methods.distill.data import lessons
+        from compress.methods.distill.objectives import OBJECTIVES as FUNCTIONS
+        from compress.methods.distill.objectives import matryoshka
+        from compress.methods.distill.training import Schedule, tokenized, train
+        from compress.models.shards import write_tensors
+
+        network = copy.deepcopy(student.network)
+        student.weights.fill(network, dtype=torch.float32)
+        network.requires_grad_(True)
+        same = self.teacher_prompts == "same"
+        everything = lessons(Path(self.texts), self.count, self.prompts, self.prompted, same_prompts=same, seed=self.seed)
+        held, taught = self._split(everything)
+        bench.say(f"teacher {teacher.embedder.name}: vectors of {len(everything.texts):,} texts")
+        targets, judged = teacher.vectors(taught), teacher.vectors(held)
+        teacher.embedder.close()
+        rows = [tokenized(student.tokenizer, part.texts, part.prompts, student.spec, self.max_tokens) for part in (taught, held)]
+        asked = {name: (weight, FUNCTIONS[name]) for name, weight in self.objectives.items()}
+        if self.matryoshka:
+            asked = {name: (weight, matryoshka(function, self.matryoshka)) for name, (weight, function) in asked.items()}
+        schedule = Schedule(**{name: getattr(self, name) for name in Schedule.__dataclass_fields__})
+
+        def of(chosen: np.ndarray) -> np.ndarray:
+            found: np.ndarray = targets[chosen]
+            return found
+
+        curve = train(
+            network, student.spec, rows[0], of, (rows[1], judged), asked, schedule, bench.folder, cpu=device == "cpu", say=bench.say
+        )
+        write_tensors(bench.folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()})
+        return {"curve": curve, "texts": len(taught.texts), "tokens": int(rows[0].lengths.sum())}
+
+    def _split(self, everything: Lessons) -> tuple[Lessons, Lessons]:
+        """Put the held-out texts aside.
+
+        Raises:
+            ValueError: what is left does not fill a batch.
+        """
+        import numpy as np
+
+        numbers = np.arange(len(everything.texts))
+        if len(numbers) - self.held_out < self.batch:
+            left = len(numbers) - self.held_out
+            raise ValueError(f"{self.texts}: {left:,} texts besides those held out, less than a batch of {self.batch}")
+        return everything.part(numbers[: self.held_out]), everything.part(numbers[self.held_out :])
+
+    def estimate(self, shape: ModelShape) -> Estimate:
+        """Size after: the same model, or the new one; time from the steps, the texts' usual length and thrice the forward pass."""
+        after = shape.as_stored() if self.student is None else self._shape_of(self.student, shape)
+        tokens = self.steps * self.batch * self.accumulate * TYPICAL_TOKENS
+        parameters = after.parameters
+        return Estimate(
+            after=after,
+            memory_bytes=16 * parameters + 4 * after.activation_bytes(self.batch * TYPICAL_TOKENS),
+            bytes_touched=self.steps * 16 * parameters,
+            flops=3 * tokens * after.flops_per_token(TYPICAL_TOKENS),
+            note=f"{parameters / 1e6:,.1f} M parameters trained for {self.steps:,} steps of {self.batch * self.accumulate} texts, "
+            f"some {tokens / 1e6:,.1f} M tokens",
+        )
+
+    @staticmethod
+    def _shape_of(student: Student, shape: ModelShape) -> ModelShape:
+        """Return the shape of a new student, from its numbers alone."""
+        tensors = {name: TensorInfo("F16", size) for name, size in student.tensors().items()}
+        return ModelShape(shape.name, tensors, student.config(student.vocabulary))
+
+    def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
+        """Do nothing: the weights are the student's before the walk."""
+        return {}

@@ -1,0 +1,320 @@
+"""Distillation: objectives with known answers, a loop that goes on where it was killed, students that learn, a teacher asked once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from tests_support import compress_to
+from torch import nn
+
+import compress
+from compress.errors import UserError
+from compress.loading import find
+from compress.methods.distill import method, objectives
+from compress.methods.distill.data import Lessons, Teacher, lessons
+from compress.methods.distill.method import Distill
+from compress.methods.distill.objectives import OBJECTIVES, hidden, matryoshka
+from compress.methods.distill.student import Student, initial_weights, spelled, table_from
+from compress.methods.distill.training import Schedule, TokenTexts, batch_order, batches_from, rate, tokenized, train
+from compress.methods.prune.depth import Depth
+from compress.methods.quantize.rtn import RTN
+from compress.models.network import empty_network
+from compress.models.shape import read_shape
+from compress.models.spec import EmbedderSpec
+from compress.models.variant import VariantInfo
+from compress.recipe import parse_recipe
+from compress.texts import suite_texts
+
+TEXTS = ["the parcel never came", "rain by the evening", "who wrote it", "x", ""]
+SMALL = {"width": 16, "blocks": 2, "heads": 2, "mlp": 32, "latents": 4, "latent_heads": 2, "vocabulary": 600, "max_length": 64}
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in suite_texts()[:400]))
+    return path
+
+
+def vectors(seed: int, width: int = 12) -> torch.Tensor:
+    return torch.randn(9, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_recipe_knows_the_objectives_that_there_are() -> None:
+    assert tuple(OBJECTIVES) == method.OBJECTIVES
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_is_least_where_student_and_teacher_agree(name: str) -> None:
+    teacher, other = vectors(0), vectors(1)
+    assert float(OBJECTIVES[name](teacher, teacher)) == pytest.approx(0, abs=1e-6)
+    assert float(OBJECTIVES[name](other, teacher)) > 1e-3
+    student = other.clone().requires_grad_()
+    OBJECTIVES[name](student, teacher).backward()
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("name", ["similarity", "ranking_kl", "margin"])
+def test_what_compares_similarities_does_not_see_a_rotation_or_a_width(name: str) -> None:
+    teacher = vectors(0)
+    turn = torch.linalg.qr(torch.randn(20, 12, generator=torch.Generator().manual_seed(3))).Q
+    assert float(OBJECTIVES[name](teacher @ turn.t(), teacher)) == pytest.approx(0, abs=1e-5)
+    assert float(objectives.cosine(teacher @ turn.t()[:, :12], teacher)) > 0.1
+
+
+def test_objectives_have_the_values_that_their_formulas_give() -> None:
+    student, teacher = torch.eye(3), torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 0, 2]])
+    assert float(objectives.cosine(student, teacher)) == pytest.approx(1 / 3)
+    assert float(objectives.mse(student, teacher)) == pytest.approx((0 + 2 + 1) / 3)
+    assert float(objectives.similarity(student, teacher)) == pytest.approx(2 / 6)  # one pair of three differs by 1, both ways
+    soft = torch.tensor([[20.0, 0], [20, 0], [0, 0]]).softmax(dim=1)
+    expected = (soft * (soft / 0.5).log()).nan_to_num().sum(dim=1).mean()
+    assert float(objectives.ranking_kl(student, teacher)) == pytest.approx(float(expected), rel=1e-4)
+    assert float(objectives.margin(student, teacher)) == pytest.approx((0 + 1 + 0 + 1 + 0 + 0) / 6)
+
+
+def test_matryoshka_asks_at_every_width() -> None:
+    student, teacher = vectors(0), vectors(1)
+    expected = np.mean([float(objectives.cosine(student[:, :width], teacher[:, :width])) for width in (12, 4, 8)])
+    assert float(matryoshka(objectives.cosine, [4, 8])(student, teacher)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_hidden_states_of_padding_are_not_compared() -> None:
+    teacher = torch.randn(2, 5, 8)
+    student, mask = teacher.clone(), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    student[0, 3:] = 100
+    assert float(hidden([student], [teacher], mask)) == 0
+    assert float(hidden([torch.zeros_like(teacher)], [teacher], mask)) == pytest.approx(1)
+
+
+def test_batches_hold_every_text_once_and_go_on_anywhere() -> None:
+    lengths = np.random.default_rng(0).integers(1, 90, size=257)
+    order = batch_order(lengths, 8, seed=1, epoch=0)
+    assert sorted(np.concatenate(order).tolist()) == sorted(set(np.concatenate(order).tolist()))
+    assert len(order) == 32
+    assert not np.array_equal(np.concatenate(order), np.concatenate(batch_order(lengths, 8, seed=1, epoch=1)))
+    schedule = SimpleNamespace(batch=8, seed=1)
+    whole = batches_from(lengths, schedule, 0, 1, 0)  # type: ignore[arg-type]
+    every = [next(whole) for _ in range(80)]
+    later = batches_from(lengths, schedule, 50, 1, 0)  # type: ignore[arg-type]
+    assert all(np.array_equal(a, next(later)) for a in every[50:])
+    two = [batches_from(lengths, schedule, 0, 2, process) for process in (0, 1)]  # type: ignore[arg-type]
+    shared = [next(two[number % 2]) for number in range(32)]
+    assert sorted(np.concatenate(shared).tolist()) == sorted(np.concatenate(order).tolist())
+    with pytest.raises(ValueError, match="do not fill a batch"):
+        next(batches_from(lengths[:7], schedule, 0, 1, 0))  # type: ignore[arg-type]
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    schedule = SimpleNamespace(steps=100, warmup=0.1)
+    rates = [rate(schedule, step) for step in range(100)]  # type: ignore[arg-type]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1)
+    assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+class Bag(nn.Module):
+    """A network of nothing but a table."""
+
+    def __init__(self, seed: int, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table = nn.Embedding(50, width)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.table(input_ids))
+
+
+def problem(width: int = 8) -> tuple[TokenTexts, Callable[[np.ndarray], np.ndarray], tuple[TokenTexts, np.ndarray]]:
+    """Random texts, and the vectors that a bag of another seed gives them."""
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(0, 50, size=generator.integers(1, 9)) for _ in range(400)]
+    teacher = Bag(7, width).table.weight.detach().numpy()
+    made = np.stack([teacher[row].mean(axis=0) for row in rows]).astype(np.float32)
+    held = TokenTexts(rows[:80], [0] * 80)
+    return TokenTexts(rows[80:], [0] * 320), lambda chosen: made[80:][chosen], (held, made[:80])
+
+
+SCHEDULE = Schedule(
+    steps=400, batch=32, learning_rate=0.03, warmup=0.05, weight_decay=0.0, precision="no", accumulate=1, every=100, patience=None, seed=0
+)  # fmt: skip
+SPEC = EmbedderSpec()
+
+
+def test_a_student_that_can_be_the_teacher_becomes_it(tmp_path: Path) -> None:
+    taught, targets, held = problem()
+    student, long = Bag(1), replace(SCHEDULE, steps=2000, every=500)
+    curve = train(student, SPEC, taught, targets, held, {"mse": (1.0, objectives.mse)}, long, tmp_path / "t")
+    assert [look["loss"] for look in curve] == sorted((look["loss"] for look in curve), reverse=True)
+    assert curve[-1]["cosine"] > 0.999
+    torch.testing.assert_close(student.table.weight.detach(), Bag(7).table.weight.detach(), atol=0.05, rtol=0)
+
+
+def test_a_narrower_student_learns_through_a_map(tmp_path: Path) -> None:
+    taught, targets, held = problem(width=12)
+    curve = train(Bag(1), SPEC, taught, targets, held, {"cosine": (1.0, objectives.cosine)}, SCHEDULE, tmp_path / "t")
+    assert curve[0]["cosine"] < curve[-1]["cosine"]
+    assert 0.7 < curve[-1]["cosine"] < 0.9999  # 8 of 12 dimensions
+
+
+def test_a_killed_training_gives_the_curve_of_one_that_was_not(tmp_path: Path) -> None:
+    taught, targets, held = problem()
+    schedule = replace(SCHEDULE, steps=60, every=20, accumulate=2)
+    asked = {"cosine": (1.0, objectives.cosine), "similarity": (2.0, objectives.similarity)}
+    whole = Bag(1)
+    expected = train(whole, SPEC, taught, targets, held, asked, schedule, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    def die(_: str) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(Bag(1), SPEC, taught, targets, held, asked, schedule, tmp_path / "killed", say=die)
+    assert [path.name for path in (tmp_path / "killed").glob("state-*")] == ["state-20"]
+    again = Bag(1)
+    curve = train(again, SPEC, taught, targets, held, asked, schedule, tmp_path / "killed")
+    for key in ("step", "loss", "cosine"):
+        assert [look[key] for look in curve] == [look[key] for look in expected]
+    assert torch.equal(again.table.weight, whole.table.weight)
+
+
+def test_training_stops_when_nothing_gets_better(tmp_path: Path) -> None:
+    taught, targets, held = problem()
+    still = replace(SCHEDULE, learning_rate=1e-12, every=10, patience=3)
+    curve = train(Bag(1), SPEC, taught, targets, held, {"mse": (1.0, objectives.mse)}, still, tmp_path / "t")
+    assert len(curve) <= 5
+
+
+@pytest.mark.parametrize("architecture", ["nv-embed", "mistral", "bert"])
+def test_a_new_student_has_the_tensors_that_were_planned_and_learns_with_all_of_them(
+    bert: Path, texts: Path, tmp_path: Path, architecture: str
+) -> None:
+    student = Student(architecture=architecture, **SMALL | ({"kv_heads": 1} if architecture != "bert" else {}))  # type: ignore[arg-type]
+    read = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    student.write(tmp_path / "new", read)
+    made = initial_weights(tmp_path / "new", None, seed=0)
+    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == student.tensors()
+    step = Distill(texts=str(texts), held_out=40, student=student, steps=6, batch=16, every=3, learning_rate=5e-3, precision="no")
+    compress_to(bert, tmp_path / "v", step)
+    shape = step.estimate(read_shape("tiny", bert)).after
+    info = VariantInfo.read(tmp_path / "v")
+    assert info.spec.normalize
+    assert shape.parameters == read_shape("v", tmp_path / "v").parameters
+    trained = empty_network(tmp_path / "v")
+    from compress.runtimes.torch_runtime import weights_of
+
+    weights_of(tmp_path / "v", trained).fill(trained, dtype=torch.float32)
+    before = initial_weights(tmp_path / "new", lambda strings: compress.load(str(bert), device="cpu").encode(strings, ""), seed=0)
+    unused = {"embeddings.token_type_embeddings.weight", "embeddings.position_embeddings.weight"}  # rows that no text reaches
+    for name, tensor in trained.state_dict().items():
+        if name.endswith("key.bias"):  # adds the same to all of a query's scores, which softmax does not see
+            continue
+        changed = (tensor - before[name]).abs()
+        assert changed.max() > 1e-3, name  # half precision alone would move it less
+        if name not in unused and tensor.dim() == 1:
+            assert (changed > 0).float().mean() > 0.5, name
+    assert np.isfinite(compress.load(str(tmp_path / "v"), device="cpu").encode(TEXTS)).all()
+
+
+def test_tokens_begin_as_the_teacher_s_vectors_of_their_strings(minilm: Path, tmp_path: Path) -> None:
+    student = Student(**SMALL | {"width": 384, "heads": 6})  # type: ignore[arg-type]
+    student.write(tmp_path, list(suite_texts()))
+    teacher = compress.load("minilm", device="cpu")
+    made = initial_weights(tmp_path, lambda strings: teacher.encode(strings), seed=0)["embedding_model.embed_tokens.weight"].numpy()
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    expected = teacher.encode(["water"])[0]
+    number = tokenizer.token_to_id("▁water")
+    assert number is not None
+    assert spelled(tokenizer)[number] == "water"
+    centre = teacher.encode(spelled(tokenizer)).mean(axis=0)
+    cosine = made[number] @ (expected - centre) / np.linalg.norm(made[number]) / np.linalg.norm(expected - centre)
+    assert cosine == pytest.approx(1, abs=1e-4)
+
+
+def test_a_table_keeps_what_its_width_can_hold() -> None:
+    generator = np.random.default_rng(0)
+    low = (generator.standard_normal((100, 3)) @ generator.standard_normal((3, 20))).astype(np.float32)
+    table = table_from(low, 3)
+    exact = (low - low.mean(axis=0)) @ (low - low.mean(axis=0)).T
+    scale = np.trace(exact) / np.trace(table @ table.T)
+    np.testing.assert_allclose(scale * (table @ table.T), exact, atol=1e-2)
+    assert table_from(low, 30).shape == (100, 30)
+
+
+def test_a_pruned_model_is_healed_and_quantized_in_one_recipe(minilm: Path, texts: Path, tmp_path: Path) -> None:
+    heal = Distill(texts=str(texts), held_out=100, steps=30, batch=16, every=15, learning_rate=3e-4, max_tokens=64)
+    compress_to(minilm, tmp_path / "pruned", Depth(drop=(1, 2, 3)))
+    compress_to(minilm, tmp_path / "healed", Depth(drop=(1, 2, 3)), heal, RTN())
+    judged = list(suite_texts()[400:500])
+    whole = compress.load("minilm", device="cpu").encode(judged)
+    cosines = {
+        name: float((compress.load(str(tmp_path / name), device="cpu").encode(judged) * whole).sum(axis=1).mean())
+        for name in ("pruned", "healed")
+    }
+    assert cosines["healed"] > cosines["pruned"] + 0.05
+    info = VariantInfo.read(tmp_path / "healed")
+    assert info.layers == (0, 4, 5)
+    assert info.quantized
+
+
+def test_a_teacher_is_asked_once_and_another_one_anew(bert: Path, copy_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.methods.distill import data
+
+    opened: list[str] = []
+    real = data.open_source
+
+    def counting(source, **how: object):
+        opened.append(source.name)
+        return real(source, **how)
+
+    monkeypatch.setattr(data, "open_source", counting)
+    taught = Lessons(TEXTS[:3], ["", "", "a: "], ["", "", "a: "])
+    first = Teacher(find(str(bert)), "cpu").vectors(taught)
+    np.testing.assert_array_equal(Teacher(find(str(bert)), "cpu").vectors(taught), first)
+    assert len(opened) == 1
+    changed = copy_of(bert)
+    weights = changed / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1
+    weights.write_bytes(bytes(content))
+    Teacher(find(str(changed)), "cpu").vectors(taught)
+    assert len(opened) == 2
+
+
+def test_prompts_go_before_their_share_of_the_texts(texts: Path, nv_embed: Path) -> None:
+    taught = lessons(texts, 200, ["p: ", "q: "], 0.5, same_prompts=False, seed=0)
+    assert 60 < sum(prompt != "" for prompt in taught.prompts) < 140
+    assert {"", "p: ", "q: "} == set(taught.prompts)
+    assert set(taught.teacher_prompts) == {""}
+    embedder = compress.load(str(nv_embed), device="cpu")
+    prompt = next(text for text in embedder.spec.prompts.values() if text)
+    rows = tokenized(embedder.tokenizer, ["a text", "a text"], ["", prompt], embedder.spec, 10_000)  # type: ignore[arg-type]
+    _, mask, pooled = rows.batch(np.array([0, 1]))
+    length = embedder.tokenizer.prompt_length(prompt)
+    assert pooled[1, :length].sum() == 0
+    assert pooled.sum(dim=1).tolist()[1] == int(mask[1].sum()) - length
+    with pytest.raises(UserError, match="holds 400 different texts, 500 are wanted"):
+        lessons(texts, 500, (), 0, same_prompts=True, seed=0)
+
+
+def test_wrong_keys_are_named(texts: Path) -> None:
+    with pytest.raises(UserError, match="objective 'cosin' is not known"):
+        parse_recipe({"steps": [{"method": "distill", "texts": str(texts), "objectives": {"cosin": 1.0}}]})
+    with pytest.raises(ValidationError, match="leaves less than a batch"):
+        Distill(texts=str(texts), count=1000, held_out=1000)
+    with pytest.raises(ValidationError, match="have to divide"):
+        Student(width=384, heads=7)
