@@ -61,14 +61,17 @@ class Distill(Method):
     teacher_prompts: Literal["same", "none"] = "same"
     """Whether the teacher is given the prompts too."""
     steps: int = Field(2_000, ge=1)
+    """Changes of the weights."""
     batch: int = Field(128, ge=2)
     """Texts a step."""
     max_tokens: int = Field(256, ge=8)
     """Texts are cut here, for the student."""
     learning_rate: float = Field(2e-4, gt=0)
+    """The greatest; of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises; then it falls to zero as a cosine."""
     weight_decay: float = Field(0.01, ge=0)
+    """Of matrices; norms, biases and tables have none."""
     precision: Literal["bf16", "no"] = "bf16"
     """Of the products while training; the weights are float32."""
     accumulate: int = Field(1, ge=1)
@@ -78,6 +81,7 @@ class Distill(Method):
     patience: int | None = Field(None, ge=1)
     """Looks without a better one after which it stops; left out: never."""
     seed: int = 0
+    """Of which texts are drawn, their order, and a new student's first weights."""
 
     @field_validator("objectives")
     @classmethod
