@@ -41,7 +41,11 @@ HELD_OUT = 256
 def linears_of(parts: Parts) -> dict[str, torch.nn.Linear]:
     """Return a block's linear layers by name."""
     named = {f"{path}.{name}": module for path, part in parts.items() for name, module in part.named_modules()}
-    return {name: module for name, module in named.items() if is_block_linear(f"{name}.weight", 2) and hasattr(module, "weight")}
+    return {
+        name: module
+        for name, module in named.items()
+        if isinstance(module, torch.nn.Linear) and is_block_linear(f"{name}.weight", module.weight.dim())
+    }
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from compress.models.opened import OpenModel
     from compress.models.segments import Parts, Segment
     from compress.models.tokens import TextTokenizer
+    from compress.survey import Survey
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def make_variant(
     device: str = "cpu",
     runtime: str = "torch",
     dtype: str | None = None,
+    evaluated: Callable[[], frozenset[str]] = frozenset,
 ) -> list[dict[str, Any]]:
     """Write the variant of a model.
 
@@ -80,6 +82,7 @@ def make_variant(
         device: where the segments are worked on.
         runtime: what the variant is made for.
         dtype: of the floating-point arithmetic there; None: its default.
+        evaluated: returns the texts that nothing may be trained on; see `Bench`.
 
     Returns:
         For each step its `config`, the `seconds` it took and a `note` on what it did.
@@ -93,12 +96,24 @@ def make_variant(
     from compress.models.segments import Kind, segments_of
     from compress.models.shards import join_shards, shard, sparse, write_tensors
     from compress.runtimes.torch_runtime import buffers_to, open_model
+    from compress.survey import Survey
     from compress.walk import Carry, Streamed, walk
 
     model, place = open_model(source.folder), torch.device(device)
     buffers_to(model.network, place)
     compute = _compute_dtype(model.weights.dtypes(), place)
-    steps, model = _prepared(steps, model, calibration, place, compute, journal, source, say)
+
+    def survey(now: OpenModel) -> Survey:
+        def batches() -> CalibrationTexts:
+            assert calibration is not None, "a step surveys the calibration texts"
+            return calibration.batches(now.tokenizer, now.spec)
+
+        return Survey(now, batches, place, compute)
+
+    def bench(number: int) -> Bench:
+        return Bench(partial(_timed, journal, number), journal.folder / _decision(number), source.folder, say, evaluated)
+
+    steps, model = _prepared(steps, model, survey, bench)
     network, tokenizer = model.network, model.tokenizer
     count = len(segments_of(network))
     folder = target.with_name(f"{target.name}.partial")
@@ -172,28 +187,13 @@ def make_variant(
 
 
 def _prepared(
-    steps: Sequence[Method],
-    model: OpenModel,
-    calibration: CalibrationSource | None,
-    device: torch.device,
-    compute: torch.dtype,
-    journal: Journal,
-    source: Source,
-    say: Callable[[str], None],
+    steps: Sequence[Method], model: OpenModel, survey: Callable[[OpenModel], Survey], bench: Callable[[int], Bench]
 ) -> tuple[Sequence[Method], OpenModel]:
-    """Let every step decide what depends on the model as a whole; see `Method.prepare`."""
-    from compress.survey import Survey
-
+    """Let every step decide what depends on the model as a whole; see `Method.prepare`. `bench`: of a step, by its number."""
     decided: list[Method] = []
     for number, step in enumerate(steps):
-
-        def texts(now: OpenModel = model) -> CalibrationTexts:
-            assert calibration is not None, "a step surveys the calibration texts"
-            return calibration.batches(now.tokenizer, now.spec)
-
         try:
-            bench = Bench(partial(_timed, journal, number), journal.folder / _decision(number), source.folder, say)
-            step, model = step.prepare(model, Survey(model, texts, device, compute), bench)
+            step, model = step.prepare(model, survey(model), bench(number))
         except ValueError as error:
             raise UserError(f"steps.{number} ({step.method}): {error}") from error
         decided.append(step)

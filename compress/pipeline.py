@@ -231,12 +231,18 @@ class _Run:
             self.device,
             self.runtime,
             self.recipe.dtype,
+            self._evaluated,
         )
         if self.runtime in GRAPH_RUNTIMES:
             from compress.runtimes.lower import lower
 
             self.say(f"lowered for {self.runtime}: {lower(target, self.runtime).name}")
         return {"steps": done}
+
+    def _evaluated(self) -> frozenset[str]:
+        from compress.measure.tasks import evaluated_texts
+
+        return evaluated_texts(self.tasks)
 
     def _source(self, role: str) -> Source:
         return Source(f"{self.name} {role}", self.folder / VARIANT) if role == VARIANT else self.source

@@ -73,6 +73,11 @@ def read_texts(path: Path) -> list[str]:
     return [line for _, line in read_lines(path)]
 
 
+def same_text(text: str) -> str:
+    """Return what texts have in common that differ in case and white space alone."""
+    return " ".join(text.lower().split())
+
+
 @cache
 def suite_texts() -> tuple[str, ...]:
     """Return the distinct texts of the embedded suite, in a fixed order."""

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 
 from compress.errors import UserError, nearest
 from compress.measure.local_data import load_local, published_splits
-from compress.texts import SUITE
+from compress.texts import SUITE, same_text
 
 MINI = "mini"
 # Of each of the seven types the cheapest public tasks that still tell models apart: some 3 M tokens together.
@@ -57,6 +57,28 @@ class Task:
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             digest.update(str(path.relative_to(self.folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()[:16]
+
+
+def evaluated_texts(tasks: Iterable[Task]) -> frozenset[str]:
+    """Return every text of some tasks' data, training splits included, as `same_text` has it; loads what lies on the hub."""
+    found: set[str] = set()
+    for task in tasks:
+        if task.folder is None:
+            task.mteb.load_data()
+        found.update(same_text(text) for text in _strings(task.mteb.dataset))
+    return frozenset(found)
+
+
+def _strings(data: Any) -> Iterator[str]:
+    """Yield every string in nested containers and tables."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, Mapping):
+        for value in data.values():
+            yield from _strings(value)
+    elif isinstance(data, Iterable):
+        for value in data:
+            yield from _strings(value)
 
 
 def _metadata(name: str, kind: str, main_score: str, description: str) -> TaskMetadata:

@@ -32,6 +32,8 @@ class Bench:
     """Folder of the model that the recipe started from."""
     say: Callable[[str], None]
     """Tells the user how it goes."""
+    evaluated: Callable[[], frozenset[str]]
+    """Every text of the tasks that the result will be scored on, as `compress.texts.same_text` has it."""
 
 
 @dataclass(frozen=True)

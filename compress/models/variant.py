@@ -93,7 +93,8 @@ def _pruned(step: dict[str, Any]) -> list[str]:
     if "sparsity" in step:
         return [f"{step['sparsity']:.0%} zeros" if step["pattern"] == "unstructured" else step["pattern"]]
     if step["method"] == "depth" and step["drop"]:
-        return [f"less {len(step['drop'])} {step['what']}"]
+        what = step["what"] if len(step["drop"]) != 1 else step["what"].removesuffix("s")
+        return [f"less {len(step['drop'])} {what}"]
     if step["method"] == "width":
         return [f"{step[key]:.3g} of {key}" for key in ("heads", "channels") if step[key] < 1]
     return []

@@ -18,15 +18,28 @@ from torch import nn
 import compress
 from compress.errors import UserError
 from compress.loading import find
-from compress.methods.distill import method, objectives
-from compress.methods.distill.data import Lessons, Teacher, lessons
+from compress.measure.tasks import evaluated_texts, find_tasks
+from compress.methods.distill import method, mining, objectives
+from compress.methods.distill.data import Lessons, Teacher, different, lessons
+from compress.methods.distill.hidden import HiddenStates, followed
 from compress.methods.distill.method import Distill
+from compress.methods.distill.mining import neighbours
 from compress.methods.distill.objectives import OBJECTIVES, hidden, matryoshka
 from compress.methods.distill.student import Student, initial_weights, spelled, table_from
-from compress.methods.distill.training import Schedule, TokenTexts, batch_order, batches_from, rate, tokenized, train
+from compress.methods.distill.training import (
+    Schedule,
+    TokenTexts,
+    batch_order,
+    batches_from,
+    rate,
+    tokenized,
+    train,
+    with_neighbours,
+)
 from compress.methods.prune.depth import Depth
 from compress.methods.quantize.rtn import RTN
-from compress.models.network import empty_network
+from compress.models.network import empty_network, load_network
+from compress.models.segments import blocks_of
 from compress.models.shape import read_shape
 from compress.models.spec import EmbedderSpec
 from compress.models.variant import VariantInfo
@@ -94,6 +107,51 @@ def test_hidden_states_of_padding_are_not_compared() -> None:
     student[0, 3:] = 100
     assert float(hidden([student], [teacher], mask)) == 0
     assert float(hidden([torch.zeros_like(teacher)], [teacher], mask)) == pytest.approx(1)
+
+
+def test_each_block_follows_the_last_one_before_its_next() -> None:
+    assert followed((0, 4, 5), 6) == {0: 3, 1: 4, 2: 5}
+    assert followed((0, 1, 2), 3) == {0: 0, 1: 1, 2: 2}
+    assert followed((1, 2), 6) == {0: 1, 1: 5}
+
+
+def test_hidden_states_are_the_blocks_own(bert: Path) -> None:
+    whole, student = (load_network(bert, torch.float32) for _ in range(2))
+    ids, mask = torch.randint(5, 500, (3, 7)), torch.ones(3, 7, dtype=torch.int64)
+    asked = HiddenStates(student, whole, {0: 0, 1: 1}, 2.0)
+    with asked.watching():
+        student(input_ids=ids, attention_mask=mask)
+    assert float(asked.loss(ids, mask)) == pytest.approx(0, abs=1e-10)
+    before = [len(block._forward_hooks) for network in (whole, student) for block in blocks_of(network)[1]]
+    assert before == [0, 0, 0, 0]
+    shifted = HiddenStates(student, whole, {0: 1}, 2.0)
+    with shifted.watching():
+        student(input_ids=ids, attention_mask=mask)
+    states = whole(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    expected = 2 * (states[1] - states[2]).square().mean() / states[2].square().mean()
+    assert float(shifted.loss(ids, mask)) == pytest.approx(float(expected), rel=1e-4)
+    shifted.loss(ids, mask).backward()
+    assert all(parameter.grad is None for parameter in whole.parameters())
+    assert any(parameter.grad is not None for parameter in student.parameters())
+
+
+def test_neighbours_are_the_nearest_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = np.random.default_rng(0).standard_normal((50, 6)).astype(np.float32)
+    unit = made / np.linalg.norm(made, axis=1, keepdims=True)
+    similarities = unit @ unit.T
+    np.fill_diagonal(similarities, -2)
+    expected = np.argsort(-similarities, axis=1)[:, :3]
+    np.testing.assert_array_equal(neighbours(made, 3), expected)
+    monkeypatch.setattr(mining, "ROWS", 7)
+    np.testing.assert_array_equal(neighbours(made, 3), expected)
+    monkeypatch.setattr(mining, "STRETCH", 25)
+    own = neighbours(made, 3)
+    assert (own[:25] < 25).all()
+    assert (own[25:] >= 25).all()
+    batch = with_neighbours(np.array([3, 9, 20, 30]), expected)
+    assert set(batch) == {3, *expected[3]}
+    with pytest.raises(ValueError, match="no 3 neighbours"):
+        neighbours(made[:3], 3)
 
 
 def test_batches_hold_every_text_once_and_go_on_anywhere() -> None:
@@ -256,7 +314,17 @@ def test_a_table_keeps_what_its_width_can_hold() -> None:
 
 
 def test_a_pruned_model_is_healed_and_quantized_in_one_recipe(minilm: Path, texts: Path, tmp_path: Path) -> None:
-    heal = Distill(texts=str(texts), held_out=100, steps=30, batch=16, every=15, learning_rate=3e-4, max_tokens=64)
+    heal = Distill(
+        texts=str(texts),
+        held_out=100,
+        steps=30,
+        batch=16,
+        every=15,
+        learning_rate=3e-4,
+        max_tokens=64,
+        hidden=0.1,
+        hard_negatives=1,
+    )
     compress_to(minilm, tmp_path / "pruned", Depth(drop=(1, 2, 3)))
     compress_to(minilm, tmp_path / "healed", Depth(drop=(1, 2, 3)), heal, RTN())
     judged = list(suite_texts()[400:500])
@@ -296,7 +364,8 @@ def test_a_teacher_is_asked_once_and_another_one_anew(bert: Path, copy_of, monke
 
 
 def test_prompts_go_before_their_share_of_the_texts(texts: Path, nv_embed: Path) -> None:
-    taught = lessons(texts, 200, ["p: ", "q: "], 0.5, same_prompts=False, seed=0)
+    read = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    taught = lessons(read, 200, ["p: ", "q: "], 0.5, same_prompts=False, seed=0)
     assert 60 < sum(prompt != "" for prompt in taught.prompts) < 140
     assert {"", "p: ", "q: "} == set(taught.prompts)
     assert set(taught.teacher_prompts) == {""}
@@ -307,8 +376,19 @@ def test_prompts_go_before_their_share_of_the_texts(texts: Path, nv_embed: Path)
     length = embedder.tokenizer.prompt_length(prompt)
     assert pooled[1, :length].sum() == 0
     assert pooled.sum(dim=1).tolist()[1] == int(mask[1].sum()) - length
-    with pytest.raises(UserError, match="holds 400 different texts, 500 are wanted"):
-        lessons(texts, 500, (), 0, same_prompts=True, seed=0)
+    with pytest.raises(ValueError, match="400 different texts, 500 are wanted"):
+        lessons(read, 500, (), 0, same_prompts=True, seed=0)
+
+
+def test_texts_that_are_evaluated_on_are_not_trained_on(texts: Path) -> None:
+    tasks = find_tasks(["MiniSTS", "MiniRetrieval"], None)
+    evaluated = evaluated_texts(tasks)
+    judged = next(iter(tasks[0].mteb.dataset["test"]["sentence1"]))
+    texts.write_text(
+        "\n".join(json.dumps({"text": text}) for text in (judged, f"  {judged.upper()} ", "another one", "another one"))
+    )
+    assert different(texts, evaluated) == (["another one"], 2)
+    assert len(different(texts, frozenset())[0]) == 3
 
 
 def test_wrong_keys_are_named(texts: Path) -> None:

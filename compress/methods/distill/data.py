@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from compress.cache import use
-from compress.errors import UserError
 from compress.loading import Source, open_source, spec_of
 from compress.measure.vectors import StoredEmbedder, VectorStore
 from compress.models.embedder import Vectors
 from compress.models.shape import read_shape
-from compress.texts import read_texts
+from compress.texts import read_texts, same_text
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,20 @@ class Lessons:
         return Lessons(*([column[index] for index in chosen] for column in (self.texts, self.prompts, self.teacher_prompts)))
 
 
-def lessons(path: Path, count: int | None, prompts: Sequence[str], prompted: float, *, same_prompts: bool, seed: int) -> Lessons:
-    """Read texts, each once, in an order drawn with the seed.
+def different(path: Path, evaluated: frozenset[str]) -> tuple[list[str], int]:
+    """Read texts, each once, without those that the student will be scored on; also return how many these were."""
+    texts = list(dict.fromkeys(text for text in read_texts(path) if text.strip()))
+    left = [text for text in texts if same_text(text) not in evaluated]
+    return left, len(texts) - len(left)
+
+
+def lessons(
+    texts: Sequence[str], count: int | None, prompts: Sequence[str], prompted: float, *, same_prompts: bool, seed: int
+) -> Lessons:
+    """Bring texts into an order drawn with the seed, and give some of them a prompt.
 
     Args:
-        path: a JSONL file with `text` or a plain text file.
+        texts: different ones.
         count: how many; None: all.
         prompts: put before a share of the texts, in turn.
         prompted: that share.
@@ -43,11 +51,10 @@ def lessons(path: Path, count: int | None, prompts: Sequence[str], prompted: flo
         seed: of the order and of which texts get a prompt.
 
     Raises:
-        UserError: the file holds fewer.
+        ValueError: there are fewer.
     """
-    texts = list(dict.fromkeys(text for text in read_texts(path) if text.strip()))
     if count is not None and len(texts) < count:
-        raise UserError(f"{path}: holds {len(texts):,} different texts, {count:,} are wanted", "lower `count`, or leave it out")
+        raise ValueError(f"{len(texts):,} different texts, {count:,} are wanted; lower `count`, or leave it out")
     generator = np.random.default_rng(seed)
     chosen = generator.permutation(len(texts))[:count]
     drawn = generator.random(len(chosen)) < prompted if prompts else np.zeros(len(chosen), dtype=bool)

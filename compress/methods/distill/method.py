@@ -18,9 +18,11 @@ from compress.models.shape import ModelShape
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import nn
 
     from compress.calibration import Inputs
     from compress.methods.distill.data import Lessons, Teacher
+    from compress.methods.distill.hidden import HiddenStates
     from compress.models.opened import OpenModel
     from compress.models.segments import Parts
     from compress.survey import Survey
@@ -48,10 +50,15 @@ class Distill(Method):
     """Of these, texts that are not trained on; how it goes is judged by them."""
     teacher: str | None = None
     """A model's name or folder; left out: the model that the recipe starts from."""
-    student: Student | None = None
-    """A new model in the place of the one that the recipe starts from."""
-    objectives: dict[str, float] = {"cosine": 1.0, "similarity": 10.0}
+    student: Student | str | None = None
+    """In the place of the model that the recipe starts from: the numbers of a new one, or another model's name or folder."""
+    objectives: dict[str, float] = Field({"cosine": 1.0, "similarity": 10.0})
     """What is asked, each with its weight: cosine, mse, similarity, ranking_kl, margin."""
+    hidden: float = Field(0.0, ge=0)
+    """Weight of the hidden states: each block is to give what the teacher gives before the next block that the student has left.
+    For what is left of the model that the recipe starts from, which is then the teacher and runs beside."""
+    hard_negatives: int = Field(0, ge=0)
+    """Texts that the teacher puts closest to each, learned in the same batch; for `margin` and `ranking_kl` above all."""
     matryoshka: tuple[int, ...] = ()
     """Numbers of leading dimensions at which the same is asked besides."""
     prompts: tuple[str, ...] = ()
@@ -97,6 +104,8 @@ class Distill(Method):
 
     @model_validator(mode="after")
     def _leaves_texts(self) -> Self:
+        if self.hidden and (self.student is not None or self.teacher is not None):
+            raise ValueError("`hidden` compares what is left of a model with that model; leave `student` and `teacher` out")
         if self.count is not None and self.count - self.held_out < self.batch:
             raise ValueError("`count` leaves less than a batch besides the held-out texts")
         return self
@@ -118,24 +127,29 @@ class Distill(Method):
 
         device = str(survey.device)
         teacher = Teacher(find(self.teacher or str(bench.published)), device)
-        student = model if self.student is None else self._new(self.student, bench, teacher)
+        student = self._student(model, bench, teacher)
         bench.once(lambda: self._trained(student, teacher, bench, device))
         weights = Weights([bench.folder / WEIGHTS], student.network, exact=True)
         return self, replace(student, weights=weights)
 
-    def _new(self, wanted: Student, bench: Bench, teacher: Teacher) -> OpenModel:
-        """Write a new student, its weights as training begins with them, and open it."""
+    def _student(self, model: OpenModel, bench: Bench, teacher: Teacher) -> OpenModel:
+        """Open what is to be trained; a new student is written first, its weights as training begins with them."""
         from safetensors.torch import save_file
 
+        from compress.loading import find
         from compress.methods.distill.student import initial_weights
         from compress.runtimes.torch_runtime import open_model
         from compress.texts import read_texts
 
+        if self.student is None:
+            return model
+        if isinstance(self.student, str):
+            return open_model(find(self.student).folder)
         folder = bench.folder / "new"
         if not folder.exists():
             partial = folder.with_name("new.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            wanted.write(partial, read_texts(Path(self.texts)))
+            self.student.write(partial, read_texts(Path(self.texts)))
             made = initial_weights(partial, lambda texts: teacher.embedder.encode(texts, ""), self.seed)
             save_file(made, partial / "model.safetensors", metadata={"format": "pt"})
             partial.rename(folder)
@@ -147,7 +161,8 @@ class Distill(Method):
 
         import torch
 
-        from compress.methods.distill.data import lessons
+        from compress.methods.distill.data import different, lessons
+        from compress.methods.distill.mining import neighbours
         from compress.methods.distill.objectives import OBJECTIVES as FUNCTIONS
         from compress.methods.distill.objectives import matryoshka
         from compress.methods.distill.training import Schedule, tokenized, train
@@ -157,7 +172,9 @@ class Distill(Method):
         student.weights.fill(network, dtype=torch.float32)
         network.requires_grad_(True)
         same = self.teacher_prompts == "same"
-        everything = lessons(Path(self.texts), self.count, self.prompts, self.prompted, same_prompts=same, seed=self.seed)
+        texts, evaluated = different(Path(self.texts), bench.evaluated())
+        bench.say(f"{self.texts}: {len(texts):,} different texts; {evaluated:,} more are evaluated on and left out")
+        everything = lessons(texts, self.count, self.prompts, self.prompted, same_prompts=same, seed=self.seed)
         held, taught = self._split(everything)
         bench.say(f"teacher {teacher.embedder.name}: vectors of {len(everything.texts):,} texts")
         targets, judged = teacher.vectors(taught), teacher.vectors(held)
@@ -173,10 +190,40 @@ class Distill(Method):
             return found
 
         curve = train(
-            network, student.spec, rows[0], of, (rows[1], judged), asked, schedule, bench.folder, cpu=device == "cpu", say=bench.say
+            network,
+            student.spec,
+            rows[0],
+            of,
+            (rows[1], judged),
+            asked,
+            schedule,
+            bench.folder,
+            neighbours=neighbours(targets, self.hard_negatives) if self.hard_negatives else None,
+            hidden=self._hidden(network, student, bench, device) if self.hidden else None,
+            cpu=device == "cpu",
+            say=bench.say,
         )
         write_tensors(bench.folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()})
-        return {"curve": curve, "texts": len(taught.texts), "tokens": int(rows[0].lengths.sum())}
+        return {"curve": curve, "texts": len(taught.texts), "left_out": evaluated, "tokens": int(rows[0].lengths.sum())}
+
+    def _hidden(self, network: nn.Module, student: OpenModel, bench: Bench, device: str) -> HiddenStates:
+        """Load the model that the student is what is left of, to run beside it.
+
+        Raises:
+            ValueError: its tokens have other numbers than the student's.
+        """
+        import torch
+
+        from compress.methods.distill.hidden import HiddenStates, followed
+        from compress.models.network import load_network
+        from compress.models.segments import blocks_of
+        from compress.models.spec import transformer_folder
+        from compress.runtimes.torch_runtime import read_text_side
+
+        if read_text_side(bench.published)[1].definition()["model"] != student.tokenizer.definition()["model"]:
+            raise ValueError("`hidden` wants the student to take the teacher's tokens; put vocabulary behind it, or leave one out")
+        whole = load_network(transformer_folder(bench.published), torch.float32).to(device)
+        return HiddenStates(network, whole, followed(student.layers, len(blocks_of(whole)[1])), self.hidden)
 
     def _split(self, everything: Lessons) -> tuple[Lessons, Lessons]:
         """Put the held-out texts aside.
@@ -194,7 +241,7 @@ class Distill(Method):
 
     def estimate(self, shape: ModelShape) -> Estimate:
         """Size after: the same model, or the new one; time from the steps, the texts' usual length and thrice the forward pass."""
-        after = shape.as_stored() if self.student is None else self._shape_of(self.student, shape)
+        after = self._shape_of(shape)
         tokens = self.steps * self.batch * self.accumulate * TYPICAL_TOKENS
         parameters = after.parameters
         return Estimate(
@@ -206,11 +253,16 @@ class Distill(Method):
             f"some {tokens / 1e6:,.1f} M tokens",
         )
 
-    @staticmethod
-    def _shape_of(student: Student, shape: ModelShape) -> ModelShape:
-        """Return the shape of a new student, from its numbers alone."""
-        tensors = {name: TensorInfo("F16", size) for name, size in student.tensors().items()}
-        return ModelShape(shape.name, tensors, student.config(student.vocabulary))
+    def _shape_of(self, shape: ModelShape) -> ModelShape:
+        """Return the shape of the student: the model's own, another's, or a new one's from its numbers alone."""
+        if self.student is None:
+            return shape.as_stored()
+        if isinstance(self.student, str):
+            from compress.loading import find_shape
+
+            return find_shape(self.student).as_stored()
+        tensors = {name: TensorInfo("F16", size) for name, size in self.student.tensors().items()}
+        return ModelShape(shape.name, tensors, self.student.config(self.student.vocabulary))
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
         """Do nothing: the weights are the student's before the walk."""

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from compress.methods.distill.hidden import HiddenStates
 from compress.methods.distill.objectives import Objective
 from compress.models.checkpoint import write_text_atomic
 from compress.models.forward import vectors_of
@@ -116,6 +118,14 @@ def batches_from(lengths: np.ndarray, schedule: Schedule, start: int, processes:
         number += 1
 
 
+def with_neighbours(chosen: np.ndarray, neighbours: np.ndarray | None) -> np.ndarray:
+    """Return the texts of a batch: as many of those chosen as leave room for their neighbours, and these, each once."""
+    if neighbours is None:
+        return chosen
+    anchors = chosen[: max(1, len(chosen) // (1 + neighbours.shape[1]))]
+    return np.unique(np.concatenate([anchors, neighbours[anchors].ravel()]))
+
+
 def rate(schedule: Schedule, step: int) -> float:
     """Return the learning rate of a step as a share of the greatest."""
     rising = max(1, round(schedule.warmup * schedule.steps))
@@ -156,6 +166,8 @@ def train(
     schedule: Schedule,
     folder: Path,
     *,
+    neighbours: np.ndarray | None = None,
+    hidden: HiddenStates | None = None,
     vector_objectives: Sequence[str] = ("cosine", "mse"),
     cpu: bool = True,
     say: Callable[[str], None] = lambda _: None,
@@ -171,6 +183,8 @@ def train(
         objectives: what is asked, each with its weight.
         schedule: see there.
         folder: keeps checkpoints and the curve; one that an earlier process left is gone on from.
+        neighbours: texts that each is to be learned beside, int64 [texts, n].
+        hidden: asks for hidden states besides.
         vector_objectives: which of them compare vector with vector; with another width than the teacher's they see the student's
             through a linear map, which is trained and then thrown away.
         cpu: stay there even where there is a GPU.
@@ -205,15 +219,19 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * rate(schedule, step)
         for _ in range(schedule.accumulate):
-            chosen = next(order)
+            chosen = with_neighbours(next(order), neighbours)
             with accelerator.accumulate(run):
-                with half():
-                    vectors, mapped = run(*(tensor.to(accelerator.device) for tensor in texts.batch(chosen)))
+                batch = [tensor.to(accelerator.device) for tensor in texts.batch(chosen)]
+                with half(), hidden.watching() if hidden else nullcontext():
+                    vectors, mapped = run(*batch)
                 teacher = torch.from_numpy(targets(chosen)).to(accelerator.device)
                 losses = [
                     weight * objective((mapped if name in vector_objectives else vectors).float(), teacher)
                     for name, (weight, objective) in objectives.items()
                 ]
+                if hidden is not None:
+                    with half():
+                        losses.append(hidden.loss(*batch[:2]))
                 loss = torch.stack(losses).sum()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

@@ -1,0 +1,34 @@
+"""Hard negatives: for each text others that the teacher puts close to it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from compress.models.embedder import Vectors
+
+# Texts among which neighbours are looked for; of more, each is compared with those of its own stretch.
+STRETCH = 100_000
+ROWS = 2_048
+
+
+def neighbours(vectors: Vectors, count: int) -> np.ndarray:
+    """Return the nearest others of each text by cosine: int64 [texts, count], nearest first.
+
+    Raises:
+        ValueError: there are not so many others.
+    """
+    if len(vectors) <= count:
+        raise ValueError(f"{len(vectors)} texts have no {count} neighbours each")
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    stretches = np.array_split(np.arange(len(unit)), -(-len(unit) // STRETCH))
+    found = np.empty((len(unit), count), dtype=np.int64)
+    for stretch in stretches:
+        near = unit[stretch]
+        for start in range(0, len(stretch), ROWS):
+            rows = stretch[start : start + ROWS]
+            similarities = unit[rows] @ near.T
+            similarities[np.arange(len(rows)), rows - stretch[0]] = -np.inf
+            best = np.argpartition(-similarities, count - 1, axis=1)[:, :count]
+            order = np.argsort(-np.take_along_axis(similarities, best, axis=1), axis=1, kind="stable")
+            found[rows] = stretch[0] + np.take_along_axis(best, order, axis=1)
+    return found
