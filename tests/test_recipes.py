@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,15 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TEXTS = ["the parcel never came", "rain by the evening", "who wrote it", "x", ""]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("kind", ["bert", "nv_embed"])
+def _cases() -> Iterator[object]:
+    """Every recipe on both; NV-Embed in a graph takes seconds each, and has tests of its own (tests/runtimes)."""
+    for path in RECIPES:
+        for kind in ("bert", "nv_embed"):
+            slow = kind == "nv_embed" and read_recipe(path).runtime != "torch"
+            yield pytest.param(path, kind, id=f"{path.stem}-{kind}", marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("path", "kind"), _cases())
 def test_a_recipe_runs_to_its_end(request: pytest.FixtureRequest, path: Path, kind: str, tmp_path: Path) -> None:
     recipe = read_recipe(path)
     folder = request.getfixturevalue(kind)
