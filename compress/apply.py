@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import UserError
 from compress.layers.scheme import QuantizedLayer
 from compress.loading import Source
+from compress.methods import method_class
 from compress.methods.base import Bench, Method
 from compress.models.checkpoint import write_text_atomic
 from compress.models.shape import ModelShape
@@ -49,6 +50,16 @@ class CalibrationSource:
         return calibration_batches(
             tokenizer, self.texts, prompts, pool_prompt=spec.pool_prompt, max_tokens=min(self.max_tokens, tokenizer.max_length)
         )
+
+
+def stages_of(steps: Sequence[Method]) -> list[list[Method]]:
+    """Cut steps where one that looks at the model whole follows one that goes segment by segment: what is cut shares a walk."""
+    stages: list[list[Method]] = [[]]
+    for step in steps:
+        if step.whole and any(not before.whole for before in stages[-1]):
+            stages.append([])
+        stages[-1].append(step)
+    return stages
 
 
 def make_variant(
@@ -90,6 +101,42 @@ def make_variant(
     Raises:
         UserError: a weight is not finite, or does not fit float16.
     """
+    making = _Making(source.folder, fingerprint, say, calibration, device, runtime, dtype, evaluated)
+    stages, done = stages_of(steps), list[dict[str, Any]]()
+    for number, stage in enumerate(stages[:-1]):
+        own = Journal(journal.folder / f"stage-{number}")
+        between = own.folder / "variant"
+        made = own.once("done", partial(_staged, making, source, shape, stage, len(done), between, own))["steps"]
+        for entry in made:
+            step = method_class(entry["config"]["method"]).model_validate_json(json.dumps(entry["config"]))
+            shape = step.estimate(shape).after
+        done += made
+        source = Source(source.name, between)
+    return done + _write(making, source, shape, stages[-1], len(done), target, journal)
+
+
+@dataclass(frozen=True)
+class _Making:
+    """What all stages of a variant's making have in common; see `make_variant`."""
+
+    published: Path
+    fingerprint: str
+    say: Callable[[str], None]
+    calibration: CalibrationSource | None
+    device: str
+    runtime: str
+    dtype: str | None
+    evaluated: Callable[[], frozenset[str]]
+
+
+def _staged(making: _Making, *arguments: Any) -> dict[str, Any]:
+    return {"steps": _write(making, *arguments)}
+
+
+def _write(
+    making: _Making, source: Source, shape: ModelShape, steps: Sequence[Method], before: int, target: Path, journal: Journal
+) -> list[dict[str, Any]]:
+    """Apply steps that share one walk, of which there were `before` others, to a model or to the variant of those."""
     import torch
 
     from compress.calibration import Inputs
@@ -99,31 +146,34 @@ def make_variant(
     from compress.survey import Survey
     from compress.walk import Carry, Streamed, walk
 
-    model, place = open_model(source.folder), torch.device(device)
+    model, place = open_model(source.folder), torch.device(making.device)
     buffers_to(model.network, place)
     compute = _compute_dtype(model.weights.dtypes(), place)
 
     def survey(now: OpenModel) -> Survey:
         def batches() -> CalibrationTexts:
-            assert calibration is not None, "a step surveys the calibration texts"
-            return calibration.batches(now.tokenizer, now.spec)
+            assert making.calibration is not None, "a step surveys the calibration texts"
+            return making.calibration.batches(now.tokenizer, now.spec)
 
         return Survey(now, batches, place, compute)
 
     def bench(number: int) -> Bench:
-        return Bench(partial(_timed, journal, number), journal.folder / _decision(number), source.folder, say, evaluated)
+        once = partial(_timed, journal, number)
+        return Bench(once, journal.folder / _decision(number), making.published, making.say, making.evaluated)
 
-    steps, model = _prepared(steps, model, survey, bench)
+    steps, model = _prepared(steps, model, survey, bench, before)
+    earlier = VariantInfo.read(source.folder) if source.is_variant else None
+    stored = dict(earlier.quantized) if earlier else {}
     network, tokenizer = model.network, model.tokenizer
     count = len(segments_of(network))
     folder = target.with_name(f"{target.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     texts = carry = None
     if any(step.calibrates for step in steps):
-        assert calibration is not None, "a step calibrates"
-        texts = calibration.batches(tokenizer, model.spec)
+        assert making.calibration is not None, "a step calibrates"
+        texts = making.calibration.batches(tokenizer, model.spec)
         carry = Carry(texts.batches, place, journal.folder / "texts")
-        say(f"calibrating on {len(calibration.texts)} texts, {texts.tokens:,} tokens")
+        making.say(f"calibrating on {len(making.calibration.texts)} texts, {texts.tokens:,} tokens")
 
     def visit(index: int, segment: Segment, parts: Parts) -> None:
         quantized: dict[str, QuantizedLayer] = {}
@@ -139,10 +189,10 @@ def make_variant(
             try:
                 quantized |= step.apply(parts, inputs)
             except ValueError as error:
-                raise UserError(f"steps.{number} ({step.method}): {error}") from error
+                raise UserError(f"steps.{before + number} ({step.method}): {error}") from error
             seconds.append(time.perf_counter() - start)
-        tensors = _stored(parts, quantized, source.name)
-        write_tensors(shard(folder, index, count), tensors if runtime in GRAPH_RUNTIMES else sparse(tensors))
+        tensors = _stored(parts, stored | quantized, source.name)
+        write_tensors(shard(folder, index, count), tensors if making.runtime in GRAPH_RUNTIMES else sparse(tensors))
         described = {name: layer.model_dump(mode="json") for name, layer in quantized.items()}
         journal.put(_entry(index), {"segment": segment.name, "quantized": described, "seconds": seconds})
         if carry is not None:
@@ -161,22 +211,22 @@ def make_variant(
         decided = journal.get(_decision(number))["seconds"] if journal.has(_decision(number)) else 0.0
         seconds = decided + sum(entry["seconds"][number] for entry in entries)
         done.append({"config": step.model_dump(mode="json"), "seconds": seconds, "note": note})
-        say(f"{step.method}: {note} ({done[-1]['seconds']:.1f} s)")
+        making.say(f"{step.method}: {note} ({done[-1]['seconds']:.1f} s)")
     info = VariantInfo(
         base=source.name,
-        base_fingerprint=fingerprint,
+        base_fingerprint=making.fingerprint,
         licence=source.licence(),
         max_length=tokenizer.max_length,
         spec=model.spec,
         pretrained=not source.is_random,
-        folded=any(step.method == "fold" for step in steps),
-        runtime=runtime,
-        dtype=dtype,
+        folded=any(step.method == "fold" for step in steps) or (earlier is not None and earlier.folded),
+        runtime=making.runtime,
+        dtype=making.dtype,
         layers=model.layers,
         heads=model.heads,
         dropped=model.dropped,
-        quantized={name: QuantizedLayer(**layer) for entry in entries for name, layer in entry["quantized"].items()},
-        steps=[step["config"] for step in done],
+        quantized=stored | {name: QuantizedLayer(**layer) for entry in entries for name, layer in entry["quantized"].items()},
+        steps=[*(earlier.steps if earlier else []), *(step["config"] for step in done)],
     )
     write_text_atomic(folder / "config.json", json.dumps(model.config, indent=2, ensure_ascii=False) + "\n")
     tokenizer.save(folder / "tokenizer.json")
@@ -187,7 +237,7 @@ def make_variant(
 
 
 def _prepared(
-    steps: Sequence[Method], model: OpenModel, survey: Callable[[OpenModel], Survey], bench: Callable[[int], Bench]
+    steps: Sequence[Method], model: OpenModel, survey: Callable[[OpenModel], Survey], bench: Callable[[int], Bench], before: int
 ) -> tuple[Sequence[Method], OpenModel]:
     """Let every step decide what depends on the model as a whole; see `Method.prepare`. `bench`: of a step, by its number."""
     decided: list[Method] = []
@@ -195,7 +245,7 @@ def _prepared(
         try:
             step, model = step.prepare(model, survey(model), bench(number))
         except ValueError as error:
-            raise UserError(f"steps.{number} ({step.method}): {error}") from error
+            raise UserError(f"steps.{before + number} ({step.method}): {error}") from error
         decided.append(step)
     return decided, model
 

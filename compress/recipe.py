@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -128,7 +128,7 @@ class Recipe(Section):
     @classmethod
     def _whole_model_first(cls, steps: tuple[Method, ...]) -> tuple[Method, ...]:
         for number, (before, step) in enumerate(pairwise(steps), start=1):
-            if step.whole and not before.whole:
+            if step.whole and not before.whole and not step.anywhere:
                 raise ValueError(f"steps.{number} ({step.method}) changes the model as a whole; put it before {before.method}")
         if sum(step.method == "width" for step in steps) > 1:
             raise ValueError("width can be there once; give it both `heads` and `channels`")
@@ -138,10 +138,10 @@ class Recipe(Section):
 def steps_for(recipe: Recipe, shape: ModelShape) -> tuple[Method, ...]:
     """Return the steps that a recipe takes on a model: its own, and the exact fold where that applies and is not among them.
 
-    The fold comes before all steps that go segment by segment.
+    The fold comes before the first step that goes segment by segment.
     """
     fold = method_class("fold")(method="fold")
-    whole = sum(step.whole for step in recipe.steps)
+    whole = len(list(takewhile(lambda step: step.whole, recipe.steps)))
     for step in recipe.steps[:whole]:
         if step.fits(shape):  # one that does not is refused where the recipe is planned, with the reason
             shape = step.estimate(shape).after

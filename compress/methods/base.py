@@ -68,6 +68,8 @@ class Method(BaseModel):
     whole: ClassVar[bool] = False
     """Whether it looks at the model whole or changes what the texts are made of. Such steps come before all others: when they are
     through, the model is walked, segment by segment."""
+    anywhere: ClassVar[bool] = False
+    """Of such a step: whether it may come after others all the same. The model is then walked twice."""
 
     @property
     def surveys(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -169,11 +170,16 @@ def weights_of(folder: Path, model: nn.Module) -> Weights:
 
 
 def open_model(folder: Path) -> OpenModel:
-    """Open a checkpoint to be made smaller; no weight is read yet."""
+    """Open a checkpoint, or a variant that is not finished, to be made smaller; no weight is read yet."""
     network = empty_model(folder)
     config = read_json(transformer_folder(folder) / "config.json")
-    layers = tuple(range(len(blocks_of(network)[1])))
-    return OpenModel(network, weights_of(folder, network), *read_text_side(folder), config, layers)
+    opened = OpenModel(
+        network, weights_of(folder, network), *read_text_side(folder), config, tuple(range(len(blocks_of(network)[1])))
+    )
+    if not is_variant(folder):
+        return opened
+    info = VariantInfo.read(folder)
+    return replace(opened, layers=info.layers or opened.layers, heads=info.heads, dropped=info.dropped)
 
 
 def open_variant(folder: Path, name: str, *, device: str | None = None, dtype: str | None = None) -> TorchEmbedder:

@@ -13,10 +13,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tests_support import compress_to
+from tokenizers import Tokenizer
 from torch import nn
 
 import compress
+from compress.apply import stages_of
 from compress.errors import UserError
+from compress.layers.quantized_linear import QuantizedLinear
 from compress.loading import find
 from compress.measure.tasks import evaluated_texts, find_tasks
 from compress.methods.distill import method, mining, objectives
@@ -26,6 +29,7 @@ from compress.methods.distill.method import Distill
 from compress.methods.distill.mining import neighbours
 from compress.methods.distill.objectives import OBJECTIVES, hidden, matryoshka
 from compress.methods.distill.student import Student, initial_weights, spelled, table_from
+from compress.methods.distill.trainable import trainable
 from compress.methods.distill.training import (
     Schedule,
     TokenTexts,
@@ -37,13 +41,16 @@ from compress.methods.distill.training import (
     with_neighbours,
 )
 from compress.methods.prune.depth import Depth
+from compress.methods.prune.sparsegpt import SparseGPT
+from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.rtn import RTN
 from compress.models.network import empty_network, load_network
 from compress.models.segments import blocks_of
-from compress.models.shape import read_shape
+from compress.models.shape import is_block_linear, read_shape
 from compress.models.spec import EmbedderSpec
 from compress.models.variant import VariantInfo
 from compress.recipe import parse_recipe
+from compress.runtimes.torch_runtime import empty_model, weights_of
 from compress.texts import suite_texts
 
 TEXTS = ["the parcel never came", "rain by the evening", "who wrote it", "x", ""]
@@ -271,8 +278,6 @@ def test_a_new_student_has_the_tensors_that_were_planned_and_learns_with_all_of_
     assert info.spec.normalize
     assert shape.parameters == read_shape("v", tmp_path / "v").parameters
     trained = empty_network(tmp_path / "v")
-    from compress.runtimes.torch_runtime import weights_of
-
     weights_of(tmp_path / "v", trained).fill(trained, dtype=torch.float32)
     before = initial_weights(tmp_path / "new", lambda strings: compress.load(str(bert), device="cpu").encode(strings, ""), seed=0)
     unused = {"embeddings.token_type_embeddings.weight", "embeddings.position_embeddings.weight"}  # rows that no text reaches
@@ -291,8 +296,6 @@ def test_tokens_begin_as_the_teacher_s_vectors_of_their_strings(minilm: Path, tm
     student.write(tmp_path, list(suite_texts()))
     teacher = compress.load("minilm", device="cpu")
     made = initial_weights(tmp_path, lambda strings: teacher.encode(strings), seed=0)["embedding_model.embed_tokens.weight"].numpy()
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     expected = teacher.encode(["water"])[0]
     number = tokenizer.token_to_id("▁water")
@@ -398,3 +401,82 @@ def test_wrong_keys_are_named(texts: Path) -> None:
         Distill(texts=str(texts), count=1000, held_out=1000)
     with pytest.raises(ValidationError, match="have to divide"):
         Student(width=384, heads=7)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    network = empty_model(folder)
+    weights_of(folder, network).fill(network)
+    return network.state_dict()
+
+
+def test_pruned_weights_stay_zero_and_the_others_learn(bert: Path, texts: Path, tmp_path: Path) -> None:
+    heal = Distill(texts=str(texts), held_out=40, steps=12, batch=16, every=6, learning_rate=3e-3, precision="no")
+    compress_to(bert, tmp_path / "pruned", SparseGPT(pattern="2:4"))
+    compress_to(bert, tmp_path / "healed", SparseGPT(pattern="2:4"), heal)
+    before, after = stored(tmp_path / "pruned"), stored(tmp_path / "healed")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        if is_block_linear(name, weight.dim()):
+            assert torch.equal(weight == 0, after[name] == 0), name
+            assert not torch.equal(weight, after[name]), name
+    info = VariantInfo.read(tmp_path / "healed")
+    assert [step["method"] for step in info.steps] == ["sparsegpt", "distill"]
+    judged = list(suite_texts()[400:480])
+    whole = compress.load(str(bert), device="cpu").encode(judged)
+    cosines = [
+        float((compress.load(str(tmp_path / name), device="cpu").encode(judged) * whole).sum(axis=1).mean())
+        for name in ("pruned", "healed")
+    ]
+    assert cosines[1] > cosines[0]
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("pruned", "healed")]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+
+
+def test_integers_stay_and_what_is_around_them_learns(bert: Path, texts: Path, tmp_path: Path) -> None:
+    heal = Distill(texts=str(texts), held_out=40, steps=6, batch=16, every=3, learning_rate=3e-3, precision="no")
+    quantize = RTN(bits=4, group_size=16, activations="none")
+    compress_to(bert, tmp_path / "rtn", quantize)
+    compress_to(bert, tmp_path / "healed", quantize, heal)
+    before, after = stored(tmp_path / "rtn"), stored(tmp_path / "healed")
+    info = VariantInfo.read(tmp_path / "healed")
+    assert info.quantized == VariantInfo.read(tmp_path / "rtn").quantized
+    for name, tensor in before.items():
+        if name.rpartition(".")[0] in info.quantized and not name.endswith("bias"):
+            assert torch.equal(tensor, after[name]), name
+        elif not name.endswith("key.bias"):  # norms, tables and the integers' biases; the keys' softmax does not see
+            assert not torch.equal(tensor, after[name]), name
+    np.testing.assert_array_equal(
+        *(compress.load(str(tmp_path / "healed"), device="cpu", stream=stream).encode(TEXTS) for stream in (False, True))
+    )
+
+
+def test_gradients_pass_integers_as_they_pass_their_values(bert: Path, tmp_path: Path) -> None:
+    compress_to(bert, tmp_path / "v", RTN(bits=4, group_size=16, activations="none"))
+    network = empty_model(tmp_path / "v")
+    weights_of(tmp_path / "v", network).fill(network, dtype=torch.float32)
+    dense = load_network(bert, torch.float32)
+    for name, module in network.named_modules():
+        if isinstance(module, QuantizedLinear):
+            dense.get_submodule(name).weight.data = module.dequantized()
+    ids = torch.randint(5, 500, (3, 7))
+    gradients = []
+    with trainable(network):
+        for model in (network, dense):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.square().mean().backward()
+            gradients.append(model.get_input_embeddings().weight.grad)
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-2)  # the rest of the variant is in half precision
+    assert any(isinstance(module, QuantizedLinear) for module in network.modules())
+
+
+def test_numbers_that_cannot_be_trained_around_are_refused(bert: Path, texts: Path, tmp_path: Path) -> None:
+    heal = Distill(texts=str(texts), held_out=40, steps=6, batch=16, precision="no")
+    with pytest.raises(UserError, match=r"steps.1 \(distill\): .* is stored as fp8"):
+        compress_to(bert, tmp_path / "v", FP8(), heal)
+
+
+def test_only_what_may_comes_after_single_layers(texts: Path) -> None:
+    distill = {"method": "distill", "texts": str(texts)}
+    steps = parse_recipe({"steps": [{"method": "depth", "keep": 0.5}, {"method": "rtn"}, distill, {"method": "gptq"}]}).steps
+    assert [[step.method for step in stage] for stage in stages_of(steps)] == [["depth", "rtn"], ["distill", "gptq"]]
+    with pytest.raises(UserError, match="put it before rtn"):
+        parse_recipe({"steps": [{"method": "rtn"}, {"method": "depth", "keep": 0.5}]})

@@ -37,11 +37,13 @@ TYPICAL_TOKENS = 32
 class Distill(Method):
     """Train the model as the steps before left it, or another one, on texts without labels.
 
+    What is zero in pruned layers stays zero, what is in integers stays as it is, and the rest makes up for both.
     Training is kept as it goes: a run that was killed goes on at the last checkpoint.
     """
 
     method: Literal["distill"] = "distill"
     whole: ClassVar[bool] = True
+    anywhere: ClassVar[bool] = True
     texts: str
     """A JSONL file with `text` (`.gz` allowed) or a plain text file with one a line."""
     count: int | None = Field(None, ge=2)
@@ -165,12 +167,12 @@ class Distill(Method):
         from compress.methods.distill.mining import neighbours
         from compress.methods.distill.objectives import OBJECTIVES as FUNCTIONS
         from compress.methods.distill.objectives import matryoshka
+        from compress.methods.distill.trainable import trainable
         from compress.methods.distill.training import Schedule, tokenized, train
         from compress.models.shards import write_tensors
 
         network = copy.deepcopy(student.network)
         student.weights.fill(network, dtype=torch.float32)
-        network.requires_grad_(True)
         same = self.teacher_prompts == "same"
         texts, evaluated = different(Path(self.texts), bench.evaluated())
         bench.say(f"{self.texts}: {len(texts):,} different texts; {evaluated:,} more are evaluated on and left out")
@@ -189,20 +191,21 @@ class Distill(Method):
             found: np.ndarray = targets[chosen]
             return found
 
-        curve = train(
-            network,
-            student.spec,
-            rows[0],
-            of,
-            (rows[1], judged),
-            asked,
-            schedule,
-            bench.folder,
-            neighbours=neighbours(targets, self.hard_negatives) if self.hard_negatives else None,
-            hidden=self._hidden(network, student, bench, device) if self.hidden else None,
-            cpu=device == "cpu",
-            say=bench.say,
-        )
+        with trainable(network):
+            curve = train(
+                network,
+                student.spec,
+                rows[0],
+                of,
+                (rows[1], judged),
+                asked,
+                schedule,
+                bench.folder,
+                neighbours=neighbours(targets, self.hard_negatives) if self.hard_negatives else None,
+                hidden=self._hidden(network, student, bench, device) if self.hidden else None,
+                cpu=device == "cpu",
+                say=bench.say,
+            )
         write_tensors(bench.folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()})
         return {"curve": curve, "texts": len(taught.texts), "left_out": evaluated, "tokens": int(rows[0].lengths.sum())}
 
