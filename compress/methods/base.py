@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,11 @@ class Estimate:
     """How many hidden states of every calibration token are in memory at once."""
     quantized: Mapping[str, QuantizedLayer] = field(default_factory=dict)
     """How the layers that it quantizes would be stored, by name."""
+
+
+def share_of(share: float, count: int) -> int:
+    """Return how many of `count` a share is, halves up."""
+    return math.floor(share * count + 0.5)
 
 
 class Method(BaseModel):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.base import Bench, Estimate, Method
+from compress.methods.base import Bench, Estimate, Method, share_of
 from compress.models.checkpoint import TensorInfo
 from compress.models.shape import HEAD_PREFIX, ModelShape
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from compress.survey import Survey
 
 SCORES, VALUES = f"{HEAD_PREFIX}scores", f"{HEAD_PREFIX}values"
-HALF = 0.5
 
 
 class Latents(Method):
@@ -85,20 +83,19 @@ class Latents(Method):
             return {}
         import torch
 
-        from compress.calibration import Hessian
+        from compress.methods.prune.groups import highest
         from compress.models.surgery import take
 
         assert inputs is not None, f"{self.method} calibrates"
         _, found = inputs.gather(parts, {VALUES: head.values}, _Attention)
         attention, second = found[VALUES].mean(), found[VALUES].second.mean()
-        assert isinstance(found[VALUES].second, Hessian)
         columns = torch.arange(len(attention), device=attention.device).view(head.heads, -1)
         values = head.values.weight.data.float()
         added = torch.stack([((values[:, one] @ second[one][:, one]) * values[:, one]).sum() for one in columns])
         heads, latents = self._left(*columns.shape)
         chosen = []
-        for one in _highest(added, heads):
-            chosen.append(columns[one][_highest(attention[columns[one]], latents)])
+        for one in highest(added, heads):
+            chosen.append(columns[one][highest(attention[columns[one]], latents)])
         kept = torch.cat(chosen)
         take(head.scores, rows=kept)
         take(head.values, columns=kept)
@@ -111,7 +108,7 @@ class Latents(Method):
         Raises:
             ValueError: none would.
         """
-        left = math.floor(self.heads * heads + HALF), math.floor(self.keep * latents + HALF)
+        left = share_of(self.heads, heads), share_of(self.keep, latents)
         if 0 in left:
             raise ValueError(f"leaves {left[0]} of {heads} heads and {left[1]} of {latents} latents")
         return left
@@ -137,11 +134,6 @@ class _Attention:
     def mean(self) -> torch.Tensor:
         """float32 [heads x latents]."""
         return (self._sum / self._count).float()
-
-
-def _highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Return which scores are highest, int64 [keep], ascending."""
-    return scores.argsort(descending=True, stable=True)[:keep].sort().values
 
 
 def _sizes(config: Any) -> tuple[int, int]:

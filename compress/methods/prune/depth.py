@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.base import Bench, Estimate, Method
+from compress.methods.base import Bench, Estimate, Method, share_of
 from compress.models.shape import ModelShape, place_in_block, renumbered, with_backbone
 
 if TYPE_CHECKING:
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from compress.models.opened import OpenModel
     from compress.models.segments import Parts
     from compress.survey import Left, Survey
-
-HALF = 0.5
 
 
 class Depth(Method):
@@ -130,7 +127,7 @@ class Depth(Method):
             ValueError: none would be left.
         """
         assert self.keep is not None
-        left = math.floor(self.keep * blocks + HALF)
+        left = share_of(self.keep, blocks)
         if left == 0:
             raise ValueError(f"`keep: {self.keep}` leaves none of {blocks} blocks")
         return blocks - left

@@ -41,6 +41,11 @@ def damped(covariance: torch.Tensor, damping: float) -> torch.Tensor:
     return made
 
 
+def highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Return which scores are highest, int64 [keep], ascending."""
+    return scores.argsort(descending=True, stable=True)[:keep].sort().values
+
+
 def by_error(weight: torch.Tensor, covariance: torch.Tensor, groups: torch.Tensor, keep: int) -> torch.Tensor:
     """Choose what to keep by the error that dropping the rest leaves once all has been refitted.
 

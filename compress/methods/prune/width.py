@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Self
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.base import Bench, Estimate, Method
+from compress.methods.base import Bench, Estimate, Method, share_of
 from compress.models.checkpoint import TensorInfo
 from compress.models.shape import ModelShape, is_in_block, place_in_block, with_backbone
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from compress.models.segments import Parts
     from compress.survey import Survey
 
-HALF = 0.5
 # What kernels and groups of weights like the number of channels to be a multiple of.
 MULTIPLE = 8
 
@@ -146,7 +144,7 @@ class Width(Method):
 
     def _channels(self, channels: int) -> int:
         """Return how many channels stay."""
-        return min(channels, max(1, math.floor(self.channels * channels / MULTIPLE + HALF)) * MULTIPLE)
+        return min(channels, max(1, share_of(self.channels / MULTIPLE, channels)) * MULTIPLE)
 
     def _heads(self, groups: int) -> int:
         """Return how many heads, or groups of heads with common keys and values, stay.
@@ -154,7 +152,7 @@ class Width(Method):
         Raises:
             ValueError: none would.
         """
-        left = math.floor(self.heads * groups + HALF)
+        left = share_of(self.heads, groups)
         if left == 0:
             raise ValueError(f"`heads: {self.heads}` leaves none of {groups} heads (counted where keys and values are made)")
         return left
@@ -225,7 +223,7 @@ def _choose_and_refit(
     """
     import torch
 
-    from compress.methods.prune.groups import Spread, by_error, damped, refitted
+    from compress.methods.prune.groups import Spread, by_error, damped, highest, refitted
     from compress.models.surgery import take
 
     weight, groups = reader.weight.data.float(), groups.to(reader.weight.device)
@@ -235,7 +233,7 @@ def _choose_and_refit(
         raise ValueError(f"{name}.weight holds NaN or infinity")
     squares = weight.square().sum(dim=0)
     if not step.calibrates:
-        left = _highest(squares[groups].sum(dim=1) + makers, keep)
+        left = highest(squares[groups].sum(dim=1) + makers, keep)
         take(reader, columns=groups[left].flatten())
         return left
     assert inputs is not None, f"{step.method} calibrates"
@@ -245,9 +243,9 @@ def _choose_and_refit(
     if step.criterion == "error":
         left = by_error(weight, covariance, groups, keep)
     elif step.criterion == "activation":
-        left = _highest((squares * spread.diagonal())[groups].sum(dim=1), keep)
+        left = highest((squares * spread.diagonal())[groups].sum(dim=1), keep)
     else:
-        left = _highest(squares[groups].sum(dim=1) + makers, keep)
+        left = highest(squares[groups].sum(dim=1) + makers, keep)
     kept = groups[left].flatten()
     made = refitted(weight, covariance, spread, kept) if step.refit else weight[:, kept]
     if step.refit and reader.bias is not None:
@@ -255,8 +253,3 @@ def _choose_and_refit(
     take(reader, columns=kept)
     reader.weight.data = made.to(reader.weight.dtype)
     return left
-
-
-def _highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Return which scores are highest, int64 [keep], ascending."""
-    return scores.argsort(descending=True, stable=True)[:keep].sort().values
