@@ -97,7 +97,7 @@ class Survey:
             tokens = torch.cat([self._tokens(hidden, batch) for batch, hidden in enumerate(states[nothing])])
             sampled.append(tokens[:: max(1, len(tokens) // SAMPLED_TOKENS)].clone())
         return [
-            float(torch.cosine_similarity(a.float(), b.float(), dim=1).clamp(-1, 1).arccos().mean() / torch.pi)
+            float(torch.cosine_similarity(a, b, dim=1).clamp(-1, 1).arccos().mean() / torch.pi)
             for a, b in zip(sampled, sampled[span:], strict=False)
         ]
 

@@ -112,13 +112,12 @@ class Vocabulary(Method):
         import torch
         from torch import nn
 
-        from compress.models.segments import token_table
+        from compress.models.segments import module_in, token_table
 
         name = token_table(parts)
         if name is None or is_in_block(name):
             return {}
-        path = next(path for path in parts if f"{name}.".startswith(f"{path}."))
-        table = parts[path].get_submodule(name.removeprefix(path).removeprefix("."))
+        table = module_in(parts, name)
         assert isinstance(table, nn.Embedding)
         kept = torch.tensor(self._kept, device=table.weight.device)
         table.weight = nn.Parameter(table.weight.data[kept], requires_grad=False)

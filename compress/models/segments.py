@@ -110,6 +110,12 @@ def token_table(parts: Parts) -> str | None:
     return max(tables, key=tables.__getitem__) if tables else None
 
 
+def module_in(parts: Parts, name: str) -> nn.Module:
+    """Return the module of a segment that has a name in the network: one of its parts, or one inside a part."""
+    path = next(path for path in parts if f"{name}.".startswith(f"{path}."))
+    return parts[path].get_submodule(name.removeprefix(path).removeprefix("."))
+
+
 def _join(prefix: str, path: str) -> str:
     return f"{prefix}.{path}" if prefix else path
 

@@ -71,8 +71,7 @@ class Teacher:
         key = f"teacher-{source.fingerprint()}-{dtype}"
         width = read_shape(source.name, source.folder).hidden_size
         opened = partial(open_source, source, device=device, dtype=dtype)
-        self.spec = spec_of(source)
-        self.embedder = StoredEmbedder(source.name, self.spec, width, opened, VectorStore(use("vectors", key)))
+        self.embedder = StoredEmbedder(source.name, spec_of(source), width, opened, VectorStore(use("vectors", key)))
 
     def vectors(self, taught: Lessons, progress: bool | None = None) -> Vectors:
         """Return its vectors: float32 [texts, width]."""

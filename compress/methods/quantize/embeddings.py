@@ -67,13 +67,12 @@ class Embeddings(Method):
 
         from compress.layers.grid import find_grid
         from compress.layers.quantized_embedding import QuantizedEmbedding
-        from compress.models.segments import token_table
+        from compress.models.segments import module_in, token_table
 
         name = token_table(parts)
         if name is None or is_in_block(name):
             return {}
-        path = next(path for path in parts if f"{name}.".startswith(f"{path}."))
-        table = parts[path].get_submodule(name.removeprefix(path).removeprefix("."))
+        table = module_in(parts, name)
         if type(table) is not nn.Embedding:
             raise ValueError(f"{name} is a {type(table).__name__}, not a plain table; it was not quantized")
         weight = table.weight.detach()
