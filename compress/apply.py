@@ -96,7 +96,7 @@ def make_variant(
         evaluated: returns the texts that nothing may be trained on; see `Bench`.
 
     Returns:
-        For each step its `config`, the `seconds` it took and a `note` on what it did.
+        For each step its `config`, the `seconds` it took, a `note` on what it did, and what it `found` on its way.
 
     Raises:
         UserError: a weight is not finite, or does not fit float16.
@@ -157,9 +157,11 @@ def _write(
 
         return Survey(now, batches, place, compute)
 
+    reports: dict[int, dict[str, Any]] = {}
+
     def bench(number: int) -> Bench:
-        once = partial(_timed, journal, number)
-        return Bench(once, journal.folder / _decision(number), making.published, making.say, making.evaluated)
+        once, report = partial(_timed, journal, number), partial(reports.__setitem__, number)
+        return Bench(once, journal.folder / _decision(number), making.published, making.say, making.evaluated, report)
 
     steps, model = _prepared(steps, model, survey, bench, before)
     earlier = VariantInfo.read(source.folder) if source.is_variant else None
@@ -210,7 +212,7 @@ def _write(
         note, shape = estimate.note, estimate.after
         decided = journal.get(_decision(number))["seconds"] if journal.has(_decision(number)) else 0.0
         seconds = decided + sum(entry["seconds"][number] for entry in entries)
-        done.append({"config": step.model_dump(mode="json"), "seconds": seconds, "note": note})
+        done.append({"config": step.model_dump(mode="json"), "seconds": seconds, "note": note, "found": reports.get(number, {})})
         making.say(f"{step.method}: {note} ({done[-1]['seconds']:.1f} s)")
     info = VariantInfo(
         base=source.name,

@@ -198,7 +198,7 @@ class _Run:
             found = replace(found, scores=scores, index=index)
             if "fidelity" in what:
                 agreement = Fidelity(**self.journal.once("fidelity", lambda: self._fidelity(models).model_dump()))
-                self.say(f"fidelity: cosine mean {agreement.cosine_mean:.5f}, min {agreement.cosine_min:.5f}")
+                self.say(f"fidelity: {agreement.in_short()}")
                 found = replace(found, agreement=agreement)
             models.clear()
             gc.collect()
@@ -315,6 +315,8 @@ class _Run:
     def _index(self, baseline: Scored, variant: Scored) -> dict[str, dict[str, float]]:
         """Score retrieval with one model's queries on the other's documents."""
         found: dict[str, dict[str, float]] = {}
+        if baseline.embedder.dimension != variant.embedder.dimension:
+            return found
         turn = None
         if self.recipe.evaluate.rotation:
             turn = rotation(*(model.embedder.encode(calibration_texts()) for model in (variant, baseline)))

@@ -14,6 +14,7 @@ import numpy as np
 from compress.errors import UserError
 from compress.layers.scheme import QuantizedLayer
 from compress.memory import available_memory_bytes, gigabytes
+from compress.methods.base import Estimate
 from compress.models.shape import ModelShape
 from compress.recipe import Recipe, steps_for
 from compress.runtimes.contract import pick_runtime
@@ -22,6 +23,7 @@ from compress.runtimes.contract import pick_runtime
 MEMORY_BYTES_PER_SECOND = 2e9  # elementwise passes over weights and reading files
 DISK_BYTES_PER_SECOND = 2.5e8  # writing, safe from power cuts
 EMBEDDED_TASK_TOKENS = 45_000  # the embedded suite, once
+GPU_OPERATIONS_PER_SECOND = 1.25e14  # 40 % of an A100's 312 TFLOPS in bfloat16, as its data sheet has it
 PROCESS_SECONDS = 8  # starting a process that measures
 TYPICAL_LENGTH = 64  # tokens, of the texts that speed is measured on
 CALIBRATION_BATCH_TOKENS = 2_048  # `calibration.BATCH_TOKENS`
@@ -53,6 +55,8 @@ class Plan:
     """What is to execute the variant."""
     quantized: Mapping[str, QuantizedLayer]
     """How layers and tables would be stored, by name."""
+    gpus: Mapping[str, str]
+    """What a step would take of GPUs that share it, by its method."""
     problems: tuple[str, ...]
     """What does not fit, in sentences."""
 
@@ -65,6 +69,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
     """
     after, step_memory, touched, operations, notes = shape.as_stored(), 0, 0, 0.0, []
     quantized: dict[str, QuantizedLayer] = {}
+    gpus: dict[str, str] = {}
     calibration_tokens = recipe.calibration.count * TYPICAL_LENGTH
     for index, step in enumerate(steps_for(recipe, shape)):
         try:
@@ -86,6 +91,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
             running = shape.activation_bytes(CALIBRATION_BATCH_TOKENS) + shape.largest_segment_bytes
             step_memory = max(step_memory, estimate.memory_bytes + running)
         notes.append(f"{step.method}: {estimate.note}")
+        gpus |= {step.method: _on_gpus(estimate)} if estimate.gpus else {}
     variant_bytes = after.bytes
     activations = ALLOCATOR_FACTOR * shape.activation_bytes(recipe.measure.batch_tokens or CPU_BATCH_TOKENS) + int(RUNTIME_BYTES)
     rate = _float_operations_per_second()
@@ -105,6 +111,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         measure_seconds=3 * (PROCESS_SECONDS + (recipe.measure.rounds + 1) * texts_tokens * encode),
         runtime=recipe.runtime,
         quantized=quantized,
+        gpus=gpus,
         problems=(),
     )
     problems = _problems(plan, output)
@@ -113,6 +120,14 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
     except UserError as error:
         problems.append(error.message)
     return replace(plan, problems=tuple(problems))
+
+
+def _on_gpus(estimate: Estimate) -> str:
+    costs = (
+        f"{count}: {gigabytes(each)}{' each' if count > 1 else ''}, {duration(operations / GPU_OPERATIONS_PER_SECOND)}"
+        for count, (each, operations) in estimate.gpus.items()
+    )
+    return f"{'; '.join(costs)} (rough, at {GPU_OPERATIONS_PER_SECOND / 1e12:.0f} TFLOPS a GPU)"
 
 
 def _problems(plan: Plan, output: Path) -> list[str]:
@@ -150,6 +165,7 @@ def describe(plan: Plan) -> str:
     lines = [
         f"model     {plan.model}: {plan.parameters / 1e6:,.1f} M parameters",
         *(f"step      {note}" for note in plan.steps or ("none: the model is measured as it is",)),
+        *(f"on GPUs   {method}: {costs}" for method, costs in plan.gpus.items()),
         f"runtime   {plan.runtime}",
         f"size      {gigabytes(plan.half_bytes)} in half precision -> {gigabytes(plan.variant_bytes)} "
         f"({plan.variant_bytes / plan.half_bytes:.2f}x, {8 * plan.variant_bytes / plan.parameters:.2f} bits a parameter)",

@@ -73,6 +73,8 @@ class Step(Part):
     config: dict[str, Any]
     seconds: float
     note: str
+    found: dict[str, Any] = {}
+    """What it found on its way: of a training the curve, and how many texts it saw and left out."""
 
 
 class Row(Part):

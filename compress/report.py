@@ -139,9 +139,12 @@ def _index(record: Record) -> Table:
 
 
 def _fidelity(agreement: Mapping[str, Any]) -> str:
+    cosines = "vectors of another width"
+    if agreement["cosine_mean"] is not None:
+        mean, low, least = (agreement[f"cosine_{name}"] for name in ("mean", "p1", "min"))
+        cosines = f"cosine mean {mean:.5f}, p1 {low:.5f}, min {least:.5f}"
     return (
-        f"fidelity on {agreement['texts']} texts: cosine mean {agreement['cosine_mean']:.5f}, p1 {agreement['cosine_p1']:.5f}, "
-        f"min {agreement['cosine_min']:.5f}; neighbour overlap@10 {agreement['overlap_at_10']:.3f}"
+        f"fidelity on {agreement['texts']} texts: {cosines}; neighbour overlap@10 {agreement['overlap_at_10']:.3f}"
         + (f", @100 {agreement['overlap_at_100']:.3f}" if agreement.get("overlap_at_100") is not None else "")
         + (
             f"; rank correlation of similarities {agreement['similarity_spearman']:.4f}"

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from compress.errors import UserError
+from compress.errors import UserError, nearest
 
 SUITE = Path(str(resources.files("compress.data"))) / "suite"
 CALIBRATION = SUITE.with_name("calibration.jsonl")
 # Longest text of `mixed_texts` in words: some 250 tokens, where a MiniLM cuts.
 LONGEST_WORDS = 190
+HUB = "hub:"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -61,8 +62,23 @@ def read_jsonl(path: Path, required: tuple[str, ...] = ()) -> list[dict[str, Any
     return rows
 
 
-def read_texts(path: Path) -> list[str]:
-    """Read texts: the `text` of a JSONL file's rows (`.jsonl`, `.jsonl.gz`), or the lines of any other text file."""
+def is_hub(source: Path | str) -> bool:
+    """Whether texts are named by a dataset of the hub and not by a file."""
+    return str(source).startswith(HUB)
+
+
+def read_texts(source: Path | str) -> list[str]:
+    """Read texts: the `text` of a JSONL file's rows (`.jsonl`, `.jsonl.gz`), the lines of any other text file, or a hub dataset.
+
+    Args:
+        source: a path, or `hub:OWNER/NAME:COLUMN[:SPLIT]`, the split being `train` where none is named.
+
+    Raises:
+        UserError: it cannot be read, or what it holds there is not text.
+    """
+    if is_hub(source):
+        return _hub_texts(str(source))
+    path = Path(source)
     if ".jsonl" in path.suffixes:
         texts = []
         for number, row in enumerate(read_jsonl(path, ("text",)), start=1):
@@ -71,6 +87,25 @@ def read_texts(path: Path) -> list[str]:
             texts.append(row["text"])
         return texts
     return [line for _, line in read_lines(path)]
+
+
+def _hub_texts(source: str) -> list[str]:
+    from datasets import load_dataset
+
+    name, _, rest = source.removeprefix(HUB).partition(":")
+    column, _, split = rest.partition(":")
+    if not name or not column:
+        raise UserError(f"{source}: a dataset of the hub is named as {HUB}OWNER/NAME:COLUMN, or with :SPLIT behind")
+    try:
+        rows = load_dataset(name, split=split or "train")
+    except Exception as error:  # of many kinds, from many libraries: whatever it is, the user is told and the run ends
+        raise UserError(f"{source}: cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    if column not in rows.column_names:
+        raise UserError(f"{source}: has no column {column!r}", nearest(column, rows.column_names))
+    texts = list(rows[column])
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{source}: the column {column!r} does not hold one string a row")
+    return texts
 
 
 def same_text(text: str) -> str:
@@ -118,7 +153,7 @@ def measure_texts(source: str, count: int, seed: int) -> list[str]:
     Raises:
         UserError: the file holds fewer.
     """
-    return mixed_texts(count, seed) if source == "mini" else _drawn(read_texts(Path(source)), source, count, seed, "measure.count")
+    return mixed_texts(count, seed) if source == "mini" else _drawn(read_texts(source), source, count, seed, "measure.count")
 
 
 def texts_to_calibrate(source: str, count: int, seed: int) -> list[str]:
@@ -127,7 +162,7 @@ def texts_to_calibrate(source: str, count: int, seed: int) -> list[str]:
     Raises:
         UserError: there are fewer.
     """
-    texts = calibration_texts() if source == "embedded" else read_texts(Path(source))
+    texts = calibration_texts() if source == "embedded" else read_texts(source)
     return _drawn(texts, source, count, seed, "calibration.count")
 
 

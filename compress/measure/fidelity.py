@@ -35,10 +35,11 @@ class Fidelity(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     texts: int
-    cosine_mean: float
-    cosine_p1: float
+    cosine_mean: float | None = None
+    """Of the same text's two vectors; None, as the other two, where these have different widths."""
+    cosine_p1: float | None = None
     """First percentile: one text in a hundred is worse."""
-    cosine_min: float
+    cosine_min: float | None = None
     overlap_at_10: float
     """Mean share of a text's ten nearest other texts that both embedders agree on."""
     overlap_at_100: float | None = None
@@ -51,6 +52,12 @@ class Fidelity(BaseModel):
     """Mean cosine between different texts, of either embedder: the less isotropic the space, the higher."""
     worst: tuple[WorstText, ...] = ()
     """The texts with the lowest cosines."""
+
+    def in_short(self) -> str:
+        """Say the least that says something."""
+        if self.cosine_mean is None:
+            return f"vectors of another width; neighbour overlap@10 {self.overlap_at_10:.3f}"
+        return f"cosine mean {self.cosine_mean:.5f}, min {self.cosine_min:.5f}"
 
 
 def cosines(a: Vectors, b: Vectors) -> Vectors:
@@ -68,19 +75,19 @@ def neighbours(vectors: Vectors, count: int) -> np.ndarray[tuple[int, int], np.d
 
 
 def fidelity(baseline: Vectors, variant: Vectors, texts: Sequence[str] = ()) -> Fidelity:
-    """Compare two embedders' vectors of the same texts, float32 [n, d] twice.
+    """Compare two embedders' vectors of the same texts, float32 [n, d] each, of one width or two.
 
     Raises:
-        ValueError: the shapes differ, or there are too few texts for ten neighbours.
+        ValueError: there is not a vector of each for each text, or there are too few texts for ten neighbours.
         UserError: the variant's vectors are not finite, or nearly the same for all texts while the baseline's are not.
     """
-    if baseline.shape != variant.shape:
-        raise ValueError(f"vectors of one shape are compared, got {baseline.shape} and {variant.shape}")
+    if len(baseline) != len(variant):
+        raise ValueError(f"vectors of the same texts are compared, got {baseline.shape} and {variant.shape}")
     if len(baseline) <= NEIGHBOURS:
         raise ValueError(f"at least {NEIGHBOURS + 1} texts are needed, got {len(baseline)}")
     if not np.isfinite(variant).all():
         raise UserError(f"the variant's vectors of {int((~np.isfinite(variant)).any(axis=1).sum())} texts are not finite")
-    agreement = cosines(baseline, variant)
+    agreement = cosines(baseline, variant) if baseline.shape == variant.shape else None
     upper = np.triu_indices(len(baseline), k=1)
     similarities = [(unit(vectors) @ unit(vectors).T)[upper] for vectors in (baseline, variant)]
     spread = {name: float(values.mean()) for name, values in zip(("baseline", "variant"), similarities, strict=True)}
@@ -90,18 +97,21 @@ def fidelity(baseline: Vectors, variant: Vectors, texts: Sequence[str] = ()) -> 
             f"the baseline's {spread['baseline']:.5f}"
         )
     enough = len(baseline) >= 2 * FAR_NEIGHBOURS
-    worst = np.argsort(agreement, kind="stable")[:WORST] if len(texts) else ()
+    worst: tuple[WorstText, ...] = ()
+    if agreement is not None and len(texts):
+        order = np.argsort(agreement, kind="stable")[:WORST]
+        worst = tuple(WorstText(text=texts[index][:SHOWN_CHARACTERS], cosine=float(agreement[index])) for index in order)
     return Fidelity(
         texts=len(baseline),
-        cosine_mean=float(agreement.mean()),
-        cosine_p1=float(np.percentile(agreement, 1)),
-        cosine_min=float(agreement.min()),
+        cosine_mean=None if agreement is None else float(agreement.mean()),
+        cosine_p1=None if agreement is None else float(np.percentile(agreement, 1)),
+        cosine_min=None if agreement is None else float(agreement.min()),
         overlap_at_10=_overlap(baseline, variant, NEIGHBOURS),
         overlap_at_100=_overlap(baseline, variant, FAR_NEIGHBOURS) if enough else None,
         similarity_spearman=score(Spearman(*(values.astype(np.float64) for values in similarities))),
         norm_ratio=float(np.mean(np.linalg.norm(variant, axis=1)) / np.mean(np.linalg.norm(baseline, axis=1))),
         mean_cosine=spread,
-        worst=tuple(WorstText(text=texts[index][:SHOWN_CHARACTERS], cosine=float(agreement[index])) for index in worst),
+        worst=worst,
     )
 
 

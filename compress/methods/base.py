@@ -35,6 +35,8 @@ class Bench:
     """Tells the user how it goes."""
     evaluated: Callable[[], frozenset[str]]
     """Every text of the tasks that the result will be scored on, as `compress.texts.same_text` has it."""
+    report: Callable[[dict[str, Any]], None]
+    """Puts something into the record beside the step's config; once, each time the step is prepared."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Estimate:
     """How many hidden states of every calibration token are in memory at once."""
     quantized: Mapping[str, QuantizedLayer] = field(default_factory=dict)
     """How the layers that it quantizes would be stored, by name."""
+    gpus: Mapping[int, tuple[int, float]] = field(default_factory=dict)
+    """Of a step that several GPUs share: by their number, bytes on each and floating-point operations one after another."""
 
 
 def share_of(share: float, count: int) -> int:

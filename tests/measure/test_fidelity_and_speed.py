@@ -54,9 +54,20 @@ def test_unrelated_vectors_share_neighbours_by_chance_alone() -> None:
     assert abs(agreement.cosine_mean) < 0.05
 
 
+def test_of_vectors_of_two_widths_texts_are_compared_with_texts() -> None:
+    turned = vectors() @ np.linalg.qr(vectors(1, 16).T)[0][:, :8].T  # 8 dimensions in 8 of 16
+    wide = np.concatenate([turned, np.zeros((60, 8), dtype=np.float32)], axis=1)
+    agreement = fidelity(vectors(), wide, [str(number) for number in range(60)])
+    assert agreement.cosine_mean is agreement.cosine_p1 is agreement.cosine_min is None
+    assert agreement.worst == ()
+    assert agreement.overlap_at_10 == 1
+    assert agreement.similarity_spearman == pytest.approx(1, abs=1e-6)
+    assert agreement.in_short() == "vectors of another width; neighbour overlap@10 1.000"
+
+
 def test_vectors_that_cannot_be_compared_are_refused() -> None:
-    with pytest.raises(ValueError, match="one shape"):
-        fidelity(vectors(), vectors()[:, :4])
+    with pytest.raises(ValueError, match="the same texts"):
+        fidelity(vectors(), vectors()[:40])
     with pytest.raises(ValueError, match="at least 11"):
         fidelity(vectors()[:10], vectors()[:10])
 

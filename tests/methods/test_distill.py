@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +18,10 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import compress
-from compress.apply import stages_of
+from compress.apply import make_variant, stages_of
 from compress.errors import UserError
 from compress.layers.quantized_linear import QuantizedLinear
-from compress.loading import find
+from compress.loading import find, find_shape
 from compress.measure.tasks import evaluated_texts, find_tasks
 from compress.methods.distill import method, mining, objectives
 from compress.methods.distill.data import Lessons, Teacher, different, lessons
@@ -36,6 +37,7 @@ from compress.methods.distill.training import (
     batch_order,
     batches_from,
     rate,
+    read_curve,
     tokenized,
     train,
     with_neighbours,
@@ -49,9 +51,11 @@ from compress.models.segments import blocks_of
 from compress.models.shape import is_block_linear, read_shape
 from compress.models.spec import EmbedderSpec
 from compress.models.variant import VariantInfo
+from compress.plan import describe, make_plan
 from compress.recipe import parse_recipe
+from compress.record import Journal
 from compress.runtimes.torch_runtime import empty_model, weights_of
-from compress.texts import suite_texts
+from compress.texts import read_texts, suite_texts
 
 TEXTS = ["the parcel never came", "rain by the evening", "who wrote it", "x", ""]
 SMALL = {"width": 16, "blocks": 2, "heads": 2, "mlp": 32, "latents": 4, "latent_heads": 2, "vocabulary": 600, "max_length": 64}
@@ -168,15 +172,12 @@ def test_batches_hold_every_text_once_and_go_on_anywhere() -> None:
     assert len(order) == 32
     assert not np.array_equal(np.concatenate(order), np.concatenate(batch_order(lengths, 8, seed=1, epoch=1)))
     schedule = SimpleNamespace(batch=8, seed=1)
-    whole = batches_from(lengths, schedule, 0, 1, 0)  # type: ignore[arg-type]
+    whole = batches_from(lengths, schedule, 0)  # type: ignore[arg-type]
     every = [next(whole) for _ in range(80)]
-    later = batches_from(lengths, schedule, 50, 1, 0)  # type: ignore[arg-type]
+    later = batches_from(lengths, schedule, 50)  # type: ignore[arg-type]
     assert all(np.array_equal(a, next(later)) for a in every[50:])
-    two = [batches_from(lengths, schedule, 0, 2, process) for process in (0, 1)]  # type: ignore[arg-type]
-    shared = [next(two[number % 2]) for number in range(32)]
-    assert sorted(np.concatenate(shared).tolist()) == sorted(np.concatenate(order).tolist())
     with pytest.raises(ValueError, match="do not fill a batch"):
-        next(batches_from(lengths[:7], schedule, 0, 1, 0))  # type: ignore[arg-type]
+        next(batches_from(lengths[:7], schedule, 0))  # type: ignore[arg-type]
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -219,7 +220,8 @@ SPEC = EmbedderSpec()
 def test_a_student_that_can_be_the_teacher_becomes_it(tmp_path: Path) -> None:
     taught, targets, held = problem()
     student, long = Bag(1), replace(SCHEDULE, steps=2000, every=500)
-    curve = train(student, SPEC, taught, targets, held, {"mse": (1.0, objectives.mse)}, long, tmp_path / "t")
+    train(student, SPEC, taught, targets, held, {"mse": (1.0, objectives.mse)}, long, tmp_path / "t")
+    curve = read_curve(tmp_path / "t")
     assert [look["loss"] for look in curve] == sorted((look["loss"] for look in curve), reverse=True)
     assert curve[-1]["cosine"] > 0.999
     torch.testing.assert_close(student.table.weight.detach(), Bag(7).table.weight.detach(), atol=0.05, rtol=0)
@@ -227,9 +229,18 @@ def test_a_student_that_can_be_the_teacher_becomes_it(tmp_path: Path) -> None:
 
 def test_a_narrower_student_learns_through_a_map(tmp_path: Path) -> None:
     taught, targets, held = problem(width=12)
-    curve = train(Bag(1), SPEC, taught, targets, held, {"cosine": (1.0, objectives.cosine)}, SCHEDULE, tmp_path / "t")
+    train(Bag(1), SPEC, taught, targets, held, {"cosine": (1.0, objectives.cosine)}, SCHEDULE, tmp_path / "t")
+    curve = read_curve(tmp_path / "t")
     assert curve[0]["cosine"] < curve[-1]["cosine"]
     assert 0.7 < curve[-1]["cosine"] < 0.9999  # 8 of 12 dimensions
+
+
+def test_a_narrower_student_without_a_map_is_judged_by_its_similarities(tmp_path: Path) -> None:
+    taught, targets, held = problem(width=12)
+    train(Bag(1), SPEC, taught, targets, held, {"similarity": (1.0, objectives.similarity)}, SCHEDULE, tmp_path / "t")
+    curve = read_curve(tmp_path / "t")
+    assert "cosine" not in curve[0]
+    assert 0.5 < curve[0]["correlation"] < curve[-1]["correlation"] < 1
 
 
 def test_a_killed_training_gives_the_curve_of_one_that_was_not(tmp_path: Path) -> None:
@@ -237,7 +248,8 @@ def test_a_killed_training_gives_the_curve_of_one_that_was_not(tmp_path: Path) -
     schedule = replace(SCHEDULE, steps=60, every=20, accumulate=2)
     asked = {"cosine": (1.0, objectives.cosine), "similarity": (2.0, objectives.similarity)}
     whole = Bag(1)
-    expected = train(whole, SPEC, taught, targets, held, asked, schedule, tmp_path / "whole")
+    train(whole, SPEC, taught, targets, held, asked, schedule, tmp_path / "whole")
+    expected = read_curve(tmp_path / "whole")
 
     class Killed(Exception):
         pass
@@ -247,9 +259,10 @@ def test_a_killed_training_gives_the_curve_of_one_that_was_not(tmp_path: Path) -
 
     with pytest.raises(Killed):
         train(Bag(1), SPEC, taught, targets, held, asked, schedule, tmp_path / "killed", say=die)
-    assert [path.name for path in (tmp_path / "killed").glob("state-*")] == ["state-20"]
+    assert [path.name for path in (tmp_path / "killed").glob("state-*")] == ["state-20.pt"]
     again = Bag(1)
-    curve = train(again, SPEC, taught, targets, held, asked, schedule, tmp_path / "killed")
+    train(again, SPEC, taught, targets, held, asked, schedule, tmp_path / "killed")
+    curve = read_curve(tmp_path / "killed")
     for key in ("step", "loss", "cosine"):
         assert [look[key] for look in curve] == [look[key] for look in expected]
     assert torch.equal(again.table.weight, whole.table.weight)
@@ -258,8 +271,10 @@ def test_a_killed_training_gives_the_curve_of_one_that_was_not(tmp_path: Path) -
 def test_training_stops_when_nothing_gets_better(tmp_path: Path) -> None:
     taught, targets, held = problem()
     still = replace(SCHEDULE, learning_rate=1e-12, every=10, patience=3)
-    curve = train(Bag(1), SPEC, taught, targets, held, {"mse": (1.0, objectives.mse)}, still, tmp_path / "t")
-    assert len(curve) <= 5
+    said: list[str] = []
+    train(Bag(1), SPEC, taught, targets, held, {"mse": (1.0, objectives.mse)}, still, tmp_path / "t", say=said.append)
+    assert len(said) == len(read_curve(tmp_path / "t")) <= 5
+    assert said[-1].endswith("no better for 3 looks, stopped")
 
 
 @pytest.mark.parametrize("architecture", ["nv-embed", "mistral", "bert"])
@@ -390,8 +405,8 @@ def test_texts_that_are_evaluated_on_are_not_trained_on(texts: Path) -> None:
     texts.write_text(
         "\n".join(json.dumps({"text": text}) for text in (judged, f"  {judged.upper()} ", "another one", "another one"))
     )
-    assert different(texts, evaluated) == (["another one"], 2)
-    assert len(different(texts, frozenset())[0]) == 3
+    assert different(str(texts), evaluated) == (["another one"], 2)
+    assert len(different(str(texts), frozenset())[0]) == 3
 
 
 def test_wrong_keys_are_named(texts: Path) -> None:
@@ -480,3 +495,117 @@ def test_only_what_may_comes_after_single_layers(texts: Path) -> None:
     assert [[step.method for step in stage] for stage in stages_of(steps)] == [["depth", "rtn"], ["distill", "gptq"]]
     with pytest.raises(UserError, match="put it before rtn"):
         parse_recipe({"steps": [{"method": "rtn"}, {"method": "depth", "keep": 0.5}]})
+
+
+def test_a_low_rank_change_is_added_up_and_leaves_zeros_and_the_rest_alone(bert: Path, texts: Path, tmp_path: Path) -> None:
+    heal = Distill(texts=str(texts), held_out=40, lora=2, steps=12, batch=16, every=6, learning_rate=1e-2, precision="no")
+    compress_to(bert, tmp_path / "pruned", SparseGPT(pattern="2:4"))
+    compress_to(bert, tmp_path / "healed", SparseGPT(pattern="2:4"), heal)
+    before, after = stored(tmp_path / "pruned"), stored(tmp_path / "healed")
+    for name, weight in before.items():
+        if is_block_linear(name, weight.dim()):
+            assert torch.equal(weight == 0, after[name] == 0), name
+            assert not torch.equal(weight, after[name]), name
+        else:
+            assert torch.equal(weight, after[name]), name
+    cosines = [curve_look["cosine"] for curve_look in read_curve(tmp_path / "healed-journal" / "step-0")]
+    assert cosines == sorted(cosines)
+
+
+def test_a_low_rank_change_has_its_rank(bert: Path) -> None:
+    network = load_network(bert, torch.float32)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with trainable(network, 3):
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        assert sum(parameter.numel() for parameter in trained) < 0.3 * sum(tensor.numel() for tensor in before.values())
+        for parameter in trained:
+            parameter.data.normal_()
+    assert before.keys() == network.state_dict().keys()
+    for name, tensor in network.state_dict().items():
+        change = tensor - before[name]
+        assert torch.linalg.matrix_rank(change) == 3 if is_block_linear(name, tensor.dim()) else not change.any(), name
+
+
+def test_a_low_rank_change_of_integers_is_refused(bert: Path, texts: Path, tmp_path: Path) -> None:
+    heal = Distill(texts=str(texts), held_out=40, lora=2, steps=6, batch=16, precision="no")
+    with pytest.raises(UserError, match=r"steps.1 \(distill\): every linear layer is in integers"):
+        compress_to(bert, tmp_path / "v", RTN(), heal)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_learn_what_one_does(bert: Path, texts: Path, tmp_path: Path, sharded: bool) -> None:
+    alone = Distill(texts=str(texts), held_out=40, steps=6, batch=16, every=3, learning_rate=1e-3, precision="no", processes=1)
+    together = alone.model_copy(update={"processes": 2, "sharded": sharded})
+    compress_to(bert, tmp_path / "one", Depth(drop=(1,)), alone)
+    compress_to(bert, tmp_path / "two", Depth(drop=(1,)), together)
+    one, two = (read_curve(tmp_path / f"{name}-journal" / "step-1") for name in ("one", "two"))
+    assert [look["step"] for look in two] == [3, 6]
+    for key in ("loss", "cosine"):
+        assert [look[key] for look in two] == pytest.approx([look[key] for look in one], rel=1e-3)
+    first, second = stored(tmp_path / "one"), stored(tmp_path / "two")
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=2e-3, rtol=0)
+
+
+def test_a_process_that_fails_says_why(bert: Path, texts: Path, tmp_path: Path) -> None:
+    heal = Distill(texts=str(texts), held_out=40, steps=6, batch=16, precision="no", processes=2, sharded=True)
+    with pytest.raises(UserError, match=r"steps.1 \(distill\): process \d of 2: .* is pruned, which cannot be kept in parts"):
+        compress_to(bert, tmp_path / "v", SparseGPT(pattern="2:4"), heal)
+
+
+def test_texts_come_from_a_dataset_too(texts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps({"said": text, "n": 1}) + "\n" for text in TEXTS[:3]))
+    assert read_texts(f"hub:{folder}:said") == TEXTS[:3]
+    assert different(f"hub:{folder}:said:train", frozenset(["x"]))[0] == TEXTS[:3]
+    assert Distill(texts=f"hub:{folder}:said").reads == ()
+    with pytest.raises(UserError, match="no column 'sad'"):
+        read_texts(f"hub:{folder}:sad")
+    with pytest.raises(UserError, match="does not hold one string a row"):
+        read_texts(f"hub:{folder}:n")
+    with pytest.raises(UserError, match="OWNER/NAME:COLUMN"):
+        read_texts(f"hub:{folder}")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        read_texts(f"hub:{tmp_path / 'nowhere'}:said")
+
+
+def test_a_new_student_s_tokenizer_never_sees_what_is_evaluated(bert: Path, texts: Path, tmp_path: Path) -> None:
+    word = "zyxwvutsrq"
+    with texts.open("a") as file:
+        file.writelines(json.dumps({"text": f"{word} {word} {number}"}) + "\n" for number in range(300))
+    step = Distill(texts=str(texts), held_out=40, student=Student(**SMALL), steps=2, batch=16, every=2, precision="no")  # type: ignore[arg-type]
+    evaluated = frozenset(f"{word} {word} {number}" for number in range(300))
+    for name, left_out in (("seen", frozenset[str]()), ("unseen", evaluated)):
+        journal = Journal(tmp_path / f"{name}-journal")
+        made = make_variant(
+            find(str(bert)),
+            read_shape("t", bert),
+            [step],
+            "0",
+            tmp_path / name,
+            journal,
+            lambda _: None,
+            evaluated=partial(frozenset, left_out),
+        )
+        assert made[0]["found"]["left_out"] == len(left_out)
+        assert [look["step"] for look in made[0]["found"]["curve"]] == [2]
+        known = Tokenizer.from_file(str(tmp_path / name / "tokenizer.json")).get_vocab()
+        assert (f"▁{word}" in known) == (name == "seen")
+
+
+def test_a_plan_says_what_each_of_several_gpus_would_take() -> None:
+    recipe = parse_recipe(
+        {"steps": [{"method": "distill", "texts": "texts.txt", "steps": 1000, "batch": 64, "learning_rate": 1e-4}]}
+    )
+    shape = find_shape("nvidia/NV-Embed-v2")
+    step = recipe.steps[0]
+    assert isinstance(step, Distill)
+    whole = step.estimate(shape)
+    sharded, low = (step.model_copy(update=change).estimate(shape) for change in ({"sharded": True}, {"lora": 16}))
+    assert whole.gpus[8][0] > 16 * shape.parameters  # weights, gradients and two moments, on each
+    assert 16 * shape.parameters / 8 < sharded.gpus[8][0] < 0.2 * whole.gpus[8][0]
+    assert sharded.gpus[1] == whole.gpus[1]
+    assert 4 * shape.parameters < low.gpus[1][0] < 0.5 * whole.gpus[1][0]
+    assert 0.25 < whole.gpus[4][1] / whole.gpus[1][1] < 0.5  # the teacher is not shared
+    assert "8: " in describe(make_plan(recipe, shape, Path.cwd()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -30,9 +29,9 @@ class Lessons:
         return Lessons(*([column[index] for index in chosen] for column in (self.texts, self.prompts, self.teacher_prompts)))
 
 
-def different(path: Path, evaluated: frozenset[str]) -> tuple[list[str], int]:
+def different(source: str, evaluated: frozenset[str]) -> tuple[list[str], int]:
     """Read texts, each once, without those that the student will be scored on; also return how many these were."""
-    texts = list(dict.fromkeys(text for text in read_texts(path) if text.strip()))
+    texts = list(dict.fromkeys(text for text in read_texts(source) if text.strip()))
     left = [text for text in texts if same_text(text) not in evaluated]
     return left, len(texts) - len(left)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -15,21 +16,18 @@ from compress.methods.base import Bench, Estimate, Method
 from compress.methods.distill.student import Student
 from compress.models.checkpoint import TensorInfo
 from compress.models.shape import ModelShape
+from compress.texts import is_hub
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import nn
-
     from compress.calibration import Inputs
     from compress.methods.distill.data import Lessons, Teacher
-    from compress.methods.distill.hidden import HiddenStates
     from compress.models.opened import OpenModel
     from compress.models.segments import Parts
     from compress.survey import Survey
 
 # Those of `compress.methods.distill.objectives`, named here so that a recipe is checked without torch; a test compares them.
 OBJECTIVES = ("cosine", "mse", "similarity", "ranking_kl", "margin")
-WEIGHTS = "student.safetensors"
+TARGETS = "targets.npy"
 # What a plan takes for a text's length; the texts are not read for it.
 TYPICAL_TOKENS = 32
 
@@ -45,7 +43,8 @@ class Distill(Method):
     whole: ClassVar[bool] = True
     anywhere: ClassVar[bool] = True
     texts: str
-    """A JSONL file with `text` (`.gz` allowed) or a plain text file with one a line."""
+    """A JSONL file with `text` (`.gz` allowed), a plain text file with one a line, or a dataset of the hub as
+    `hub:OWNER/NAME:COLUMN`, with `:SPLIT` behind where it is not `train`."""
     count: int | None = Field(None, ge=2)
     """How many of them, drawn with `seed`; left out: all."""
     held_out: int = Field(1_000, ge=1)
@@ -69,10 +68,18 @@ class Distill(Method):
     """Share of the texts that get one, where there are `prompts`."""
     teacher_prompts: Literal["same", "none"] = "same"
     """Whether the teacher is given the prompts too."""
+    lora: int | None = Field(None, ge=1)
+    """Train nothing but low-rank changes of the blocks' linear layers, of this rank, added up in the end; left out: everything."""
+    processes: int | None = Field(None, ge=1)
+    """That a batch is shared out among, on a GPU each where there are some; left out: as many as there are GPUs, one on a CPU.
+    Their number changes the time and not the result, but for rounding."""
+    sharded: bool = False
+    """Whether they divide weights, gradients and the optimizer's state among themselves (FSDP), for a student that fits no GPU.
+    Not for pruned layers or integers, nor with `hidden` or `lora`."""
     steps: int = Field(2_000, ge=1)
     """Changes of the weights."""
     batch: int = Field(128, ge=2)
-    """Texts a step."""
+    """Texts a step, of all processes together."""
     max_tokens: int = Field(256, ge=8)
     """Texts are cut here, for the student."""
     learning_rate: float = Field(2e-4, gt=0)
@@ -108,40 +115,55 @@ class Distill(Method):
     def _leaves_texts(self) -> Self:
         if self.hidden and (self.student is not None or self.teacher is not None):
             raise ValueError("`hidden` compares what is left of a model with that model; leave `student` and `teacher` out")
+        if self.sharded and (self.hidden or self.lora):
+            raise ValueError("`sharded` trains all weights and looks at vectors alone; leave `hidden` and `lora` out, or `sharded`")
+        if self.processes is not None and self.batch < 2 * self.processes:
+            raise ValueError(f"a batch of {self.batch} is too small for {self.processes} processes")
+        if self.lora and self.student is not None and not isinstance(self.student, str):
+            raise ValueError("a new student has nothing yet that a low-rank change could start from; leave `lora` out")
         if self.count is not None and self.count - self.held_out < self.batch:
             raise ValueError("`count` leaves less than a batch besides the held-out texts")
         return self
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The texts."""
-        return (self.texts,)
+        """The texts, where they are in a file."""
+        return () if is_hub(self.texts) else (self.texts,)
 
     def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
         """Train, or find the training done, and return the student.
 
         Raises:
-            ValueError: there are too few texts.
+            ValueError: there are too few texts, or the student does not allow it.
         """
         from compress.loading import find
         from compress.methods.distill.data import Teacher
+        from compress.methods.distill.job import WEIGHTS
         from compress.models.weights import Weights
 
         device = str(survey.device)
         teacher = Teacher(find(self.teacher or str(bench.published)), device)
-        student = self._student(model, bench, teacher)
-        bench.once(lambda: self._trained(student, teacher, bench, device))
-        weights = Weights([bench.folder / WEIGHTS], student.network, exact=True)
-        return self, replace(student, weights=weights)
+        texts = cache(lambda: self._texts(bench))
+        student = self._student(model, bench, teacher, texts)
+        found = bench.once(lambda: self._learned(student, teacher, bench, device, *texts()))
+        bench.report(found)
+        return self, replace(student, weights=Weights([bench.folder / WEIGHTS], student.network, exact=True))
 
-    def _student(self, model: OpenModel, bench: Bench, teacher: Teacher) -> OpenModel:
+    def _texts(self, bench: Bench) -> tuple[list[str], int]:
+        """Read the texts that may be learned from; also return how many may not."""
+        from compress.methods.distill.data import different
+
+        texts, evaluated = different(self.texts, bench.evaluated())
+        bench.say(f"{self.texts}: {len(texts):,} different texts; {evaluated:,} more are evaluated on and left out")
+        return texts, evaluated
+
+    def _student(self, model: OpenModel, bench: Bench, teacher: Teacher, texts: Callable[[], tuple[list[str], int]]) -> OpenModel:
         """Open what is to be trained; a new student is written first, its weights as training begins with them."""
         from safetensors.torch import save_file
 
         from compress.loading import find
         from compress.methods.distill.student import initial_weights
         from compress.runtimes.torch_runtime import open_model
-        from compress.texts import read_texts
 
         if self.student is None:
             return model
@@ -151,82 +173,59 @@ class Distill(Method):
         if not folder.exists():
             partial = folder.with_name("new.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            self.student.write(partial, read_texts(Path(self.texts)))
-            made = initial_weights(partial, lambda texts: teacher.embedder.encode(texts, ""), self.seed)
+            self.student.write(partial, texts()[0])
+            made = initial_weights(partial, lambda strings: teacher.embedder.encode(strings, ""), self.seed)
             save_file(made, partial / "model.safetensors", metadata={"format": "pt"})
             partial.rename(folder)
         return open_model(folder)
 
-    def _trained(self, student: OpenModel, teacher: Teacher, bench: Bench, device: str) -> dict[str, Any]:
+    def _learned(
+        self, student: OpenModel, teacher: Teacher, bench: Bench, device: str, texts: Sequence[str], evaluated: int
+    ) -> dict[str, Any]:
         """Train, write the weights, return what is worth recording."""
-        import copy
+        import numpy as np
 
-        import torch
-
-        from compress.methods.distill.data import different, lessons
+        from compress.methods.distill.data import lessons
+        from compress.methods.distill.job import Job, learn
         from compress.methods.distill.mining import neighbours
-        from compress.methods.distill.objectives import OBJECTIVES as FUNCTIONS
-        from compress.methods.distill.objectives import matryoshka
-        from compress.methods.distill.trainable import trainable
-        from compress.methods.distill.training import Schedule, tokenized, train
-        from compress.models.shards import write_tensors
+        from compress.methods.distill.training import tokenized
 
-        network = copy.deepcopy(student.network)
-        student.weights.fill(network, dtype=torch.float32)
+        if self.hidden:
+            self._check_tokens(student, bench)
         same = self.teacher_prompts == "same"
-        texts, evaluated = different(Path(self.texts), bench.evaluated())
-        bench.say(f"{self.texts}: {len(texts):,} different texts; {evaluated:,} more are evaluated on and left out")
-        everything = lessons(texts, self.count, self.prompts, self.prompted, same_prompts=same, seed=self.seed)
-        held, taught = self._split(everything)
-        bench.say(f"teacher {teacher.embedder.name}: vectors of {len(everything.texts):,} texts")
+        held, taught = self._split(lessons(texts, self.count, self.prompts, self.prompted, same_prompts=same, seed=self.seed))
+        bench.say(f"teacher {teacher.embedder.name}: vectors of {len(taught.texts) + len(held.texts):,} texts")
         targets, judged = teacher.vectors(taught), teacher.vectors(held)
         teacher.embedder.close()
+        bench.folder.mkdir(parents=True, exist_ok=True)
+        np.save(bench.folder / TARGETS, targets)
         rows = [tokenized(student.tokenizer, part.texts, part.prompts, student.spec, self.max_tokens) for part in (taught, held)]
-        asked = {name: (weight, FUNCTIONS[name]) for name, weight in self.objectives.items()}
-        if self.matryoshka:
-            asked = {name: (weight, matryoshka(function, self.matryoshka)) for name, (weight, function) in asked.items()}
-        schedule = Schedule(**{name: getattr(self, name) for name in Schedule.__dataclass_fields__})
-
-        def of(chosen: np.ndarray) -> np.ndarray:
-            found: np.ndarray = targets[chosen]
-            return found
-
-        with trainable(network):
-            curve = train(
-                network,
-                student.spec,
-                rows[0],
-                of,
-                (rows[1], judged),
-                asked,
-                schedule,
-                bench.folder,
+        curve = learn(
+            Job(
+                step=self,
+                student=student,
+                published=bench.published,
+                texts=rows[0],
+                targets=bench.folder / TARGETS,
+                held_out=(rows[1], judged),
                 neighbours=neighbours(targets, self.hard_negatives) if self.hard_negatives else None,
-                hidden=self._hidden(network, student, bench, device) if self.hidden else None,
-                cpu=device == "cpu",
-                say=bench.say,
-            )
-        write_tensors(bench.folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()})
+                folder=bench.folder,
+                device=device,
+            ),
+            bench.say,
+        )
         return {"curve": curve, "texts": len(taught.texts), "left_out": evaluated, "tokens": int(rows[0].lengths.sum())}
 
-    def _hidden(self, network: nn.Module, student: OpenModel, bench: Bench, device: str) -> HiddenStates:
-        """Load the model that the student is what is left of, to run beside it.
+    def _check_tokens(self, student: OpenModel, bench: Bench) -> None:
+        """See that student and teacher take the same tokens, so that hidden states can be compared.
 
         Raises:
-            ValueError: its tokens have other numbers than the student's.
+            ValueError: they do not.
         """
-        import torch
-
-        from compress.methods.distill.hidden import HiddenStates, followed
-        from compress.models.network import load_network
-        from compress.models.segments import blocks_of
-        from compress.models.spec import transformer_folder
         from compress.runtimes.torch_runtime import read_text_side
 
         if read_text_side(bench.published)[1].definition()["model"] != student.tokenizer.definition()["model"]:
             raise ValueError("`hidden` wants the student to take the teacher's tokens; put vocabulary behind it, or leave one out")
-        whole = load_network(transformer_folder(bench.published), torch.float32).to(device)
-        return HiddenStates(network, whole, followed(student.layers, len(blocks_of(whole)[1])), self.hidden)
 
     def _split(self, everything: Lessons) -> tuple[Lessons, Lessons]:
         """Put the held-out texts aside.
@@ -243,18 +242,41 @@ class Distill(Method):
         return everything.part(numbers[: self.held_out]), everything.part(numbers[self.held_out :])
 
     def estimate(self, shape: ModelShape) -> Estimate:
-        """Size after: the same model, or the new one; time from the steps, the texts' usual length and thrice the forward pass."""
+        """Size after: the same model, or the new one. Memory and time: the teacher on each text once, then the training."""
+        from compress.methods.distill.cost import GPU_COUNTS, Training, low_rank_parameters
+
         after = self._shape_of(shape)
-        tokens = self.steps * self.batch * self.accumulate * TYPICAL_TOKENS
-        parameters = after.parameters
+        teacher = self._teacher_shape(shape)
+        training = Training(
+            student=after,
+            trained=low_rank_parameters(after, self.lora) if self.lora else after.parameters,
+            batch=self.batch,
+            batches=self.steps * self.accumulate,
+            length=TYPICAL_TOKENS,
+            sharded=self.sharded,
+            follows=teacher if self.hidden else None,
+        )
+        shown = training.batches * training.batch
+        texts = min(shown, self.count or shown) + self.held_out
+        asked = texts * TYPICAL_TOKENS * teacher.flops_per_token(TYPICAL_TOKENS)
+        vectors = 4 * texts * teacher.hidden_size
+        memory = {devices: max(teacher.half_bytes, training.memory_bytes(devices)) for devices in GPU_COUNTS}
         return Estimate(
             after=after,
-            memory_bytes=16 * parameters + 4 * after.activation_bytes(self.batch * TYPICAL_TOKENS),
-            bytes_touched=self.steps * 16 * parameters,
-            flops=3 * tokens * after.flops_per_token(TYPICAL_TOKENS),
-            note=f"{parameters / 1e6:,.1f} M parameters trained for {self.steps:,} steps of {self.batch * self.accumulate} texts, "
-            f"some {tokens / 1e6:,.1f} M tokens",
+            memory_bytes=memory[1] + vectors,
+            bytes_touched=16 * self.steps * training.trained,
+            flops=asked + training.operations,
+            gpus={devices: (memory[devices], asked + training.operations / devices) for devices in GPU_COUNTS},
+            note=f"{training.trained / 1e6:,.1f} M parameters trained for {self.steps:,} steps of "
+            f"{self.batch * self.accumulate} texts, some {shown * TYPICAL_TOKENS / 1e6:,.1f} M tokens",
         )
+
+    def _teacher_shape(self, shape: ModelShape) -> ModelShape:
+        if self.teacher is None:
+            return shape
+        from compress.loading import find_shape
+
+        return find_shape(self.teacher)
 
     def _shape_of(self, shape: ModelShape) -> ModelShape:
         """Return the shape of the student: the model's own, another's, or a new one's from its numbers alone."""

@@ -1,31 +1,41 @@
-"""A network as it can be trained: pruned weights that stay zero, integers that stay as they are and let gradients through."""
+"""A network as it can be trained: pruned weights that stay zero, integers that stay as they are, low-rank changes of the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from compress.layers.compressed import CompressedLayer
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.quantized_linear import QuantizedLinear
+from compress.models.segments import blocks_of
 
 # Share of zeros from which on a layer is taken for a pruned one. All zero is a new student's layer that begins so.
 PRUNED = 0.2
 
 
 @contextmanager
-def trainable(network: nn.Module) -> Iterator[None]:
+def trainable(network: nn.Module, rank: int | None = None, *, sharded: bool = False) -> Iterator[None]:
     """Make a network trainable for a while.
 
     Layers in integers are stood in for by plain ones with their values, of which the bias alone is trained; activations that they
     quantize are left in floating point meanwhile.
 
+    Args:
+        network: float32 where it is not in integers.
+        rank: train nothing but a product of two matrices of this rank, added to each of the blocks' linear layers (LoRA: Hu et al.
+            2021, arXiv 2106.09685), and add it up afterwards. Not peft's: that adds to a layer's output, so that a pruned layer's
+            zeros would be filled when it is added up; here they are left out of the product.
+        sharded: whether the parameters are to be divided among processes.
+
     Raises:
-        ValueError: a layer is stored in numbers that this does not know.
+        ValueError: a layer is stored in numbers that this does not know, no layer is left for a low-rank change, or a layer that is
+            pruned or in integers is to be divided.
     """
     integers: dict[str, QuantizedLinear] = {}
     for name, module in network.named_modules():
@@ -35,15 +45,26 @@ def trainable(network: nn.Module) -> Iterator[None]:
             raise ValueError(
                 f"{name} is stored as {module.layer.name}, which cannot be trained around; put distill before that step"
             )
-    network.requires_grad_(True)
+    linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    zeros = {name: zero for name, linear in linears.items() if (zero := pruned(linear)) is not None}
+    if sharded and (integers or zeros):
+        name = next(iter(integers or zeros))
+        raise ValueError(f"{name} is {'in integers' if integers else 'pruned'}, which cannot be kept in parts; leave `sharded` out")
+    network.requires_grad_(rank is None)
     for name, layer in integers.items():
         network.set_submodule(name, _plain(layer))
-    hooks = [hook for module in network.modules() if isinstance(module, nn.Linear) for hook in _keeping_zeros(module)]
+    hooks, changed = [], list[nn.Linear]()
+    if rank is None:
+        hooks = [linears[name].weight.register_hook(partial(_without, zero=zero)) for name, zero in zeros.items()]  # type: ignore[no-untyped-call]
+    else:
+        changed = _changed_by(network, linears, zeros, rank)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        for linear in changed:
+            parametrize.remove_parametrizations(linear, "weight")
         for name, layer in integers.items():
             plain = network.get_submodule(name)
             assert isinstance(plain, nn.Linear)
@@ -63,13 +84,42 @@ def _plain(layer: QuantizedLinear) -> nn.Linear:
     return plain
 
 
-def _keeping_zeros(linear: nn.Linear) -> list[torch.utils.hooks.RemovableHandle]:
-    """Give weights of a pruned layer that are zero no gradient: then neither momentum nor decay moves them."""
+def pruned(linear: nn.Linear) -> torch.Tensor | None:
+    """Return where a pruned layer's weights are zero, bool; None of one that is not pruned."""
     zero = linear.weight.detach() == 0
-    if not linear.weight.requires_grad or not PRUNED < zero.float().mean() < 1:
-        return []
-    return [linear.weight.register_hook(partial(_without, zero=zero))]  # type: ignore[no-untyped-call]
+    return zero if PRUNED < zero.float().mean() < 1 else None
+
+
+def _changed_by(
+    network: nn.Module, linears: Mapping[str, nn.Linear], zeros: Mapping[str, torch.Tensor], rank: int
+) -> list[nn.Linear]:
+    """Give those of the linear layers that are in blocks a low-rank change, which is trained, and return them."""
+    path = blocks_of(network)[0]
+    changed = {name: linear for name, linear in linears.items() if name.startswith(f"{path}.")}
+    if not changed:
+        raise ValueError("every linear layer is in integers, which cannot take a low-rank change; leave `lora` out")
+    for name, linear in changed.items():
+        parametrize.register_parametrization(linear, "weight", _LowRank(linear.weight.shape, rank, zeros.get(name)))
+    return list(changed.values())
+
+
+class _LowRank(nn.Module):
+    """A weight with a low-rank change, which leaves alone what pruning took away."""
+
+    zero: torch.Tensor | None
+
+    def __init__(self, shape: torch.Size, rank: int, zero: torch.Tensor | None) -> None:
+        super().__init__()
+        outputs, inputs = shape
+        self.down = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+        self.register_buffer("zero", zero, persistent=False)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        change = self.up @ self.down
+        return weight + (change if self.zero is None else change.masked_fill(self.zero, 0))
 
 
 def _without(gradient: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """Give weights that are zero no gradient: then neither momentum nor decay moves them."""
     return gradient.masked_fill(zero.to(gradient.device), 0)

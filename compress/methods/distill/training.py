@@ -1,7 +1,8 @@
 """The training loop: batches of texts to a student, its vectors held against the teacher's, checkpoints from which it goes on.
 
-A plain loop over `accelerate`, which brings mixed precision, accumulation and several processes. The order of the texts follows
-from the seed alone, so that a run that was killed goes on as if it had not been.
+A plain loop over `accelerate`, which brings accumulation and several processes. The order of the texts follows from the seed alone,
+so that a run that was killed goes on as if it had not been, and a batch is shared out among the processes and its vectors gathered
+before they are compared, so that their number changes nothing but the time.
 """
 
 from __future__ import annotations
@@ -19,17 +20,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from compress.methods.distill.hidden import HiddenStates
 from compress.methods.distill.objectives import Objective
 from compress.models.checkpoint import write_text_atomic
 from compress.models.forward import vectors_of
+from compress.models.segments import blocks_of
 from compress.models.spec import EmbedderSpec
 from compress.models.tokens import Ids, TextTokenizer
 
 # Batches are sorted by length within runs of so many, and then shuffled: little padding, and still any text beside any other.
 SORTED_BATCHES = 32
-CURVE_FILE, STATE_FOLDER = "curve.jsonl", "state"
+CURVE_FILE, STATE = "curve.jsonl", "state"
+# Objectives that compare a student's vector with the teacher's own.
+VECTOR_OBJECTIVES = ("cosine", "mse")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Schedule:
 
     steps: int
     batch: int
-    """Texts a step, of each process."""
+    """Texts a step, of all processes together."""
     learning_rate: float
     warmup: float
     """Share of the steps in which the learning rate rises from 0; then it falls to 0 as a cosine."""
@@ -88,6 +93,12 @@ def tokenized(
     return TokenTexts(rows, unpooled)
 
 
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    """Return the curve of a training as far as its last checkpoint; empty before the first."""
+    path = folder / CURVE_FILE
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
 def batch_order(lengths: np.ndarray, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Return the batches of an epoch: indices of texts; what does not fill a batch is left for another epoch."""
     generator = np.random.default_rng([seed, epoch])
@@ -100,21 +111,21 @@ def batch_order(lengths: np.ndarray, batch: int, seed: int, epoch: int) -> list[
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
-def batches_from(lengths: np.ndarray, schedule: Schedule, start: int, processes: int, process: int) -> Iterator[np.ndarray]:
-    """Yield a process's batches from number `start` on, epoch after epoch.
+def batches_from(lengths: np.ndarray, schedule: Schedule, start: int) -> Iterator[np.ndarray]:
+    """Yield the batches from number `start` on, epoch after epoch.
 
     Raises:
-        ValueError: the texts do not fill a batch of every process.
+        ValueError: the texts do not fill a batch.
     """
-    an_epoch = len(lengths) // schedule.batch // processes
+    an_epoch = len(lengths) // schedule.batch
     if an_epoch == 0:
-        raise ValueError(f"{len(lengths)} texts do not fill a batch of {schedule.batch} for each of {processes} processes")
+        raise ValueError(f"{len(lengths)} texts do not fill a batch of {schedule.batch}")
     number, epoch = start, -1
     while True:
         if number // an_epoch != epoch:
             epoch = number // an_epoch
             batches = batch_order(lengths, schedule.batch, schedule.seed, epoch)
-        yield batches[(number % an_epoch) * processes + process]
+        yield batches[number % an_epoch]
         number += 1
 
 
@@ -168,11 +179,11 @@ def train(
     *,
     neighbours: np.ndarray | None = None,
     hidden: HiddenStates | None = None,
-    vector_objectives: Sequence[str] = ("cosine", "mse"),
+    sharded: bool = False,
     cpu: bool = True,
     say: Callable[[str], None] = lambda _: None,
-) -> list[dict[str, float]]:
-    """Train a network in place.
+) -> None:
+    """Train a network in place; in several processes, which torch's environment variables name, each calls this.
 
     Args:
         network: the student, float32; its parameters that require gradients are trained.
@@ -180,118 +191,178 @@ def train(
         texts: what it learns from.
         targets: the teacher's vectors of texts, float32 [n, width], by their numbers.
         held_out: texts that it does not learn from, and the teacher's vectors of them.
-        objectives: what is asked, each with its weight.
+        objectives: what is asked, each with its weight. Those that compare vector with vector see the student's, where it is of
+            another width than the teacher's, through a linear map, which is trained and then thrown away.
         schedule: see there.
-        folder: keeps checkpoints and the curve; one that an earlier process left is gone on from.
+        folder: keeps checkpoints and the curve: step, loss, seconds and what `_judged` says, at each look. One that an earlier
+            process left is gone on from.
         neighbours: texts that each is to be learned beside, int64 [texts, n].
         hidden: asks for hidden states besides.
-        vector_objectives: which of them compare vector with vector; with another width than the teacher's they see the student's
-            through a linear map, which is trained and then thrown away.
+        sharded: divide weights, gradients and the optimizer's state among the processes, block by block (FSDP: Zhao et al. 2023,
+            arXiv 2304.11277), in torch's second version, which accelerate wraps for GPUs alone.
         cpu: stay there even where there is a GPU.
-        say: told how it goes.
-
-    Returns:
-        The curve: step, loss, held-out cosine and seconds at each look.
+        say: told how it goes, by the first process.
     """
     from accelerate import Accelerator
 
     # Precision is left to torch: accelerate's is the process's, and would hold for the next training in it too.
     accelerator = Accelerator(gradient_accumulation_steps=schedule.accumulate, cpu=cpu)
     half = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=schedule.precision == "bf16")
-    width = held_out[1].shape[1]
     with torch.no_grad():
         own = int(vectors_of(network, spec, *texts.batch(np.array([0]))).shape[1])
     torch.manual_seed(schedule.seed)
-    map_ = nn.Linear(own, width, bias=False) if own != width else None
-    run = _Run(network, map_, spec)
+    width = held_out[1].shape[1]
+    needed = own != width and any(name in VECTOR_OBJECTIVES for name in objectives)
+    run: nn.Module = _Run(network, nn.Linear(own, width, bias=False) if needed else None, spec)
+    if sharded:
+        _shard(run.to(accelerator.device), network)
     optimizer = torch.optim.AdamW(
         parameter_groups(run, schedule.weight_decay), lr=schedule.learning_rate, betas=(0.9, 0.98), eps=1e-6
     )
-    run, optimizer = accelerator.prepare(run, optimizer)
+    if sharded:
+        accelerated = accelerator.prepare(optimizer)
+    else:
+        run, accelerated = accelerator.prepare(run, optimizer)
 
     folder.mkdir(parents=True, exist_ok=True)
-    curve, start, best, since = _resumed(accelerator, folder)
-    began = time.perf_counter()
-    before = curve[-1]["seconds"] if curve else 0.0
-    order = batches_from(texts.lengths, schedule, start * schedule.accumulate, accelerator.num_processes, accelerator.process_index)
+    state = _State(run, optimizer, folder, accelerator.is_main_process)
+    curve = state.resumed()
+    start = int(curve[-1]["step"]) if curve else 0
+    began = time.perf_counter() - (curve[-1]["seconds"] if curve else 0.0)
+    order = batches_from(texts.lengths, schedule, start * schedule.accumulate)
+    share = _Share(accelerator.num_processes, accelerator.process_index)
     running: list[float] = []
     for step in range(start, schedule.steps):
-        for group in optimizer.param_groups:
+        for group in accelerated.param_groups:
             group["lr"] = schedule.learning_rate * rate(schedule, step)
         for _ in range(schedule.accumulate):
-            chosen = with_neighbours(next(order), neighbours)
+            chosen = share.divisible(with_neighbours(next(order), neighbours))
             with accelerator.accumulate(run):
-                batch = [tensor.to(accelerator.device) for tensor in texts.batch(chosen)]
+                batch = [tensor.to(accelerator.device) for tensor in texts.batch(share.own(chosen))]
                 with half(), hidden.watching() if hidden else nullcontext():
-                    vectors, mapped = run(*batch)
+                    vectors, mapped = (share.gathered(part.float()) for part in run(*batch))
                 teacher = torch.from_numpy(targets(chosen)).to(accelerator.device)
-                losses = [
-                    weight * objective((mapped if name in vector_objectives else vectors).float(), teacher)
-                    for name, (weight, objective) in objectives.items()
-                ]
+                loss = torch.stack(
+                    [
+                        weight * objective(mapped if name in VECTOR_OBJECTIVES else vectors, teacher)
+                        for name, (weight, objective) in objectives.items()
+                    ]
+                ).sum()
+                # Every process has the whole batch's loss and the gradient of its own texts' vectors; they are averaged afterwards.
+                asked = share.processes * loss
                 if hidden is not None:
                     with half():
-                        losses.append(hidden.loss(*batch[:2]))
-                loss = torch.stack(losses).sum()
-                accelerator.backward(loss)
+                        states = hidden.loss(*batch[:2])
+                    loss, asked = loss + states, asked + states
+                accelerator.backward(asked)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(run.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+                    torch.nn.utils.clip_grad_norm_(run.parameters(), 1.0)
+                accelerated.step()
+                accelerated.zero_grad()
             running.append(float(loss.detach()))
         if (step + 1) % schedule.every == 0 or step + 1 == schedule.steps:
-            cosine = _held_out_cosine(run, accelerator.device, half, *held_out)
-            seconds = before + time.perf_counter() - began
-            curve.append({"step": step + 1, "loss": float(np.mean(running)), "cosine": cosine, "seconds": seconds})
+            kind, fidelity = _judged(run, accelerator.device, half, *held_out)
+            seconds = time.perf_counter() - began
+            curve.append({"step": step + 1, "loss": float(np.mean(running)), kind: fidelity, "seconds": seconds})
             running = []
-            since = 0 if cosine > best else since + 1
-            best = max(best, cosine)
-            _keep(accelerator, folder, curve)
-            place = f"step {step + 1:,} of {schedule.steps:,}"
-            say(f"{place}: loss {curve[-1]['loss']:.4f}, held-out cosine {cosine:.4f}, {seconds:,.0f} s")
-            if schedule.patience is not None and since >= schedule.patience:
-                say(f"no better for {since} looks; stopped")
+            state.keep(curve)
+            fidelities = [look[kind] for look in curve]
+            since = len(curve) - 1 - fidelities.index(max(fidelities))
+            enough = schedule.patience is not None and since >= schedule.patience
+            if accelerator.is_main_process:
+                place = f"step {step + 1:,} of {schedule.steps:,}"
+                stopped = f"; no better for {since} looks, stopped" if enough else ""
+                say(f"{place}: loss {curve[-1]['loss']:.4f}, held-out {kind} {fidelity:.4f}, {seconds:,.0f} s{stopped}")
+            if enough:
                 break
-    return curve
+
+
+def _shard(run: nn.Module, network: nn.Module) -> None:
+    """Divide the parameters of a run among the processes: each block's are put together while it runs."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in blocks_of(network)[1]:
+        fully_shard(block)
+    fully_shard(run)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A process's share of each batch."""
+
+    processes: int
+    process: int
+
+    def divisible(self, chosen: np.ndarray) -> np.ndarray:
+        """Leave out of a batch what does not go round."""
+        return chosen[: len(chosen) // self.processes * self.processes]
+
+    def own(self, chosen: np.ndarray) -> np.ndarray:
+        """Return this process's texts of a batch."""
+        found: np.ndarray = np.split(chosen, self.processes)[self.process]
+        return found
+
+    def gathered(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return the vectors of a whole batch, of which gradients flow through this process's own alone."""
+        if self.processes == 1:
+            return vectors
+        parts = [torch.empty_like(vectors) for _ in range(self.processes)]
+        torch.distributed.all_gather(parts, vectors.detach().contiguous())
+        parts[self.process] = vectors
+        return torch.cat(parts)
 
 
 @torch.no_grad()
-def _held_out_cosine(
-    run: nn.Module, device: torch.device, half: Callable[[], Any], texts: TokenTexts, vectors: np.ndarray
-) -> float:
-    """Return the mean cosine to the teacher's vectors of texts that were not trained on."""
+def _judged(
+    run: nn.Module, device: torch.device, half: Callable[[], Any], texts: TokenTexts, teacher: np.ndarray
+) -> tuple[str, float]:
+    """Say how like the teacher's a student's vectors of texts are that it was not trained on.
+
+    Returns:
+        `cosine` and the mean cosine; where the two have different widths and nothing brings them together, `correlation` and
+        Pearson's between the cosines of all pairs of texts.
+    """
     order = np.argsort(texts.lengths, kind="stable")
     found = []
     for chosen in np.array_split(order, max(1, len(order) // 64)):
         with half():
-            _, mapped = run(*(tensor.to(device) for tensor in texts.batch(chosen)))
-        teacher = torch.from_numpy(vectors[chosen]).to(device)
-        found.append(torch.cosine_similarity(mapped.float(), teacher, dim=1))
-    return float(torch.cat(found).mean())
+            found.append(run(*(tensor.to(device) for tensor in texts.batch(chosen)))[1].float().cpu())
+    ours, theirs = (nn.functional.normalize(vectors, dim=1) for vectors in (torch.cat(found), torch.from_numpy(teacher[order])))
+    if ours.shape == theirs.shape:
+        return "cosine", float((ours * theirs).sum(dim=1).mean())
+    pairs = torch.stack([(vectors @ vectors.t())[~torch.eye(len(vectors), dtype=torch.bool)] for vectors in (ours, theirs)])
+    return "correlation", float(torch.corrcoef(pairs)[0, 1])
 
 
-def _resumed(accelerator: Any, folder: Path) -> tuple[list[dict[str, float]], int, float, int]:
-    """Read the last checkpoint, if any: the curve up to it, the step, the best cosine and how many looks ago it was."""
-    path = folder / CURVE_FILE
-    if not path.exists():
-        return [], 0, -1.0, 0
-    curve = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    step = int(curve[-1]["step"])
-    accelerator.load_state(str(folder / f"{STATE_FOLDER}-{step}"))
-    cosines = [look["cosine"] for look in curve]
-    best = max(cosines)
-    return curve, step, best, len(cosines) - 1 - cosines.index(best)
+class _State:
+    """The checkpoints of a training: whole, however the parameters lie among the processes."""
+
+    def __init__(self, run: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, main: bool) -> None:
+        self._run, self._optimizer, self._folder, self._main = run, optimizer, folder, main
+
+    def resumed(self) -> list[dict[str, float]]:
+        """Go on from the last checkpoint, if there is one, and return the curve up to it."""
+        curve = read_curve(self._folder)
+        if not curve:
+            return []
+        kept = torch.load(self._path(int(curve[-1]["step"])), weights_only=True, map_location="cpu")
+        set_state_dict(self._run, self._optimizer, model_state_dict=kept["run"], optim_state_dict=kept["optimizer"], options=_WHOLE)
+        return curve
+
+    def keep(self, curve: Sequence[Mapping[str, float]]) -> None:
+        """Write a checkpoint; the curve names it, and is written when it is whole. The one before goes then."""
+        run, optimizer = get_state_dict(self._run, self._optimizer, options=_WHOLE)
+        if not self._main:
+            return
+        path = self._path(int(curve[-1]["step"]))
+        torch.save({"run": run, "optimizer": optimizer}, path)
+        write_text_atomic(self._folder / CURVE_FILE, "".join(json.dumps(look) + "\n" for look in curve))
+        for other in self._folder.glob(f"{STATE}-*"):
+            if other != path:
+                other.unlink()
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"{STATE}-{step}.pt"
 
 
-def _keep(accelerator: Any, folder: Path, curve: Sequence[Mapping[str, float]]) -> None:
-    """Write a checkpoint; the curve names it, and is written when it is whole. The one before goes then."""
-    import shutil
-
-    step = int(curve[-1]["step"])
-    accelerator.save_state(str(folder / f"{STATE_FOLDER}-{step}"))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_text_atomic(folder / CURVE_FILE, "".join(json.dumps(look) + "\n" for look in curve))
-        for other in folder.glob(f"{STATE_FOLDER}-*"):
-            if other.name != f"{STATE_FOLDER}-{step}":
-                shutil.rmtree(other)
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
