@@ -177,7 +177,9 @@ def verify(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that kept its variant, or of a variant.")],
-    format: Annotated[str, typer.Option("--format", metavar="F", help="compressed-tensors or gptq.")],
+    format: Annotated[
+        str, typer.Option("--format", metavar="F", help="sentence-transformers, compressed-tensors, gptq, nv-embed.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to be written.")],
 ) -> None:
     """Write a variant in the layout of another library: transformers, vLLM and others load it."""

@@ -13,6 +13,7 @@ from compress.loading import Source, find
 FORMATS = {
     "sentence-transformers": "compress.export.sentence_transformers:write",
     "compressed-tensors": "compress.export.compressed_tensors:write",
+    "nv-embed": "compress.export.nv_embed:write",
     "gptq": "compress.export.gptq:write",
 }
 

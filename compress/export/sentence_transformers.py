@@ -33,10 +33,11 @@ def write(source: Source, folder: Path, say: Say) -> None:
     notes = table_note(opened)
     for note in notes:
         say(note)
-    write_weights(opened, folder, _no_integers)
+    write_weights(opened, folder, no_integers)
     write_config(opened, folder, None, "float16", {})
     write_text_side(opened, folder, LOADING, notes)
 
 
-def _no_integers(layer: Any) -> dict[str, torch.Tensor]:
+def no_integers(layer: Any) -> dict[str, torch.Tensor]:
+    """Stand in for what converts quantized layers, where none can be."""
     raise AssertionError(f"{type(layer).__name__} in a variant without quantized layers")

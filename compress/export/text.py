@@ -82,9 +82,9 @@ def sentence_transformers_files(info: VariantInfo, width: int) -> dict[str, Any]
     }
 
 
-def card(info: VariantInfo, loading: str, notes: Sequence[str]) -> str:
-    """Return a model card: licence, what it is, how to load it."""
-    front = [f"license: {json.dumps(info.licence)}" if info.licence else "", "library_name: sentence-transformers"]
+def card(info: VariantInfo, loading: str, notes: Sequence[str], library: str = "sentence-transformers") -> str:
+    """Return a model card: licence, what it is, how to load it, in which library."""
+    front = [f"license: {json.dumps(info.licence)}" if info.licence else "", f"library_name: {library}"]
     front += ["pipeline_tag: sentence-similarity"]
     if "/" in info.base:
         front += [f"base_model: {info.base}", "base_model_relation: quantized"]
