@@ -23,6 +23,9 @@ from compress.models.variant import VariantInfo
 from compress.record import Journal
 from compress.runtimes.contract import GRAPH_RUNTIMES
 
+WRITTEN = "written"
+"""Where the journal of a walk keeps what it returned, from before the variant has its name."""
+
 if TYPE_CHECKING:
     import torch
 
@@ -137,6 +140,9 @@ def _write(
     making: _Making, source: Source, shape: ModelShape, steps: Sequence[Method], before: int, target: Path, journal: Journal
 ) -> list[dict[str, Any]]:
     """Apply steps that share one walk, of which there were `before` others, to a model or to the variant of those."""
+    if journal.has(WRITTEN) and target.exists():  # killed behind the renaming, before anyone noted it
+        written: list[dict[str, Any]] = journal.get(WRITTEN)["steps"]
+        return written
     import torch
 
     from compress.calibration import Inputs
@@ -233,6 +239,7 @@ def _write(
     write_text_atomic(folder / "config.json", json.dumps(model.config, indent=2, ensure_ascii=False) + "\n")
     tokenizer.save(folder / "tokenizer.json")
     info.write(folder)
+    journal.put(WRITTEN, {"steps": done})
     shutil.rmtree(target, ignore_errors=True)
     folder.rename(target)
     return done

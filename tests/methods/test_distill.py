@@ -43,6 +43,7 @@ from compress.methods.distill.training import (
     with_neighbours,
 )
 from compress.methods.prune.depth import Depth
+from compress.methods.prune.magnitude import Magnitude
 from compress.methods.prune.sparsegpt import SparseGPT
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.rtn import RTN
@@ -445,6 +446,18 @@ def test_pruned_weights_stay_zero_and_the_others_learn(bert: Path, texts: Path, 
     assert cosines[1] > cosines[0]
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("pruned", "healed")]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+
+
+def test_a_run_of_two_walks_goes_on_where_a_variant_was_written_and_not_noted(bert: Path, texts: Path, tmp_path: Path) -> None:
+    heal = Distill(texts=str(texts), held_out=40, steps=2, batch=16, every=2, precision="no")
+    compress_to(bert, tmp_path / "v", Magnitude(sparsity=0.5), heal)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "v-journal").rglob("*.safetensors")}
+    vectors = compress.load(str(tmp_path / "v"), device="cpu").encode(TEXTS)
+    # Killed behind the renaming of the first walk's variant, and of the second's, before either was noted.
+    (tmp_path / "v-journal" / "stage-0" / "done.json").unlink()
+    compress_to(bert, tmp_path / "v", Magnitude(sparsity=0.5), heal)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "v-journal").rglob("*.safetensors")} == before
+    np.testing.assert_array_equal(compress.load(str(tmp_path / "v"), device="cpu").encode(TEXTS), vectors)
 
 
 def test_integers_stay_and_what_is_around_them_learns(bert: Path, texts: Path, tmp_path: Path) -> None:
