@@ -7,12 +7,21 @@ factor, no inverse. With the moment `H = (U + I) D (U + I)^T` errors E = W - V o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from compress.methods.base import Method
+from compress.models.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+    from compress.calibration import Inputs
+    from compress.models.segments import Parts
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,43 @@ class Feedback:
     """float32 [in]: what the squared error of a channel costs once it has heard them."""
     damping: float
     """What was added to the moment's diagonal."""
+
+
+class FeedbackMethod(Method):
+    """A method that works on linear layers one input channel after another, with linear feedback."""
+
+    damping: float = Field(0.01, gt=0, le=1)
+    """Added to the diagonal of the second moment, as a share of its mean."""
+    weighting: Literal["tokens", "pooled"] = "tokens"
+    """What counts in the second moment: every token alike, or pooled tokens alone, each as much as it counts in its text's mean."""
+
+    @property
+    def calibrates(self) -> bool:
+        """It does."""
+        return True
+
+    def work_bytes(self, linears: list[TensorInfo]) -> int:
+        """Second moments of a block's inputs, and the factor of the largest."""
+        return moment_bytes([info.shape[1] for info in linears])
+
+    def feedbacks(
+        self, parts: Parts, linears: Mapping[str, nn.Linear], inputs: Inputs | None, act_order: bool
+    ) -> Iterator[tuple[tuple[str, ...], torch.Tensor, Feedback]]:
+        """Yield the names of layers that share an input, its second moment, float32 [in, in], and that factored.
+
+        Raises:
+            ValueError: a moment has no Cholesky factor even in float64; names the layers.
+        """
+        from compress.calibration import Hessian
+
+        assert inputs is not None, "the segment has linear layers, and the step said that it calibrates"
+        groups, moments = inputs.gather(parts, linears, Hessian, pooled_only=self.weighting == "pooled")
+        for leader, names in groups.items():
+            moment = moments.pop(leader).mean()
+            try:
+                yield names, moment, factor(moment, self.damping, act_order)
+            except ValueError as error:
+                raise ValueError(f"{', '.join(names)}: {error}") from error
 
 
 def moment_bytes(widths: Sequence[int]) -> int:

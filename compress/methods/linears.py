@@ -1,4 +1,4 @@
-"""What the methods that work on linear layers share: which layers these are."""
+"""What the methods that work on linear layers share: which layers these are, and which of their weights were pruned before."""
 
 from __future__ import annotations
 
@@ -10,9 +10,23 @@ from compress.models.checkpoint import TensorInfo
 from compress.models.shape import ModelShape, check_patterns, is_block_linear, is_head_linear, matching
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from compress.models.segments import Parts
+
+
+# A layer with as many zeros has been pruned, and its zeros stay.
+PRUNED_SHARE = 0.05
+
+
+def zeros_of(weight: torch.Tensor) -> torch.Tensor | None:
+    """Return which weights are zero, bool [out, in], where a step before has pruned them.
+
+    None where hardly any is, and where all are: a new student's layer that begins so.
+    """
+    zero = weight == 0
+    return zero if PRUNED_SHARE <= float(zero.float().mean()) < 1 else None
 
 
 class LinearsMethod(Method):

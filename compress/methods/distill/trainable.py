@@ -13,10 +13,8 @@ from torch.nn.utils import parametrize
 from compress.layers.compressed import CompressedLayer
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.quantized_linear import QuantizedLinear
+from compress.methods.linears import zeros_of
 from compress.models.segments import blocks_of
-
-# Share of zeros from which on a layer is taken for a pruned one. All zero is a new student's layer that begins so.
-PRUNED = 0.2
 
 
 @contextmanager
@@ -46,7 +44,7 @@ def trainable(network: nn.Module, rank: int | None = None, *, sharded: bool = Fa
                 f"{name} is stored as {module.layer.name}, which cannot be trained around; put distill before that step"
             )
     linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    zeros = {name: zero for name, linear in linears.items() if (zero := pruned(linear)) is not None}
+    zeros = {name: zero for name, linear in linears.items() if (zero := zeros_of(linear.weight.detach())) is not None}
     if sharded and (integers or zeros):
         name = next(iter(integers or zeros))
         raise ValueError(f"{name} is {'in integers' if integers else 'pruned'}, which cannot be kept in parts; leave `sharded` out")
@@ -82,12 +80,6 @@ def _plain(layer: QuantizedLinear) -> nn.Linear:
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.float().clone())
     return plain
-
-
-def pruned(linear: nn.Linear) -> torch.Tensor | None:
-    """Return where a pruned layer's weights are zero, bool; None of one that is not pruned."""
-    zero = linear.weight.detach() == 0
-    return zero if PRUNED < zero.float().mean() < 1 else None
 
 
 def _changed_by(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from compress.methods.feedback import factor, moment_bytes
+from compress.methods.feedback import FeedbackMethod
 from compress.methods.prune.base import PruneWeights, lowest, lowest_in_groups
 from compress.models.checkpoint import TensorInfo
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 BLOCK, ROWS = 128, 4_096
 
 
-class SparseGPT(PruneWeights):
+class SparseGPT(FeedbackMethod, PruneWeights):
     """Prune linear layers so that their outputs on calibration texts change least.
 
     Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1, written as linear feedback as our GPTQ is: a channel hears the errors
@@ -31,19 +29,6 @@ class SparseGPT(PruneWeights):
     """
 
     method: Literal["sparsegpt"] = "sparsegpt"
-    damping: float = Field(0.01, gt=0, le=1)
-    """Added to the diagonal of the second moment, as a share of its mean."""
-    weighting: Literal["tokens", "pooled"] = "tokens"
-    """What counts in the second moment: every token alike, or pooled tokens alone, each as much as it counts in its text's mean."""
-
-    @property
-    def calibrates(self) -> bool:
-        """It does."""
-        return True
-
-    def work_bytes(self, linears: list[TensorInfo]) -> int:
-        """Second moments of a block's inputs, and the factor of the largest."""
-        return moment_bytes([info.shape[1] for info in linears])
 
     def work_flops(self, linears: list[TensorInfo]) -> float:
         """Cholesky factors and feedback; layers that share an input are counted as if they did not."""
@@ -55,16 +40,8 @@ class SparseGPT(PruneWeights):
         Raises:
             ValueError: a layer's second moment has no Cholesky factor even in float64.
         """
-        from compress.calibration import Hessian
-
-        assert inputs is not None  # the step said that it calibrates
-        groups, moments = inputs.gather(parts, linears, Hessian, pooled_only=self.weighting == "pooled")
-        for leader, names in groups.items():
-            try:
-                # In their own order: a pattern's neighbours are in one block then.
-                feedback = factor(moments.pop(leader).mean(), self.damping, act_order=False)
-            except ValueError as error:
-                raise ValueError(f"{', '.join(names)}: {error}") from error
+        # In their own order: a pattern's neighbours are in one block then.
+        for names, _, feedback in self.feedbacks(parts, linears, inputs, act_order=False):
             for name in names:
                 weight = linears[name].weight
                 weight.data = prune_with_feedback(weight.detach().float(), feedback, self.sparsity, self.group).to(weight.dtype)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.feedback import factor, loss_of, moment_bytes
+from compress.methods.feedback import FeedbackMethod, loss_of
+from compress.methods.linears import zeros_of
 from compress.methods.quantize.base import Bits, IntegerWeights, replace_module
 from compress.models.checkpoint import TensorInfo
 
@@ -19,13 +20,11 @@ if TYPE_CHECKING:
     from compress.methods.feedback import Feedback
     from compress.models.segments import Parts
 
-# A layer with as many zeros has been pruned, and its zeros stay.
-PRUNED_SHARE = 0.05
 # Input channels whose errors are fed forward together, and output channels that are worked on at once (none depends on another).
 BLOCK, ROWS = 128, 4_096
 
 
-class GPTQ(IntegerWeights):
+class GPTQ(FeedbackMethod, IntegerWeights):
     """Round linear layers so that their outputs on calibration texts change least.
 
     Frantar et al. 2023, arXiv 2210.17323. Written as linear feedback (Chee et al. 2023, QuIP, arXiv 2307.13304, section 3.2 and
@@ -41,21 +40,8 @@ class GPTQ(IntegerWeights):
     """Inputs that share a scale; null: an output channel has one."""
     act_order: bool = True
     """Whether input channels are taken in falling order of their mean square, those that matter most first."""
-    damping: float = Field(0.01, gt=0, le=1)
-    """Added to the diagonal of the second moment, as a share of its mean."""
-    weighting: Literal["tokens", "pooled"] = "tokens"
-    """What counts in the second moment: every token alike, or pooled tokens alone, each as much as it counts in its text's mean."""
     search: bool = True
     """Whether each scale is the one with the least squared error, inputs weighed by their mean square."""
-
-    @property
-    def calibrates(self) -> bool:
-        """It does."""
-        return True
-
-    def work_bytes(self, linears: list[TensorInfo]) -> int:
-        """Second moments of a block's inputs, and the factor of the largest."""
-        return moment_bytes([info.shape[1] for info in linears])
 
     def work_flops(self, linears: list[TensorInfo]) -> float:
         """Cholesky factors and feedback; layers that share an input are counted as if they did not."""
@@ -67,38 +53,24 @@ class GPTQ(IntegerWeights):
         Raises:
             ValueError: a weight is NaN or infinite, or a layer's second moment has no Cholesky factor even in float64.
         """
-        from compress.calibration import Hessian
         from compress.layers.grid import find_grid
         from compress.layers.quantized_linear import QuantizedLinear
 
         linears = self.linears_in(parts)
         if not linears:
             return {}
-        assert inputs is not None  # the segment has linear layers, and the step said that it calibrates
-        groups, moments = inputs.gather(parts, linears, Hessian, pooled_only=self.weighting == "pooled")
         quantized = {}
-        for leader, names in groups.items():
-            moment = moments.pop(leader).mean()
-            try:
-                feedback = factor(moment, self.damping, self.act_order)
-            except ValueError as error:
-                raise ValueError(f"{', '.join(names)}: {error}") from error
+        for names, moment, feedback in self.feedbacks(parts, linears, inputs, self.act_order):
             for name in names:
                 weight, wanted = linears[name].weight.detach().float(), self.numbers_of(name)
                 grid = find_grid(
                     weight, wanted.bits, wanted.group_size, wanted.symmetric, search=self.search, importance=moment.diagonal()
                 )
-                integers = round_with_feedback(weight, grid, feedback, pruned(weight))
+                integers = round_with_feedback(weight, grid, feedback, zeros_of(weight))
                 layer = QuantizedLinear.from_integers(integers, grid, linears[name].bias)
                 replace_module(parts, name, layer)
                 quantized[name] = layer.layer
         return quantized
-
-
-def pruned(weight: torch.Tensor) -> torch.Tensor | None:
-    """Return which weights are zero, bool [out, in], where a step before has pruned them; None where hardly any is."""
-    gone = weight == 0
-    return gone if float(gone.float().mean()) >= PRUNED_SHARE else None
 
 
 def round_with_feedback(weight: torch.Tensor, grid: Grid, feedback: Feedback, gone: torch.Tensor | None = None) -> torch.Tensor:
