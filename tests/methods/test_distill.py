@@ -20,6 +20,7 @@ from torch import nn
 import compress
 from compress.apply import make_variant, stages_of
 from compress.errors import UserError
+from compress.layers.grid import find_grid
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.loading import find, find_shape
 from compress.measure.tasks import evaluated_texts, find_tasks
@@ -29,6 +30,7 @@ from compress.methods.distill.hidden import HiddenStates, followed
 from compress.methods.distill.method import Distill
 from compress.methods.distill.mining import neighbours
 from compress.methods.distill.objectives import OBJECTIVES, hidden, matryoshka
+from compress.methods.distill.rounding import Rounded
 from compress.methods.distill.student import Student, initial_weights, spelled, table_from
 from compress.methods.distill.trainable import trainable
 from compress.methods.distill.training import (
@@ -45,6 +47,8 @@ from compress.methods.distill.training import (
 from compress.methods.prune.depth import Depth
 from compress.methods.prune.magnitude import Magnitude
 from compress.methods.prune.sparsegpt import SparseGPT
+from compress.methods.quantize.awq import AWQ
+from compress.methods.quantize.embeddings import Embeddings
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.rtn import RTN
 from compress.models.network import empty_network, load_network
@@ -476,6 +480,65 @@ def test_integers_stay_and_what_is_around_them_learns(bert: Path, texts: Path, t
     np.testing.assert_array_equal(
         *(compress.load(str(tmp_path / "healed"), device="cpu", stream=stream).encode(TEXTS) for stream in (False, True))
     )
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_integers_learn_and_are_what_was_trained(bert: Path, texts: Path, tmp_path: Path, table: bool) -> None:
+    heal = Distill(
+        texts=str(texts), held_out=60, steps=40, batch=16, every=20, learning_rate=5e-3, precision="no", integers="trained"
+    )
+    steps = [
+        RTN(bits=3, group_size=16, symmetric=False, activations="none"),
+        *([Embeddings(bits=4, group_size=16)] if table else []),
+    ]
+    compress_to(bert, tmp_path / "rtn", *steps)
+    compress_to(bert, tmp_path / "healed", *steps, heal)
+    before, after = stored(tmp_path / "rtn"), stored(tmp_path / "healed")
+    info = VariantInfo.read(tmp_path / "healed")
+    assert info.quantized == VariantInfo.read(tmp_path / "rtn").quantized
+    for name in info.quantized:
+        assert not torch.equal(before[f"{name}.weight_scale"], after[f"{name}.weight_scale"]), name
+        if f"{name}.weight_zero" in before:
+            assert torch.equal(before[f"{name}.weight_zero"], after[f"{name}.weight_zero"]), name
+    changed = [name for name in info.quantized if not torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])]
+    assert len(changed) > len(info.quantized) / 2
+    read = lessons(different(str(texts), frozenset())[0], None, (), 0, same_prompts=True, seed=0).texts[:60]
+    whole = compress.load(str(bert), device="cpu").encode(read)
+    cosines = [
+        float((compress.load(str(tmp_path / name), device="cpu").encode(read) * whole).sum(axis=1).mean())
+        for name in ("rtn", "healed")
+    ]
+    assert cosines[1] > cosines[0]
+    # What was judged while training is what was stored, but for half precision around the integers.
+    judged = read_curve(tmp_path / "healed-journal" / "step-0")[-1]["cosine"]
+    assert cosines[1] == pytest.approx(judged, abs=0.05 * (1 - judged))
+
+
+def test_rounding_is_the_grid_s_and_gradients_stop_where_it_ends() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 20)
+    grid = find_grid(weight, 3, 8, symmetric=False)
+    rounded = Rounded(grid, 20)
+    wide = (2 * weight).requires_grad_()
+    values = rounded(wide)
+    torch.testing.assert_close(values.detach(), grid.values(grid.round(wide.detach())))
+    values.sum().backward()
+    group = grid.group_of(20)
+    inside = (wide.detach() / grid.scale[:, group] + grid.zero[:, group]).sub(3.5).abs() <= 3.5
+    torch.testing.assert_close(wide.grad, inside.float())
+    # A scale's gradient is what moves its values: the integers at the ends, the rounding's error between.
+    steps = (wide.detach() / grid.scale[:, group]).round().clamp(-grid.zero[:, group], 7 - grid.zero[:, group])
+    asked = torch.where(inside, steps - wide.detach() / grid.scale[:, group], steps) * grid.scale[:, group]
+    expected = torch.stack([asked[:, group == number].sum(dim=1) for number in range(3)], dim=1)
+    torch.testing.assert_close(rounded.gain.grad.view(6, 3), expected, atol=1e-4, rtol=1e-4)  # type: ignore[union-attr]
+
+
+def test_integers_are_not_trained_where_there_are_none(bert: Path, texts: Path, tmp_path: Path) -> None:
+    heal = Distill(texts=str(texts), held_out=40, steps=6, batch=16, precision="no", integers="trained")
+    with pytest.raises(UserError, match="no layer is in integers that could be trained"):
+        compress_to(bert, tmp_path / "v", heal)
+    with pytest.raises(UserError, match=r"query is given its input divided by factors.*keep_factors"):
+        compress_to(bert, tmp_path / "w", AWQ(keep_factors=True), heal)
 
 
 def test_gradients_pass_integers_as_they_pass_their_values(bert: Path, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def _learn(job: Job, device: str, say: Callable[[str], None]) -> None:
         return found
 
     torch.manual_seed(step.seed)
-    with trainable(network, step.lora, sharded=step.sharded):
+    with trainable(network, step.lora, integers=step.integers, sharded=step.sharded):
         train(
             network,
             student.spec,

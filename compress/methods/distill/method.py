@@ -70,6 +70,9 @@ class Distill(Method):
     """Whether the teacher is given the prompts too."""
     lora: int | None = Field(None, ge=1)
     """Train nothing but low-rank changes of the blocks' linear layers, of this rank, added up in the end; left out: everything."""
+    integers: Literal["frozen", "trained"] = "frozen"
+    """Of layers and tables that steps before have put into integers: `frozen`, they stay and what is around them learns; `trained`,
+    they learn too, values behind them being rounded at every step, and their scales (quantization-aware training)."""
     processes: int | None = Field(None, ge=1)
     """That a batch is shared out among, on a GPU each where there are some; left out: as many as there are GPUs, one on a CPU.
     Their number changes the time and not the result, but for rounding."""
@@ -119,6 +122,8 @@ class Distill(Method):
             raise ValueError("`sharded` trains all weights and looks at vectors alone; leave `hidden` and `lora` out, or `sharded`")
         if self.processes is not None and self.batch < 2 * self.processes:
             raise ValueError(f"a batch of {self.batch} is too small for {self.processes} processes")
+        if self.lora and self.integers == "trained":
+            raise ValueError("integers cannot take a low-rank change; leave `lora` out, or `integers`")
         if self.lora and self.student is not None and not isinstance(self.student, str):
             raise ValueError("a new student has nothing yet that a low-rank change could start from; leave `lora` out")
         if self.count is not None and self.count - self.held_out < self.batch:
@@ -199,6 +204,8 @@ class Distill(Method):
         teacher.embedder.close()
         bench.folder.mkdir(parents=True, exist_ok=True)
         np.save(bench.folder / TARGETS, targets)
+        near = neighbours(targets, self.hard_negatives) if self.hard_negatives else None
+        del targets  # mapped from the file by whoever learns
         rows = [tokenized(student.tokenizer, part.texts, part.prompts, student.spec, self.max_tokens) for part in (taught, held)]
         curve = learn(
             Job(
@@ -208,7 +215,7 @@ class Distill(Method):
                 texts=rows[0],
                 targets=bench.folder / TARGETS,
                 held_out=(rows[1], judged),
-                neighbours=neighbours(targets, self.hard_negatives) if self.hard_negatives else None,
+                neighbours=near,
                 folder=bench.folder,
                 device=device,
             ),

@@ -13,44 +13,53 @@ from torch.nn.utils import parametrize
 from compress.layers.compressed import CompressedLayer
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.quantized_linear import QuantizedLinear
+from compress.methods.distill.rounding import learned, learning
 from compress.methods.linears import zeros_of
 from compress.models.segments import blocks_of
 
 
 @contextmanager
-def trainable(network: nn.Module, rank: int | None = None, *, sharded: bool = False) -> Iterator[None]:
+def trainable(network: nn.Module, rank: int | None = None, *, integers: str = "frozen", sharded: bool = False) -> Iterator[None]:
     """Make a network trainable for a while.
 
-    Layers in integers are stood in for by plain ones with their values, of which the bias alone is trained; activations that they
-    quantize are left in floating point meanwhile.
+    Layers in integers are stood in for by plain ones with their values; activations that they quantize are left in floating point
+    meanwhile.
 
     Args:
         network: float32 where it is not in integers.
         rank: train nothing but a product of two matrices of this rank, added to each of the blocks' linear layers (LoRA: Hu et al.
             2021, arXiv 2106.09685), and add it up afterwards. Not peft's: that adds to a layer's output, so that a pruned layer's
             zeros would be filled when it is added up; here they are left out of the product.
+        integers: `frozen`, of such layers the bias alone is trained; `trained`, integers and scales are too, see `Rounded`.
         sharded: whether the parameters are to be divided among processes.
 
     Raises:
         ValueError: a layer is stored in numbers that this does not know, no layer is left for a low-rank change, or a layer that is
             pruned or in integers is to be divided.
     """
-    integers: dict[str, QuantizedLinear] = {}
+    stood_for: dict[str, QuantizedLinear | QuantizedEmbedding] = {}
     for name, module in network.named_modules():
-        if isinstance(module, QuantizedLinear):
-            integers[name] = module
+        if isinstance(module, QuantizedLinear) or (isinstance(module, QuantizedEmbedding) and integers == "trained"):
+            stood_for[name] = module
         elif isinstance(module, CompressedLayer) and not isinstance(module, QuantizedEmbedding):
             raise ValueError(
                 f"{name} is stored as {module.layer.name}, which cannot be trained around; put distill before that step"
             )
+    if integers == "trained" and not stood_for:
+        raise ValueError("no layer is in integers that could be trained; put the step that makes them before distill")
     linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     zeros = {name: zero for name, linear in linears.items() if (zero := zeros_of(linear.weight.detach())) is not None}
-    if sharded and (integers or zeros):
-        name = next(iter(integers or zeros))
-        raise ValueError(f"{name} is {'in integers' if integers else 'pruned'}, which cannot be kept in parts; leave `sharded` out")
+    if sharded and (stood_for or zeros):
+        name = next(iter(stood_for or zeros))
+        raise ValueError(
+            f"{name} is {'in integers' if stood_for else 'pruned'}, which cannot be kept in parts; leave `sharded` out"
+        )
     network.requires_grad_(rank is None)
-    for name, layer in integers.items():
-        network.set_submodule(name, _plain(layer))
+    for name, layer in stood_for.items():
+        try:
+            network.set_submodule(name, learning(layer) if integers == "trained" else _plain(layer))
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from error
     hooks, changed = [], list[nn.Linear]()
     if rank is None:
         hooks = [linears[name].weight.register_hook(partial(_without, zero=zero)) for name, zero in zeros.items()]  # type: ignore[no-untyped-call]
@@ -63,16 +72,18 @@ def trainable(network: nn.Module, rank: int | None = None, *, sharded: bool = Fa
             hook.remove()
         for linear in changed:
             parametrize.remove_parametrizations(linear, "weight")
-        for name, layer in integers.items():
+        for name, layer in stood_for.items():
             plain = network.get_submodule(name)
-            assert isinstance(plain, nn.Linear)
-            if plain.bias is not None:
-                setattr(layer, "bias", nn.Parameter(plain.bias.detach(), requires_grad=False))  # noqa: B010  typed as a tensor
+            if integers == "trained":
+                learned(layer, plain)
+            if getattr(plain, "bias", None) is not None:
+                setattr(layer, "bias", nn.Parameter(plain.bias.detach(), requires_grad=False))  # type: ignore[operator, union-attr] # noqa: B010  typed as a tensor
             network.set_submodule(name, layer)
         network.requires_grad_(False)
 
 
-def _plain(layer: QuantizedLinear) -> nn.Linear:
+def _plain(layer: QuantizedLinear | QuantizedEmbedding) -> nn.Linear:
+    assert isinstance(layer, QuantizedLinear)
     with torch.device("meta"):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     weight = layer.dequantized()

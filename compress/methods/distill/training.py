@@ -32,6 +32,7 @@ from compress.models.tokens import Ids, TextTokenizer
 
 # Batches are sorted by length within runs of so many, and then shuffled: little padding, and still any text beside any other.
 SORTED_BATCHES = 32
+LENGTH_STEP = 8
 CURVE_FILE, STATE = "curve.jsonl", "state"
 # Objectives that compare a student's vector with the teacher's own.
 VECTOR_OBJECTIVES = ("cosine", "mse")
@@ -73,7 +74,8 @@ class TokenTexts:
 
     def batch(self, chosen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return padded ids, their mask, and the mask of the tokens that are pooled: int64 [texts, length] each."""
-        longest = int(self.lengths[chosen].max())
+        # In steps, because what multiplies keeps memory for every shape that it has seen.
+        longest = min(-(-int(self.lengths[chosen].max()) // LENGTH_STEP) * LENGTH_STEP, int(self.lengths.max()))
         ids, mask = (np.zeros((len(chosen), longest), dtype=np.int64) for _ in range(2))
         for row, index in enumerate(chosen):
             length = self.lengths[index]
