@@ -191,6 +191,25 @@ def export(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FOLDER ...]", help="Runs, or folders of runs; by default results.")
+    ] = None,
+    format: Annotated[str, typer.Option("--format", metavar="F", help="table, markdown, csv or json.")] = "table",
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Written there, not printed.")] = None,
+) -> None:
+    """Show runs side by side, those apart that are not comparable; no other run beats those that are marked."""
+    from compress.compare import compare as compare_runs
+    from compress.compare import written
+
+    text = written(compare_runs(runs or [Path("results")]), format)
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text, encoding="utf-8")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
     from compress.recipe import schema as recipe_schema

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1] / "compress"
 # From left to right; a room imports itself and rooms to its right.
 LEVELS = [
     ["cli"],
-    ["pipeline", "report", "verify"],
+    ["pipeline", "report", "verify", "compare"],
     ["evaluate", "export"],
     ["scoring"],
     ["apply", "assemble"],
@@ -48,6 +48,7 @@ NO_TORCH = [
     "random_checkpoint",
     "texts",
     "report",
+    "compare",
     "cli",
     "models/embedder.py",
     "models/tokens.py",
