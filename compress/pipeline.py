@@ -355,6 +355,7 @@ class _Run:
             rounds=measure.rounds,
             requests=measure.requests,
             batch_tokens=measure.batch_tokens,
+            cells=[(batch, length) for batch in measure.batches for length in measure.lengths],
             threads=measure.threads,
         )
         return {name: speed.model_dump() for name, speed in speeds.items()}

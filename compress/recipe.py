@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -75,6 +75,10 @@ class Measure(Section):
     """Rounds, baselines and variant in turn within each; medians are reported."""
     requests: int = Field(100, ge=10)
     """Single texts encoded one by one for latency."""
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Numbers of texts, and"""
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """numbers of tokens: time is measured besides of each batch of equally long texts. Empty: not."""
     batch_tokens: int | None = Field(None, ge=1)
     """Padded tokens a batch may hold; by default what suits the device."""
     threads: int | None = Field(None, ge=1)

@@ -50,6 +50,8 @@ class Fidelity(BaseModel):
     """Mean norm of the variant's vectors over that of the baseline's; 1 where the model normalises."""
     mean_cosine: dict[str, float] = {}
     """Mean cosine between different texts, of either embedder: the less isotropic the space, the higher."""
+    cosines: tuple[float, ...] = ()
+    """Of all texts, lowest first, to six digits."""
     worst: tuple[WorstText, ...] = ()
     """The texts with the lowest cosines."""
 
@@ -111,6 +113,7 @@ def fidelity(baseline: Vectors, variant: Vectors, texts: Sequence[str] = ()) -> 
         similarity_spearman=score(Spearman(*(values.astype(np.float64) for values in similarities))),
         norm_ratio=float(np.mean(np.linalg.norm(variant, axis=1)) / np.mean(np.linalg.norm(baseline, axis=1))),
         mean_cosine=spread,
+        cosines=() if agreement is None else tuple(round(float(cosine), 6) for cosine in np.sort(agreement)),
         worst=worst,
     )
 

@@ -17,6 +17,19 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 
+class Cell(BaseModel):
+    """How long a batch of equally long texts takes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch: int
+    """Texts."""
+    length: int
+    """Tokens of each, special tokens counted."""
+    seconds: float
+    """Median over the rounds."""
+
+
 class Speed(BaseModel):
     """What one embedder did in its own process."""
 
@@ -38,6 +51,8 @@ class Speed(BaseModel):
     peak_bytes: int | None
     """The same, at its peak while encoding."""
     gpu_peak_bytes: int | None
+    cells: tuple[Cell, ...] = ()
+    """Time by batch and length, where it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +127,11 @@ def measure_speed(
     requests: int,
     batch_tokens: int | None = None,
     threads: int | None = None,
+    cells: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Speed]:
     """Measure candidates on the same texts, interleaved: A B C, A B C, ... so that a drifting machine drifts for all.
 
+    `cells`: numbers of texts and tokens at which time is measured besides; a length that an embedder cuts is left out for it.
     All processes are loaded before the first round and only one works at a time. An uncounted first
     pass over the texts warms each, and is the one whose memory is watched.
     """
@@ -129,10 +146,16 @@ def measure_speed(
         tokens = next(iter(workers.values())).ask("count", texts=texts)["tokens"]
         seconds: dict[str, list[float]] = {name: [] for name in workers}
         latencies: dict[str, list[float]] = {name: [] for name in workers}
+        timed: dict[str, dict[tuple[int, int], list[float]]] = {name: {} for name in workers}
         for turn in range(rounds):
             for name, worker in workers.items():
                 seconds[name].append(worker.ask("throughput", texts=texts, batch_tokens=batch_tokens)["seconds"])
                 latencies[name] += worker.ask("latency", texts=singles[turn::rounds])["seconds"]
+            for batch, length in cells:
+                for name, worker in workers.items():
+                    took = worker.ask("cell", batch=batch, length=length)["seconds"]
+                    if took is not None:
+                        timed[name].setdefault((batch, length), []).append(took)
         return {
             name: Speed(
                 texts_per_second=len(texts) / median(seconds[name]),
@@ -142,6 +165,9 @@ def measure_speed(
                 latency_p99_ms=float(np.percentile(latencies[name], 99)) * 1e3,
                 threads=worker.loaded["threads"],
                 loaded_bytes=worker.loaded["loaded_bytes"],
+                cells=tuple(
+                    Cell(batch=batch, length=length, seconds=median(took)) for (batch, length), took in timed[name].items()
+                ),
                 **peaks[name],
             )
             for name, worker in workers.items()

@@ -23,6 +23,7 @@ class Worker:
         self.embedder: Any = None
         self.imports_bytes: int | None = None
         self.gpu: Any = None
+        self._warm: set[tuple[int, int]] = set()
 
     def load(self, loader: str, arguments: dict[str, Any], threads: int | None) -> dict[str, Any]:
         """Load the embedder by calling `loader` ("module:function") with `arguments`, and say what memory that took."""
@@ -62,6 +63,28 @@ class Worker:
             self.embedder.encode([text])
             seconds.append(time.perf_counter() - start)
         return {"seconds": seconds}
+
+    def cell(self, batch: int, length: int) -> dict[str, Any]:
+        """Encode a batch of texts of so many tokens, special tokens counted; seconds, None where such texts are cut."""
+        text = self._text_of(length)
+        if text is None:
+            return {"seconds": None}
+        budget = batch * length  # so that it is one batch
+        if (batch, length) not in self._warm:
+            self.embedder.encode([text] * batch, batch_tokens=budget)
+            self._warm.add((batch, length))
+        start = time.perf_counter()
+        self.embedder.encode([text] * batch, batch_tokens=budget)
+        return {"seconds": time.perf_counter() - start}
+
+    def _text_of(self, length: int) -> str | None:
+        """Return a text of so many tokens; None where the embedder takes none so long."""
+
+        def tokens(words: int) -> int:
+            return len(self.embedder.tokenizer([" ".join(["a"] * words)])[0])
+
+        words = length - tokens(0)
+        return " ".join(["a"] * words) if words > 0 and tokens(words) == length else None
 
     def count(self, texts: list[str]) -> dict[str, Any]:
         """Count the tokens of all texts, special tokens included, after truncation."""

@@ -38,6 +38,9 @@ def test_statistics_are_over_texts() -> None:
     assert agreement.cosine_min == pytest.approx(-1, abs=1e-6)
     assert agreement.cosine_mean == pytest.approx(1 - 2 / 60, abs=1e-6)
     assert agreement.cosine_p1 == pytest.approx(np.percentile(cosines(vectors(), other), 1))
+    assert len(agreement.cosines) == 60
+    assert agreement.cosines[0] == pytest.approx(-1, abs=1e-6)
+    assert list(agreement.cosines) == sorted(agreement.cosines)
 
 
 def test_neighbours_are_the_nearest_others() -> None:
@@ -75,7 +78,8 @@ def test_vectors_that_cannot_be_compared_are_refused() -> None:
 def test_embedders_are_measured_in_processes_of_their_own(bert: Path) -> None:
     candidates = {dtype: Candidate({"model": str(bert), "dtype": dtype, "device": "cpu"}) for dtype in ("float32", "bfloat16")}
     texts = ["a parcel", "a somewhat longer text about a parcel", "short"] * 20
-    speeds = measure_speed(candidates, texts, rounds=3, requests=10, threads=1)
+    cells = [(1, 16), (4, 16), (4, 40), (1, 48), (1, 49), (1, 2)]
+    speeds = measure_speed(candidates, texts, rounds=3, requests=10, threads=1, cells=cells)
     assert list(speeds) == ["float32", "bfloat16"]
     for speed in speeds.values():
         assert len(speed.seconds) == 3
@@ -83,6 +87,9 @@ def test_embedders_are_measured_in_processes_of_their_own(bert: Path) -> None:
         assert speed.texts_per_second == pytest.approx(60 / sorted(speed.seconds)[1])
         assert 2 < speed.tokens_per_second / speed.texts_per_second < 48
         assert 0 < speed.latency_p50_ms <= speed.latency_p99_ms
+        # Longer texts than the model takes (48), and such as are nothing but special tokens, are left out.
+        assert [(cell.batch, cell.length) for cell in speed.cells] == cells[:4]
+        assert all(cell.seconds > 0 for cell in speed.cells)
         assert speed.loaded_bytes is None or speed.peak_bytes >= speed.loaded_bytes - 1_000_000
 
 
