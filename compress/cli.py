@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from compress.errors import UserError
+from compress.models.checkpoint import write_text_atomic
 
 app = typer.Typer(
     help="Makes text embedders smaller and faster, and measures what that cost.",
@@ -206,7 +207,29 @@ def compare(
     if output is None:
         print(text, end="")
     else:
-        output.write_text(text, encoding="utf-8")
+        write_text_atomic(output, text)
+
+
+@app.command()
+def dashboard(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FOLDER ...]", help="Runs, or folders of runs; by default results.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the page here and load it again when a record changes.")] = False,
+    port: Annotated[int, typer.Option(metavar="N", help="Of --serve; 0: any that is free.")] = 8765,
+) -> None:
+    """Write one page with every run: charts, tables, whole records; it needs no network and no other file."""
+    from compress.dashboard import render
+    from compress.dashboard import serve as serve_page
+
+    places = runs or [Path("results")]
+    if serve:
+        with suppress(KeyboardInterrupt):
+            serve_page(places, port, say=partial(print, file=sys.stderr, flush=True))
+        return
+    write_text_atomic(output, render(places))
+    print(output)
 
 
 @app.command()

@@ -97,26 +97,32 @@ def find_runs(places: Iterable[Path]) -> tuple[list[Path], dict[str, str]]:
     return list(found), broken
 
 
-def compare(places: Sequence[Path]) -> Comparison:
-    """Compare runs.
+def read_records(places: Sequence[Path]) -> tuple[dict[Path, Record], dict[str, str]]:
+    """Read the records of runs, or of all runs in folders.
 
-    Args:
-        places: folders of runs, or folders that hold these.
+    Returns:
+        The records by folder, and by place why others could not be read.
 
     Raises:
         UserError: there is not one readable record.
     """
     folders, broken = find_runs(places)
-    records = []
+    records = {}
     for folder in folders:
         try:
-            records.append(Record.read(folder))
+            records[folder] = Record.read(folder)
         except UserError as error:
             broken[str(folder)] = error.message
     if not records:
         reasons = "; ".join(f"{place}: {reason}" for place, reason in broken.items())
         raise UserError(f"nothing to compare: {reasons}", "compress run RECIPE writes a record under results/")
-    return Comparison(grouped(records), broken)
+    return records, broken
+
+
+def compare(places: Sequence[Path]) -> Comparison:
+    """Compare runs, given their folders or folders that hold these; raises as `read_records` does."""
+    records, broken = read_records(places)
+    return Comparison(grouped(records.values()), broken)
 
 
 def grouped(records: Iterable[Record]) -> tuple[Group, ...]:

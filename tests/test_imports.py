@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1] / "compress"
 # From left to right; a room imports itself and rooms to its right.
 LEVELS = [
     ["cli"],
-    ["pipeline", "report", "verify", "compare"],
+    ["pipeline", "report", "verify", "dashboard"],
+    ["compare"],
     ["evaluate", "export"],
     ["scoring"],
     ["apply", "assemble"],
@@ -49,6 +50,7 @@ NO_TORCH = [
     "texts",
     "report",
     "compare",
+    "dashboard",
     "cli",
     "models/embedder.py",
     "models/tokens.py",

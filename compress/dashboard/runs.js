@@ -1,0 +1,168 @@
+// Words and tables: numbers for people, the list of runs, a run's whole record, two runs side by side.
+"use strict";
+
+const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(2)} %`);
+const times = (ratio) => (ratio === null ? "not timed" : `${ratio.toFixed(2)}x`);
+const signed = (points) => (points > 0 ? "+" : points < 0 ? "−" : "±") + Math.abs(points).toFixed(2);
+const interval = (run) => (run.low === null ? "no interval" : `${(100 * run.low).toFixed(2)} to ${(100 * run.high).toFixed(2)}`);
+const number = (value, digits) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+
+function bytes(count) {
+  if (count === null || count === undefined) return "–";
+  return count >= 1e9 ? `${(count / 1e9).toFixed(2)} GB` : `${(count / 1e6).toFixed(1)} MB`;
+}
+
+// An element with text or children; text is never read as HTML, whatever a record holds.
+function made(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+const COLUMNS = [
+  { name: "recipe", of: (run) => run.recipe, left: true },
+  { name: "model", of: (run) => run.model, left: true },
+  { name: "weights", of: (run) => run.weights, left: true },
+  { name: "activations", of: (run) => run.activations, left: true },
+  { name: "runtime", of: (run) => run.runtime, left: true },
+  { name: "kept", of: (run) => run.kept, show: (run) => percent(run.kept) },
+  { name: "95 % interval", of: (run) => run.low, show: (run) => (run.low === null ? "–" : interval(run)) },
+  { name: "verdict", of: (run) => run.verdict || "", left: true },
+  { name: "cosine", of: (run) => run.cosine, show: (run) => number(run.cosine, 4) },
+  { name: "on disk", of: (run) => run.bytes, show: (run) => bytes(run.bytes) },
+  { name: "faster", of: (run) => run.speedup, show: (run) => (run.speedup === null ? "–" : times(run.speedup)) },
+  { name: "p50 ms", of: (run) => run.latency_ms, show: (run) => number(run.latency_ms, 1) },
+  { name: "peak memory", of: (run) => run.peak_bytes, show: (run) => bytes(run.peak_bytes) },
+];
+
+function listRuns(runs, state, changed, open) {
+  const column = COLUMNS.find((one) => one.name === state.sorted) || COLUMNS[5];
+  const order = [...runs].sort((a, b) => {
+    const [x, y] = [column.of(a), column.of(b)];
+    if (x === null || y === null) return (x === null) - (y === null);
+    return (x < y ? -1 : x > y ? 1 : 0) * (state.descending ? -1 : 1);
+  });
+  const head = made("tr", {}, made("th", { scope: "col" }, made("span", { class: "hidden" }, "side by side")), ...COLUMNS.map((one) => {
+    const own = one.name === column.name;
+    const sort = () => changed({ sorted: one.name, descending: own ? !state.descending : !one.left });
+    return made("th", { scope: "col", class: one.left ? "left" : null, "aria-sort": own ? (state.descending ? "descending" : "ascending") : null },
+      made("button", { type: "button", onclick: sort }, one.name + (own ? (state.descending ? " ↓" : " ↑") : "")));
+  }));
+  document.querySelector("#table thead").replaceChildren(head);
+  document.querySelector("#table tbody").replaceChildren(...order.map((run) => {
+    const tick = made("input", { type: "checkbox", "aria-label": `${run.run} side by side`, onchange: () => changed({ picked: picked(state.picked, run.run) }) });
+    tick.checked = state.picked.includes(run.run);
+    return made("tr", {}, made("td", {}, tick), ...COLUMNS.map((one) => {
+      if (one.name !== "recipe") return made("td", { class: one.left ? "left" : null }, one.show ? one.show(run) : String(one.of(run)));
+      const star = run.optimal ? made("span", { class: "star", title: "no other run beats it" }, " ★") : null;
+      return made("td", { class: "left" }, made("button", { type: "button", "data-run": run.run, onclick: () => open(run.run) }, run.recipe), star);
+    }));
+  }));
+}
+
+// The two that were ticked last.
+function picked(before, name) {
+  return before.includes(name) ? before.filter((other) => other !== name) : [...before, name].slice(-2);
+}
+
+function sideBySide(runs) {
+  const place = document.getElementById("pair");
+  if (runs.length !== 2) {
+    place.replaceChildren();
+    return;
+  }
+  const [a, b] = runs;
+  const rows = COLUMNS.map((one) => [one.name, one.show ? one.show(a) : String(one.of(a)), one.show ? one.show(b) : String(one.of(b)), ""]);
+  const theirs = new Map(b.record.tasks.map((task) => [task.task, task.variant]));
+  for (const task of a.record.tasks) {
+    if (!theirs.has(task.task)) continue;
+    const [x, y] = [100 * task.variant, 100 * theirs.get(task.task)];
+    rows.push([task.task, x.toFixed(2), y.toFixed(2), signed(y - x)]);
+  }
+  const apart = a.group === b.group ? null
+    : made("p", { class: "note" }, "These two are not comparable: their model, tasks, machine or packages differ.");
+  place.replaceChildren(made("h3", {}, `${a.recipe} and ${b.recipe}`), ...(apart ? [apart] : []), table(["", a.run, b.run, "difference"], rows));
+}
+
+function table(headings, rows) {
+  return made("table", {}, made("thead", {}, made("tr", {}, ...headings.map((name, place) => made("th", { scope: "col", class: place ? null : "left" }, name)))),
+    made("tbody", {}, ...rows.map((row) => made("tr", {}, ...row.map((cell, place) => made("td", { class: place ? null : "left" }, cell))))));
+}
+
+function openRun(run) {
+  const record = run.record;
+  document.getElementById("run-title").textContent = run.run;
+  const facts = {
+    verdict: record.verdict, model: `${record.model.name}, ${(record.model.parameters / 1e6).toFixed(1)} M parameters, licence ${record.model.licence || "not named"}`,
+    baseline: record.baseline, "measured on": record.measured_on, made: record.created, command: record.command,
+    machine: `${record.machine.gpu || record.machine.cpu}, ${record.machine.cores} cores, ${record.machine.instructions.join(" ")}`,
+    packages: Object.entries(record.versions).map(([name, version]) => `${name} ${version}`).join(", "),
+  };
+  const body = document.getElementById("run-body");
+  body.replaceChildren(
+    made("dl", {}, ...Object.entries(facts).flatMap(([name, value]) => [made("dt", {}, name), made("dd", {}, value)])),
+    made("h3", {}, "Steps"), table(["step", "seconds", ""], record.steps.map((step) => [step.config.method, step.seconds.toFixed(1), step.note])),
+    made("h3", {}, "Tasks"), table(["task", "metric", "baseline", "variant", "difference", "95 % interval", "verdict"], record.tasks.map(taskRow)),
+    made("h3", {}, "Embedders"), table(["", "on disk", "texts/s", "p50 ms", "p99 ms", "peak memory"], record.rows.map(embedderRow)),
+    ...charts(record),
+    made("details", {}, made("summary", {}, "The record as it is"), made("pre", { tabindex: "0" }, JSON.stringify(record, null, 1))),
+  );
+  for (const cell of body.querySelectorAll("td:last-child")) if (cell.textContent.length > 60) cell.className = "wrap";
+  document.getElementById("run").showModal();
+  plotRun(record);
+}
+
+function taskRow(task) {
+  const ends = task.interval ? `${signed(100 * task.interval.low)} to ${signed(100 * task.interval.high)}` : "–";
+  return [task.task, task.metric, (100 * task.baseline).toFixed(2), (100 * task.variant).toFixed(2), signed(100 * (task.variant - task.baseline)), ends, task.verdict || "–"];
+}
+
+function embedderRow(row) {
+  const speed = row.speed;
+  const name = row.role === "baseline" ? row.name : `${row.weights} x ${row.activations}`;
+  if (!speed) return [name, bytes(row.size_bytes), "–", "–", "–", "–"];
+  const peak = speed.gpu_peak_bytes === null ? speed.peak_bytes : speed.gpu_peak_bytes;
+  return [name, bytes(row.size_bytes), speed.texts_per_second.toFixed(0), number(speed.latency_p50_ms, 1), number(speed.latency_p99_ms, 1), bytes(peak)];
+}
+
+// Places for a run's own charts, where it has what they show.
+function charts(record) {
+  const wanted = [
+    ["run-cosines", "Cosines to the baseline's vectors", (record.fidelity && record.fidelity.cosines || []).length],
+    ["run-curve", "Learning", curves(record).length],
+    ["run-cells", "Throughput by batch and length, texts a second", cells(record).length],
+  ];
+  return wanted.filter(([, , any]) => any).flatMap(([id, title]) => [made("h3", {}, title), made("div", { id, class: "chart" })]);
+}
+
+const curves = (record) => record.steps.filter((step) => step.found && step.found.curve && step.found.curve.length).map((step) => step.found.curve);
+const cells = (record) => record.rows.filter((row) => row.speed && row.speed.cells && row.speed.cells.length);
+
+function plotRun(record) {
+  if (document.getElementById("run-cosines")) {
+    draw("run-cosines", [{ type: "histogram", x: record.fidelity.cosines, nbinsx: 40, marker: { color: COLOURS[0] }, hovertemplate: "%{x}: %{y} texts<extra></extra>" }],
+      { height: 300, xaxis: { title: { text: "cosine" } }, yaxis: { title: { text: "texts" } } });
+  }
+  if (document.getElementById("run-curve")) {
+    const [curve] = curves(record);
+    const kind = "cosine" in curve[0] ? "cosine" : "correlation";
+    draw("run-curve", [
+      { x: curve.map((look) => look.step), y: curve.map((look) => look[kind]), name: `held-out ${kind}`, line: { color: COLOURS[0] } },
+      { x: curve.map((look) => look.step), y: curve.map((look) => look.loss), name: "loss", yaxis: "y2", line: { color: COLOURS[1], dash: "dash" } },
+    ], { height: 320, xaxis: { title: { text: "step" } }, yaxis: { title: { text: kind } }, yaxis2: { overlaying: "y", side: "right", title: { text: "loss" }, showgrid: false } });
+  }
+  if (document.getElementById("run-cells")) {
+    const traces = cells(record).flatMap((row, place) => [...new Set(row.speed.cells.map((cell) => cell.length))].map((length, turn) => {
+      const own = row.speed.cells.filter((cell) => cell.length === length);
+      return {
+        x: own.map((cell) => cell.batch), y: own.map((cell) => cell.batch / cell.seconds), mode: "lines+markers", name: `${row.name}, ${length} tokens`,
+        line: { color: COLOURS[place % COLOURS.length], dash: ["solid", "dash", "dot", "dashdot"][turn % 4] },
+      };
+    }));
+    draw("run-cells", traces, { height: 360, xaxis: { title: { text: "texts a batch" }, type: "log" }, yaxis: { title: { text: "texts a second" }, type: "log" } });
+  }
+}
