@@ -124,7 +124,9 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     measure: Measure = Measure()
     gates: Gates = Gates()
-    export: tuple[Literal["variant", "sentence-transformers", "nv-embed", "compressed-tensors", "gptq"], ...] = ("variant",)
+    export: tuple[
+        Literal["variant", "sentence-transformers", "nv-embed", "onnx", "openvino", "compressed-tensors", "gptq"], ...
+    ] = ("variant",)
     """What the run's folder keeps besides the record: `variant`, the model that was measured, and beside it the same weights in
     layouts that other libraries load, each in a folder of its name. Empty: the record alone."""
 

@@ -13,6 +13,8 @@ from compress.loading import Source, find
 FORMATS = {
     "sentence-transformers": "compress.export.sentence_transformers:write",
     "compressed-tensors": "compress.export.compressed_tensors:write",
+    "onnx": "compress.export.graphs:write_onnx",
+    "openvino": "compress.export.graphs:write_openvino",
     "nv-embed": "compress.export.nv_embed:write",
     "gptq": "compress.export.gptq:write",
 }

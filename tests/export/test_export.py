@@ -22,8 +22,8 @@ from compress.models.spec import read_spec
 from compress.models.variant import VariantInfo
 from compress.runtimes.torch_runtime import read_text_side
 
-LIBRARIES = [format for format in FORMATS if format != "nv-embed"]
-"""Layouts of other libraries; NV-Embed's own has tests of its own."""
+LIBRARIES = ["sentence-transformers", "compressed-tensors", "gptq"]
+"""Layouts of a torch checkpoint; NV-Embed's own and graphs have tests of their own."""
 FOUR = RTN(bits=4, group_size=16, activations="none")
 
 

@@ -1,0 +1,84 @@
+"""Graphs for a runtime alone: the card's example, run without this package, gives the variant's vectors."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests_support import compress_to
+
+import compress
+from compress.errors import UserError
+from compress.export import export, graphs
+from compress.export.graphs import read_back
+from compress.methods.fold import Fold
+from compress.methods.prune.sparsegpt import SparseGPT
+from compress.methods.quantize.fp8 import FP8
+from compress.methods.quantize.gptq import GPTQ
+from compress.methods.quantize.rtn import RTN
+from compress.models.variant import WEIGHTS_FILE
+
+TEXTS = ["", "a", "The Parcel never came", "of the many words " * 60, "🙂 日本語"]
+FOUR = GPTQ(bits=4, group_size=16)
+
+
+def example_of(folder: Path) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    return str(code)
+
+
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [
+        ("bert", "onnx"),
+        ("nv_embed", "openvino"),
+        *(pytest.param(kind, "onnx", marks=pytest.mark.slow) for kind in ("prompted", "nv_embed", "decoder")),
+        *(pytest.param(kind, "openvino", marks=pytest.mark.slow) for kind in ("bert", "prompted", "decoder")),
+    ],
+)
+def test_the_card_s_example_gives_the_variant_s_vectors(
+    request: pytest.FixtureRequest, make_model, tmp_path: Path, kind: str, format: str
+) -> None:
+    runtime = {"onnx": "onnxruntime"}.get(format, format)
+    pytest.importorskip(runtime, reason=f"{runtime} is not installed")
+    if kind == "prompted":
+        model = make_model("bert", "mean", True, {"query": "find: "}, include_prompt=False)
+    else:
+        model = request.getfixturevalue(kind)
+    run = tmp_path / "run"
+    run.mkdir()
+    compress_to(model, run / "variant", *([Fold()] if kind == "nv_embed" else []), FOUR)
+    said: list[str] = []
+    out = export(run, format, tmp_path / "out", said.append)
+    assert said[-1].startswith(f"read back by {runtime} alone: lowest cosine")
+    embedder = compress.load(str(run), runtime=runtime)
+    prompt = next(iter(embedder.spec.prompts.values()), "") if kind != "decoder" else ""
+    for given in {"", prompt}:
+        found = read_back(out, example_of(out), TEXTS, given)
+        np.testing.assert_allclose(found, embedder.encode(TEXTS, given), atol=2e-5)
+    settings = json.loads((out / "embedder.json").read_text())
+    assert settings["dimension"] == embedder.dimension
+    assert settings["prompts"] == embedder.spec.prompts
+    assert not (out / "variant.json").exists()
+    assert (out / WEIGHTS_FILE).exists() == (format == "onnx")
+
+
+def test_vectors_that_differ_are_noticed(bert: Path, make_variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = graphs.IN_ONNXRUNTIME | {"running": 'return session.run(None, dict(zip(settings["inputs"], [ids, ids * 0 + 1])))[0]'}
+    monkeypatch.setattr(graphs, "IN_ONNXRUNTIME", wrong)
+    with pytest.raises(UserError, match="onnxruntime alone gives other vectors"):
+        export(make_variant(bert, RTN()), "onnx", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_graph_cannot_hold_is_refused(bert: Path, make_variant, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="onnxruntime"):
+        export(make_variant(bert, FP8()), "onnx", tmp_path / "out")
+
+
+def test_sparse_files_are_refused(bert: Path, make_variant, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not zero"):
+        export(make_variant(bert, SparseGPT(sparsity=0.75)), "onnx", tmp_path / "out")
