@@ -1,7 +1,7 @@
 """Makes text embedders smaller and faster, and measures what that cost.
 
 >>> import compress
->>> embedder = compress.load("minilm")                       # doctest: +SKIP
+>>> embedder = compress.load("nano")                         # doctest: +SKIP
 >>> embedder.encode(["two", "texts"]).shape                  # doctest: +SKIP
 (2, 384)
 """

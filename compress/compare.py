@@ -17,6 +17,8 @@ from compress.record import RECORD_FILE, Record
 
 # Of the packages that a record lists, those that scores and speed in torch depend on.
 DECISIVE = ("torch", "transformers", "mteb", "sentence-transformers", "scikit-learn", "numpy")
+# Ratios of throughput that differ by less are not told apart: the same model, measured twice, does.
+SAME_SPEED = 0.03
 WIDTH = 140  # fixed, so that what is quoted looks the same wherever it was printed
 
 
@@ -203,9 +205,10 @@ def optimal(lines: Sequence[Line]) -> list[Line]:
     def beats(one: Line, other: Line) -> bool:
         if one.kept is None or other.kept is None or (one.speedup is None and other.speedup is not None):
             return False
-        pairs = [(one.kept, other.kept), (-one.bytes, -other.bytes)]
+        pairs: list[tuple[float, float]] = [(one.kept, other.kept), (-one.bytes, -other.bytes)]
         if one.speedup is not None and other.speedup is not None:
-            pairs.append((one.speedup, other.speedup))
+            same = abs(one.speedup / other.speedup - 1) < SAME_SPEED
+            pairs.append((0, 0) if same else (one.speedup, other.speedup))
         return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.resources
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,11 @@ def _minilm() -> Path:
     return Path(package.get_model_path())
 
 
-BUILT_IN: dict[str, Callable[[], Path]] = {"minilm": _minilm}
+def _nano() -> Path:
+    return Path(str(importlib.resources.files("compress.data"))) / "nano"
+
+
+BUILT_IN: dict[str, Callable[[], Path]] = {"nano": _nano, "minilm": _minilm}
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Source:
         if not card.exists():
             return None
         found = re.search(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text(encoding="utf-8"), re.M | re.S)
-        return found.group(1) if found else None
+        return found.group(1).strip("\"'") if found else None
 
 
 def find(model: str) -> Source:
@@ -208,8 +213,8 @@ def load(
     """Load an embedder.
 
     Args:
-        model: a built-in name (`minilm`), the folder of a model, a variant or a run, a name on the hub, or `random:` and one of
-            these; see `find`.
+        model: a built-in name (`nano`, `minilm`), the folder of a model, a variant or a run, a name on the hub, or `random:` and
+            one of these; see `find`.
         runtime: `torch`, `onnxruntime` or `openvino`, or `auto` for the fastest that is installed and executes the variant's own
             numbers; by default the one that the variant was made for and measured in. The latter two need no torch.
         device: `cpu`, `cuda`, `cuda:1`; by default the GPU where there is one, for torch.

@@ -107,7 +107,7 @@ class Recipe(Section):
     """By default the file's name."""
     description: str = ""
     """When to use it, in a line."""
-    model: str = "minilm"
+    model: str = "nano"
     """A built-in name, a folder or a hub name; `--model` overrides it."""
     runtime: Literal["torch", "onnxruntime", "openvino", "auto"] = "torch"
     """What executes the variant: `torch`; `onnxruntime` and `openvino`, on a CPU and without torch; `auto`: the fastest that is

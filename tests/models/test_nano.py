@@ -1,0 +1,70 @@
+"""The embedded reference model: small, an NV-Embed like any other, and good enough that a loss shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compress
+from compress.loading import find
+from compress.measure.accuracy import evaluate
+from compress.measure.tasks import find_tasks
+from compress.methods.distill.student import Student
+from compress.models.checkpoint import read_headers
+from compress.models.embedder import Embedder
+from compress.models.nv_embed import is_nv_embed
+from compress.models.shape import read_shape
+from compress.models.tokens import open_tokenizer
+from compress.recipe import read_recipe
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "distill-nano.yaml"
+PROMPT = "Instruct: Retrieve semantically similar text\nQuery: "
+
+
+@pytest.fixture(scope="module")
+def nano() -> Path:
+    return find("nano").folder
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Embedder:
+    return compress.load("nano", device="cpu")
+
+
+def test_it_is_small(nano: Path) -> None:
+    assert read_shape("nano", nano).parameters <= 12e6
+    assert sum(path.stat().st_size for path in nano.iterdir()) <= 24e6
+
+
+def test_it_is_what_its_recipe_makes(nano: Path) -> None:
+    student = read_recipe(RECIPE).steps[0].student  # type: ignore[attr-defined]
+    assert isinstance(student, Student)
+    headers = read_headers(nano)
+    assert {name: info.shape for name, info in headers.items()} == student.tensors()
+    assert {info.dtype for info in headers.values()} == {"F16"}
+    assert open_tokenizer(nano).get_vocab_size() == student.vocabulary
+
+
+def test_it_is_an_nv_embed_whose_prompt_is_not_pooled(nano: Path, embedder: Embedder) -> None:
+    assert is_nv_embed(nano)
+    assert not find("nano").is_variant
+    assert find("nano").licence() == "apache-2.0"
+    assert not embedder.spec.pool_prompt
+    text = "the parcel never came"
+    plain, prompted = embedder.encode([text]), embedder.encode([text], PROMPT)
+    assert 0.9 < float((plain * prompted).sum()) < 1 - 1e-5  # attention sees it, and it was taught to change little
+
+
+def test_texts_beside_it_change_no_vector(embedder: Embedder) -> None:
+    texts = ["rain", "the parcel never came, and nobody could say where it had gone", "", "who wrote it " * 60]
+    np.testing.assert_allclose(np.concatenate([embedder.encode([text]) for text in texts]), embedder.encode(texts), atol=1e-5)
+
+
+def test_its_scores_are_near_its_teacher_s_and_a_prompt_costs_little(embedder: Embedder, minilm: Path) -> None:
+    teacher = compress.load(str(minilm), device="cpu")
+    (task,) = find_tasks(["MiniSTS"], None)
+    plain, prompted = (evaluate(embedder, task, None, {"MiniSTS": prompt}).score for prompt in ("", PROMPT))
+    assert plain > 0.8 * evaluate(teacher, task).score
+    assert prompted > 0.97 * plain
