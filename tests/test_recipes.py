@@ -23,10 +23,12 @@ TEXTS = ["the parcel never came", "rain by the evening", "who wrote it", "x", ""
 
 
 def _cases() -> Iterator[object]:
-    """Every recipe on both; NV-Embed in a graph takes seconds each, and has tests of its own (tests/runtimes)."""
+    """Every recipe on both; NV-Embed in a graph or healed takes seconds each, and has tests of its own (tests/runtimes, test_distill)."""
     for path in RECIPES:
         for kind in ("bert", "nv_embed"):
-            slow = kind == "nv_embed" and read_recipe(path).runtime != "torch"
+            recipe = read_recipe(path)
+            healed = any(isinstance(step, Distill) and step.student is None for step in recipe.steps)
+            slow = kind == "nv_embed" and (recipe.runtime != "torch" or healed)
             yield pytest.param(path, kind, id=f"{path.stem}-{kind}", marks=[pytest.mark.slow] if slow else [])
 
 
