@@ -241,13 +241,18 @@ COLUMNS: Mapping[str, Callable[[Line], str]] = {
 """The columns of a table for people, and what each shows of a run."""
 
 
+LEGEND = """\
+Made by `compress compare --format markdown`. A table holds what is comparable: one model, tasks, machine and set of packages.
+`*`: no other run of the table keeps as much, is as small and as fast, and better in one of these (speed within 3 % is not told
+apart). Kept: mean score over the baseline's, with its 95 % interval. Faster: throughput over that of the first baseline, float32
+on a CPU, float16 on a GPU."""
 ONLY_WIDE = ("weights x activations", "tasks regressed", "of half", "p50 ms", "run")
 """Those that a terminal has no room for."""
 
 
 def as_markdown(found: Comparison) -> str:
     """Write a table of each group in Markdown."""
-    parts = []
+    parts = ["# Runs side by side", LEGEND]
     for group in found.groups:
         head = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS)
         rows = ("| " + " | ".join(show(line) for show in COLUMNS.values()) + " |" for line in group.lines)

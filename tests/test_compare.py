@@ -123,6 +123,9 @@ def test_the_records_of_the_project_can_be_compared() -> None:
     assert not found.broken
     assert len(found.groups[0].lines) > 40
     assert "…" not in as_table(found)
+    assert (RESULTS / "README.md").read_text() == as_markdown(found), (
+        "compress compare results --format markdown -o results/README.md"
+    )
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
