@@ -241,21 +241,8 @@ def train(
             chosen = share.divisible(with_neighbours(next(order), neighbours))
             with accelerator.accumulate(run):
                 batch = [tensor.to(accelerator.device) for tensor in texts.batch(share.own(chosen))]
-                with half(), hidden.watching() if hidden else nullcontext():
-                    vectors, mapped = (share.gathered(part.float()) for part in run(*batch))
                 teacher = torch.from_numpy(targets(chosen)).to(accelerator.device)
-                loss = torch.stack(
-                    [
-                        weight * objective(mapped if name in VECTOR_OBJECTIVES else vectors, teacher)
-                        for name, (weight, objective) in objectives.items()
-                    ]
-                ).sum()
-                # Every process has the whole batch's loss and the gradient of its own texts' vectors; they are averaged afterwards.
-                asked = share.processes * loss
-                if hidden is not None:
-                    with half():
-                        states = hidden.loss(*batch[:2])
-                    loss, asked = loss + states, asked + states
+                loss, asked = _losses(run, batch, teacher, objectives, hidden, share, half)
                 accelerator.backward(asked)
                 if accelerator.sync_gradients:
                     torch.nn.utils.clip_grad_norm_(run.parameters(), 1.0)
@@ -268,8 +255,7 @@ def train(
             curve.append({"step": step + 1, "loss": float(np.mean(running)), kind: fidelity, "seconds": seconds})
             running = []
             state.keep(curve)
-            fidelities = [look[kind] for look in curve]
-            since = len(curve) - 1 - fidelities.index(max(fidelities))
+            since = _looks_since_the_best([look[kind] for look in curve])
             enough = schedule.patience is not None and since >= schedule.patience
             if accelerator.is_main_process:
                 place = f"step {step + 1:,} of {schedule.steps:,}"
@@ -277,6 +263,39 @@ def train(
                 say(f"{place}: loss {curve[-1]['loss']:.4f}, held-out {kind} {fidelity:.4f}, {seconds:,.0f} s{stopped}")
             if enough:
                 break
+
+
+def _losses(
+    run: nn.Module,
+    batch: Sequence[torch.Tensor],
+    teacher: torch.Tensor,
+    objectives: Mapping[str, tuple[float, Objective]],
+    hidden: HiddenStates | None,
+    share: _Share,
+    half: Callable[[], Any],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of a whole batch, of which this process has its share, and what gradients are to be taken of.
+
+    Every process has the whole batch's loss and the gradient of its own texts' vectors, and gradients are averaged afterwards: so
+    they are of the loss times the number of processes. Hidden states are each process's own.
+    """
+    with half(), hidden.watching() if hidden else nullcontext():
+        vectors, mapped = (share.gathered(part.float()) for part in run(*batch))
+    loss = torch.stack(
+        [
+            weight * objective(mapped if name in VECTOR_OBJECTIVES else vectors, teacher)
+            for name, (weight, objective) in objectives.items()
+        ]
+    ).sum()
+    if hidden is None:
+        return loss, share.processes * loss
+    with half():
+        states = hidden.loss(*batch[:2])
+    return loss + states, share.processes * loss + states
+
+
+def _looks_since_the_best(fidelities: Sequence[float]) -> int:
+    return len(fidelities) - 1 - fidelities.index(max(fidelities))
 
 
 def _shard(run: nn.Module, network: nn.Module) -> None:
