@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.multiprocessing import get_context
-from torch.multiprocessing.spawn import ProcessRaisedException, spawn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from compress.methods.distill.hidden import HiddenStates, followed
 from compress.methods.distill.objectives import OBJECTIVES, matryoshka
@@ -72,7 +72,7 @@ def learn(job: Job, say: Callable[[str], None]) -> list[dict[str, float]]:
     try:
         while not workers.join(timeout=WAIT_SECONDS):
             _pass_on(lines, say)
-    except ProcessRaisedException as error:
+    except (ProcessRaisedException, ProcessExitedException) as error:  # it failed, or was killed, say for memory
         last = error.msg.strip().splitlines()[-1]
         raise ValueError(f"process {error.error_index} of {job.processes}: {last.removeprefix('ValueError: ')}") from error
     finally:
