@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from statistics import mean
 
+from compress.compare import line_of
 from compress.loading import find
 from compress.measure.speed import Candidate, measure_speed, speed_ratio
 from compress.models.shape import ModelShape, read_shape
@@ -67,12 +67,12 @@ def main() -> None:
     print(f"{len(texts)} texts of {length} tokens on the mean, {arguments.rounds} rounds")
     print("| " + " | ".join(headings) + " |\n|" + "---|" * len(headings))
     for run, record in sorted(records.items(), key=lambda item: -(item[1].retained or 0)):
-        assert record.overall is not None
         assert record.retained is not None
         assert record.fidelity is not None
         shape = read_shape(run, Path(run) / "variant")
-        baseline = mean(task.baseline for task in record.tasks)
-        low, high = (100 * (1 + end / baseline) for end in (record.overall.low, record.overall.high))
+        line = line_of(record)
+        assert line.low is not None
+        assert line.high is not None
         faster = speed_ratio(speeds[run], speeds["base"])
         promised = whole.flops_per_token(length) / shape.flops_per_token(length)
         is_float = not VariantInfo.read(Path(run) / "variant").quantized
@@ -81,7 +81,7 @@ def main() -> None:
             f"{100 * in_blocks(shape) / in_blocks(whole):.0f} %" if is_float else "",
             f"{record.row('variant').size_bytes / 1e6:.1f} MB",
             f"{100 * record.retained:.2f} %",
-            f"{low:.2f} to {high:.2f}",
+            f"{100 * line.low:.2f} to {100 * line.high:.2f}",
             f"{record.fidelity['cosine_mean']:.4f}",
             f"{faster:.2f}x",
             *((f"{promised:.2f}x", f"{faster / promised:.2f}") if is_float else ("", "")),

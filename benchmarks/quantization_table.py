@@ -13,8 +13,8 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from statistics import mean
 
+from compress.compare import line_of
 from compress.record import Record
 
 BITS = re.compile(r"([\d.]+) bits a weight")
@@ -25,11 +25,11 @@ def row(record: Record) -> str:
     assert record.overall is not None
     assert record.retained is not None
     assert record.fidelity is not None
-    scores = mean(task.baseline for task in record.tasks)
-    low, high = (100 * (1 + end / scores) for end in (record.overall.low, record.overall.high))
+    line = line_of(record)
+    assert line.low is not None
+    assert line.high is not None
     bits = [found.group(1) for step in record.steps if (found := BITS.search(step.note))]
     variant = record.row("variant")
-    regressed = [task.task for task in record.tasks if task.verdict == "regressed"]
     cells = [
         str(record.recipe["name"]),
         f"{variant.weights} x {variant.activations}",
@@ -37,9 +37,9 @@ def row(record: Record) -> str:
         f"{8 * variant.size_bytes / record.model.parameters:.2f}",
         f"{variant.size_bytes / 1e6:.1f} MB",
         f"{100 * record.retained:.2f} %",
-        f"{low:.2f} to {high:.2f}",
+        f"{100 * line.low:.2f} to {100 * line.high:.2f}",
         str(record.overall.verdict),
-        ", ".join(regressed) or "none",
+        ", ".join(line.regressed) or "none",
         f"{record.fidelity['cosine_mean']:.4f}",
     ]
     return "| " + " | ".join(cells) + " |"

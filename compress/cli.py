@@ -33,6 +33,8 @@ RuntimeOption = Annotated[
     str | None,
     typer.Option(metavar="R", help="torch, onnxruntime, openvino or auto; by default what the variant was made for."),
 ]
+RunsArgument = Annotated[list[Path], typer.Argument(metavar="[FOLDER ...]", help="Runs, or folders of runs; by default results.")]
+RESULTS = [Path("results")]
 OutputOption = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the runs.")]
 
 
@@ -179,7 +181,8 @@ def verify(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that kept its variant, or of a variant.")],
     format: Annotated[
-        str, typer.Option("--format", metavar="F", help="sentence-transformers, compressed-tensors, gptq, nv-embed.")
+        str,
+        typer.Option("--format", metavar="F", help="sentence-transformers, onnx, openvino, compressed-tensors, gptq, nv-embed."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to be written.")],
 ) -> None:
@@ -193,9 +196,7 @@ def export(
 
 @app.command()
 def compare(
-    runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FOLDER ...]", help="Runs, or folders of runs; by default results.")
-    ] = None,
+    runs: RunsArgument = RESULTS,
     format: Annotated[str, typer.Option("--format", metavar="F", help="table, markdown, csv or json.")] = "table",
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Written there, not printed.")] = None,
 ) -> None:
@@ -203,7 +204,7 @@ def compare(
     from compress.compare import compare as compare_runs
     from compress.compare import written
 
-    text = written(compare_runs(runs or [Path("results")]), format)
+    text = written(compare_runs(runs), format)
     if output is None:
         print(text, end="")
     else:
@@ -212,9 +213,7 @@ def compare(
 
 @app.command()
 def dashboard(
-    runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FOLDER ...]", help="Runs, or folders of runs; by default results.")
-    ] = None,
+    runs: RunsArgument = RESULTS,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
     serve: Annotated[bool, typer.Option("--serve", help="Serve the page here and load it again when a record changes.")] = False,
     port: Annotated[int, typer.Option(metavar="N", help="Of --serve; 0: any that is free.")] = 8765,
@@ -223,12 +222,11 @@ def dashboard(
     from compress.dashboard import render
     from compress.dashboard import serve as serve_page
 
-    places = runs or [Path("results")]
     if serve:
         with suppress(KeyboardInterrupt):
-            serve_page(places, port, say=partial(print, file=sys.stderr, flush=True))
+            serve_page(runs, port, say=partial(print, file=sys.stderr, flush=True))
         return
-    write_text_atomic(output, render(places))
+    write_text_atomic(output, render(runs))
     print(output)
 
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from compress.methods.distill.hidden import HiddenStates, followed
 from compress.methods.distill.objectives import OBJECTIVES, matryoshka
 from compress.methods.distill.trainable import trainable
-from compress.methods.distill.training import Schedule, TokenTexts, read_curve, train
+from compress.methods.distill.training import WHOLE, Schedule, TokenTexts, read_curve, train
 from compress.models.network import load_network
 from compress.models.opened import OpenModel
 from compress.models.segments import blocks_of
@@ -141,7 +141,7 @@ def _learn(job: Job, device: str, say: Callable[[str], None]) -> None:
             cpu=device == "cpu",
             say=say,
         )
-    whole: dict[str, Any] = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole: dict[str, Any] = get_model_state_dict(network, options=WHOLE)
     if whole:  # the first process has it
         write_tensors(job.folder / WEIGHTS, whole)
 

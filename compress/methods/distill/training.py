@@ -34,6 +34,8 @@ from compress.models.tokens import Ids, TextTokenizer
 SORTED_BATCHES = 32
 LENGTH_STEP = 8
 CURVE_FILE, STATE = "curve.jsonl", "state"
+# Of parameters that lie divided among processes: put together in the first one's memory.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # Objectives that compare a student's vector with the teacher's own.
 VECTOR_OBJECTIVES = ("cosine", "mse")
 
@@ -367,12 +369,12 @@ class _State:
         if not curve:
             return []
         kept = torch.load(self._path(int(curve[-1]["step"])), weights_only=True, map_location="cpu")
-        set_state_dict(self._run, self._optimizer, model_state_dict=kept["run"], optim_state_dict=kept["optimizer"], options=_WHOLE)
+        set_state_dict(self._run, self._optimizer, model_state_dict=kept["run"], optim_state_dict=kept["optimizer"], options=WHOLE)
         return curve
 
     def keep(self, curve: Sequence[Mapping[str, float]]) -> None:
         """Write a checkpoint; the curve names it, and is written when it is whole. The one before goes then."""
-        run, optimizer = get_state_dict(self._run, self._optimizer, options=_WHOLE)
+        run, optimizer = get_state_dict(self._run, self._optimizer, options=WHOLE)
         if not self._main:
             return
         path = self._path(int(curve[-1]["step"]))
@@ -384,6 +386,3 @@ class _State:
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{STATE}-{step}.pt"
-
-
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
