@@ -182,16 +182,41 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that kept its variant, or of a variant.")],
     format: Annotated[
         str,
-        typer.Option("--format", metavar="F", help="sentence-transformers, onnx, openvino, compressed-tensors, gptq, nv-embed."),
+        typer.Option(
+            "--format",
+            metavar="F",
+            help="transformers, sentence-transformers, onnx, openvino, compressed-tensors, gptq, nv-embed.",
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to be written.")],
+    licence: Annotated[
+        str | None, typer.Option("--licence", metavar="L", help="Of the model, where its own files name none: mit, apache-2.0, ...")
+    ] = None,
+    python: Annotated[
+        Path | None,
+        typer.Option("--python", metavar="FILE", help="Interpreter that has the library; by default this one."),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Read it back with the library and compare vectors.")] = True,
 ) -> None:
-    """Write a variant in the layout of another library: transformers, vLLM and others load it."""
+    """Write a variant in the layout of another library, and let that read it back."""
     with stoppable():
         from compress.export import export as export_variant
+        from compress.export import licence_of
 
-        written = export_variant(run, format, output, say=partial(print, file=sys.stderr, flush=True))
+        if licence is None and licence_of(run) is None:
+            licence = _asked_licence(run)
+        say = partial(print, file=sys.stderr, flush=True)
+        written = export_variant(run, format, output, say, licence=licence, python=python, check=check)
     print(written)
+
+
+def _asked_licence(run: Path) -> str:
+    """Ask for the licence that no file names; where nobody can answer, say how it is given."""
+    why = "the files of its model name no licence, and what holds for the model holds for the export"
+    if not sys.stdin.isatty():
+        raise UserError(f"{run}: {why}", "name it: --licence mit; --licence unknown where it is not to be found out")
+    answer: str = typer.prompt(f"{run}: {why}. Its licence")
+    return answer
 
 
 @app.command()

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.errors import UserError, nearest
 from compress.loading import Source, find
+from compress.models.checkpoint import write_text_atomic
+from compress.models.variant import VariantInfo
+
+if TYPE_CHECKING:
+    from compress.export.reader import Reader
 
 FORMATS = {
-    "sentence-transformers": "compress.export.sentence_transformers:write",
+    "transformers": "compress.export.dense:write_transformers",
+    "sentence-transformers": "compress.export.dense:write_sentence_transformers",
     "compressed-tensors": "compress.export.compressed_tensors:write",
     "onnx": "compress.export.graphs:write_onnx",
     "openvino": "compress.export.graphs:write_openvino",
@@ -20,11 +28,20 @@ FORMATS = {
 }
 
 Say = Callable[[str], None]
-Writer = Callable[[Source, Path, Say], None]
-"""Writes a variant into an empty folder, saying what a user should know of it; raises UserError where the layout cannot hold it."""
+Writer = Callable[[Source, Path], "Reader"]
+"""Writes a variant into an empty folder and says what loads it; raises UserError where the layout cannot hold it."""
 
 
-def export(source: Path, format: str, target: Path, say: Say = lambda _: None) -> Path:
+def export(
+    source: Path,
+    format: str,
+    target: Path,
+    say: Say = lambda _: None,
+    *,
+    licence: str | None = None,
+    python: Path | None = None,
+    check: bool = True,
+) -> Path:
     """Write a variant in the layout of another library; integers and scales are carried over as they are.
 
     Args:
@@ -32,30 +49,59 @@ def export(source: Path, format: str, target: Path, say: Say = lambda _: None) -
         format: one of `FORMATS`.
         target: the folder to be written; it appears when it is whole.
         say: told what a user should know of the export.
+        licence: what the card names, where the model's own files name none.
+        python: interpreter in which the library is installed, which reads back what was written; None: this one.
+        check: whether it is read back.
 
     Returns:
         `target`.
 
     Raises:
-        UserError: the format is not known, the source is no variant, the target is there already, or the layout cannot hold the
-            variant; names the layer and why.
+        UserError: the format is not known, the source is no variant, the target is there already, the layout cannot hold it (names
+            the layer and why), the library gives other vectors than the variant, or another licence is named than the model's.
     """
     if format not in FORMATS:
         raise UserError(f"export format {format!r} is not known", nearest(format, FORMATS))
     found = find(str(source))
     if not found.is_variant:
         raise UserError(f"{source}: holds no variant", "compress run RECIPE writes one; give the folder of the run")
+    info = VariantInfo.read(found.folder)
+    if licence is not None and info.licence not in (None, licence):
+        raise UserError(f"{source}: {info.base} is under {info.licence}, which holds for its variants; not {licence}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: is there already", "give another folder, or delete this one")
     folder = target.with_name(f".{target.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        writer(format)(found, folder, say)
+        _write(found, info.model_copy(update={"licence": info.licence or licence}), format, folder, say, python, check)
         folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+def _write(source: Source, info: VariantInfo, format: str, folder: Path, say: Say, python: Path | None, check: bool) -> None:
+    """Write a variant, read it back and write its card."""
+    from compress.export.card import CARD_FILE, card, record_of
+    from compress.export.reader import read_back
+
+    reader = writer(format)(source, folder)
+    for note in reader.notes:
+        say(note)
+    checked = read_back(source, folder, reader, python or Path(sys.executable)) if check else "Not read back."
+    say(checked)
+    write_text_atomic(folder / CARD_FILE, card(info, reader, checked, record_of(source.folder), folder))
+
+
+def licence_of(source: Path) -> str | None:
+    """Return the licence that a variant's model is under; None where its files name none.
+
+    Raises:
+        UserError: the source is no variant.
+    """
+    found = find(str(source))
+    return VariantInfo.read(found.folder).licence if found.is_variant else None
 
 
 def writer(format: str) -> Writer:

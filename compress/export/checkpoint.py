@@ -58,7 +58,7 @@ class Opened:
 
 
 def open_variant(source: Source, layout: str, *, integers: bool = True) -> Opened:
-    """Open a variant to be written in a layout, of quantized linear layers or (`integers` False) of none.
+    """Open a variant to be written in a layout of integers, or (`integers` False) of half-precision values.
 
     Raises:
         UserError: NV-Embed's architecture, which only its own code runs; numbers that the layout does not hold; a layer that
@@ -67,14 +67,14 @@ def open_variant(source: Source, layout: str, *, integers: bool = True) -> Opene
     folder = source.folder
     if is_nv_embed(folder):
         raise UserError(
-            f"{source.name}: NV-Embed has an architecture of its own, which readers of {layout} files do not run",
-            "use the variant as it is (compress encode); other models can be exported",
+            f"{source.name}: NV-Embed's latent-attention head has no home in {layout} files",
+            "onnx and openvino hold it; or leave it out and heal: the steps mean_pooling and distill",
         )
     info = VariantInfo.read(folder)
     network = empty_model(folder)
     tables = [name for name in info.quantized if isinstance(network.get_submodule(name), QuantizedEmbedding)]
     linears = {name: layer for name, layer in info.quantized.items() if name not in tables}
-    for name, layer in linears.items():
+    for name, layer in linears.items() if integers else ():
         if layer.numbers in BITSANDBYTES:
             raise refusal(name, layout, f"are stored by the bitsandbytes package ({layer.numbers})", "use rtn, gptq or awq")
         if layer.input_factor:
@@ -86,8 +86,6 @@ def open_variant(source: Source, layout: str, *, integers: bool = True) -> Opene
             )
     if not linears and integers:
         raise UserError(f"{source.name}: no linear layer is quantized", "sentence-transformers is the layout of such a model")
-    if linears and not integers:
-        raise refusal(next(iter(linears)), layout, "are quantized", "export it as compressed-tensors or gptq")
     if info.heads is not None or info.dropped:
         lacks = f"{info.heads} heads a block" if info.heads is not None else f"{len(info.dropped)} blocks without a sublayer"
         kind = read_json(folder / "config.json")["model_type"]
@@ -145,6 +143,11 @@ def write_weights(opened: Opened, folder: Path, convert: Convert, prefix: str = 
     join_shards(folder, len(segments))
 
 
+def half_values(layer: CompressedLayer) -> dict[str, torch.Tensor]:
+    """Return a quantized linear layer's weight as the values that it stands for, in half precision."""
+    return {"weight": layer.values().half()}
+
+
 def words(integers: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack rows without gaps into 32-bit words: uint8 [rows, n] to int32 [rows, ceil(n x bits / 32)], the first value lowest.
 
@@ -179,11 +182,11 @@ def write_json(path: Path, content: Any) -> None:
     write_text_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def table_note(opened: Opened) -> list[str]:
+def table_notes(opened: Opened) -> tuple[str, ...]:
     """Say that tables are written in half precision, where there are quantized ones."""
     if not opened.tables:
-        return []
-    return [f"{', '.join(opened.tables)}: in half precision here; readers of this layout look up no quantized tables."]
+        return ()
+    return (f"{', '.join(opened.tables)}: in half precision here; readers of this layout look up no quantized tables.",)
 
 
 def _half_table(table: QuantizedEmbedding) -> torch.Tensor:

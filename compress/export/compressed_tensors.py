@@ -9,20 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from compress.export.checkpoint import Opened, open_variant, refusal, table_note, words, write_config, write_weights
-from compress.export.text import write_text_side
+from compress.export.checkpoint import Opened, open_variant, refusal, table_notes, words, write_config, write_weights
+from compress.export.reader import Reader, in_sentence_transformers
+from compress.export.text import write_modules, write_tokenizer
 from compress.layers.float8_linear import Float8Linear
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 from compress.loading import Source
 from compress.models.spec import read_json
-
-if TYPE_CHECKING:
-    from compress.export import Say
 
 LAYOUT = "compressed-tensors"
 # The release whose layout this is.
@@ -30,25 +28,11 @@ VERSION = "0.20.0"
 # Bits that divide a 32-bit word, which every release packs alike; others were packed with gaps up to release 0.17.
 EVEN_BITS = (2, 4, 8)
 
-LOADING = """\
-pip install sentence-transformers compressed-tensors
-
-    from sentence_transformers import SentenceTransformer
-    from transformers import CompressedTensorsConfig
-
-    config = CompressedTensorsConfig(dequantize=True)
-    vectors = SentenceTransformer("FOLDER", model_kwargs={"quantization_config": config}).encode(["any", "texts"])
-"""
-MIXED_LOADING = """\
-pip install transformers compressed-tensors
-
-    from transformers import AutoModel, AutoTokenizer
-
-    model, tokenizer = AutoModel.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
-"""
+DEQUANTIZE = "from transformers import CompressedTensorsConfig\n"
+OPTIONS = '"quantization_config": CompressedTensorsConfig(dequantize=True)'
 
 
-def write(source: Source, folder: Path, say: Say) -> None:
+def write(source: Source, folder: Path) -> Reader:
     """Write a variant into an empty folder.
 
     Raises:
@@ -61,11 +45,12 @@ def write(source: Source, folder: Path, say: Say) -> None:
     # Scales are float16 or float32; bfloat16 would round them.
     single = str(config.get("dtype") or config.get("torch_dtype") or "float32") == "float32"
     write_config(opened, folder, quantization, "float32" if single else "float16", {})
+    write_tokenizer(opened, folder)
+    write_modules(opened, folder)
     mixed = len(quantization["config_groups"]) > 1
-    notes = [*table_note(opened), *_notes(opened.linears.values(), mixed)]
-    write_text_side(opened, folder, MIXED_LOADING if mixed else LOADING, notes)
-    for note in notes:
-        say(note)
+    example = in_sentence_transformers() if mixed else in_sentence_transformers(DEQUANTIZE, OPTIONS)
+    notes = (*table_notes(opened), *_notes(opened.linears.values(), mixed))
+    return Reader("sentence-transformers", ("sentence-transformers", LAYOUT), example, notes=notes)
 
 
 def _notes(layers: Iterable[QuantizedLayer], mixed: bool) -> list[str]:

@@ -7,20 +7,18 @@ less one, packed along the outputs; `scales` [groups, out]; `g_idx` int32 [in], 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from compress.errors import UserError
-from compress.export.checkpoint import Opened, open_variant, refusal, table_note, words, write_config, write_json, write_weights
-from compress.export.text import write_text_side
+from compress.export.checkpoint import Opened, open_variant, refusal, table_notes, words, write_config, write_json, write_weights
+from compress.export.reader import Reader, in_sentence_transformers
+from compress.export.text import write_modules, write_tokenizer
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 from compress.loading import Source
 from compress.models.shape import is_in_block
-
-if TYPE_CHECKING:
-    from compress.export import Say
 
 LAYOUT = "gptq"
 BITS = (2, 3, 4, 8)
@@ -29,15 +27,8 @@ RUN = 32
 # Lists of blocks that readers find by themselves, in any class of a model; another is named to them.
 FOUND = ("layers", "h", "decoder.layers")
 
-LOADING = """\
-pip install sentence-transformers optimum gptqmodel
 
-    from sentence_transformers import SentenceTransformer
-    vectors = SentenceTransformer("FOLDER").encode(["any", "texts"])
-"""
-
-
-def write(source: Source, folder: Path, say: Say) -> None:
+def write(source: Source, folder: Path) -> Reader:
     """Write a variant into an empty folder.
 
     Raises:
@@ -49,18 +40,20 @@ def write(source: Source, folder: Path, say: Say) -> None:
     # auto-gptq makes a causal language model, whose head an embedder lacks; tied to the table, it would overwrite the table.
     write_config(opened, folder, quantization, "float16", {"tie_word_embeddings": False})
     write_json(folder / "quantize_config.json", quantization)
-    notes = [*table_note(opened), *_notes(list(opened.linears.values()))]
+    write_tokenizer(opened, folder)
+    write_modules(opened, folder)
+    notes = [*table_notes(opened), *_notes(list(opened.linears.values()))]
     if "modules_in_block_to_quantize" in quantization:
         notes.append("Some layers of a block are in half precision: for optimum and vLLM; auto-gptq expects all of them quantized.")
-    write_text_side(opened, folder, LOADING, notes)
-    for note in notes:
-        say(note)
+    # Float16 as it is stored; without a word GPTQModel's kernel for CPUs computes in bfloat16.
+    options = f'"dtype": "float16", "quantization_config": GPTQConfig(bits={quantization["bits"]}, backend="torch")'
+    example = in_sentence_transformers("from transformers import GPTQConfig\n", options)
+    return Reader("sentence-transformers", ("sentence-transformers", "optimum", "gptqmodel"), example, notes=tuple(notes))
 
 
 def _notes(layers: list[QuantizedLayer]) -> list[str]:
     """Say what readers of today make of such layers."""
-    choice = f'GPTQConfig(bits={layers[0].bits}, backend="torch")'
-    notes = [f"On a CPU GPTQModel chooses a kernel that computes in bfloat16; `quantization_config={choice}` takes float16."]
+    notes = ['On a CPU GPTQModel chooses a kernel that computes in bfloat16; `backend="torch"` takes float16.']
     if any(layer.group_size is None for layer in layers):
         notes.append("Scales are float32, as in the variant; readers round them to their own dtype.")
     if not all(layer.symmetric for layer in layers):

@@ -6,29 +6,17 @@ Needs neither torch nor transformers nor this package: onnxruntime or openvino, 
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from compress.errors import UserError
 from compress.export.checkpoint import write_json
-from compress.export.text import card
-from compress.loading import Source, open_source
-from compress.measure.fidelity import cosines
-from compress.models.checkpoint import weight_files, write_text_atomic
+from compress.export.reader import Reader
+from compress.loading import Source
+from compress.models.checkpoint import weight_files
+from compress.models.shape import read_shape
 from compress.models.variant import INDEX_FILE, VariantInfo
 from compress.runtimes.contract import INPUTS, RuntimeName, graph_file, pick_runtime
-from compress.texts import suite_texts
-
-if TYPE_CHECKING:
-    from compress.export import Say
 
 SETTINGS_FILE = "embedder.json"
-READ_BACK_TEXTS, READ_BACK_COSINE = 20, 0.9999
 
 EXAMPLE = """\
 import json
@@ -46,15 +34,12 @@ def embed(texts, prompt=""):
     prepare = str.lower if settings["lowercase"] else str
     rows = tokenizer.encode_batch([prepare(prompt + text) + settings["suffix"] for text in texts])
     ids, mask = (np.array([getattr(row, key) for row in rows]) for key in ("ids", "attention_mask"))
-    inputs = [ids, mask]
-    if not settings["pool_prompt"]:  # the prompt is read, and does not enter the mean
+    pooled = mask.copy()
+    if prompt and not settings["pool_prompt"]:  # the prompt is read, and does not enter the mean
         alone = tokenizer.encode(prepare(prompt), add_special_tokens=settings["prompt_specials"])
-        pooled = mask.copy()
-        pooled[:, : sum(alone.attention_mask) - (alone.special_tokens_mask or [0])[-1]] = 0
-        inputs.append(pooled)
+        pooled[:, : len(alone.ids) - (alone.special_tokens_mask or [0])[-1]] = 0
+    inputs = [ids, mask, pooled][: len(settings["inputs"])]
     {running}
-
-vectors = embed(["any", "texts"], settings["default_prompt"])
 """
 IN_ONNXRUNTIME = {
     "imports": "import onnxruntime",
@@ -73,22 +58,22 @@ compiled = openvino.Core().compile_model(folder + "/model.xml", "CPU", exact)"""
 }
 
 
-def write_onnx(source: Source, folder: Path, say: Say) -> None:
+def write_onnx(source: Source, folder: Path) -> Reader:
     """Write a variant into an empty folder as ONNX, its weights in the safetensors files that the graph refers to.
 
     Raises:
-        UserError: onnxruntime does not execute the variant's numbers, or gives other vectors than the variant.
+        UserError: onnxruntime does not execute the variant's numbers.
     """
     graph = _lowered(source, folder, RuntimeName.ONNXRUNTIME)
     graph.rename(folder / "model.onnx")
-    _finish(source, folder, RuntimeName.ONNXRUNTIME, IN_ONNXRUNTIME, "onnxruntime tokenizers numpy", say)
+    return _reader(source, folder, RuntimeName.ONNXRUNTIME, IN_ONNXRUNTIME)
 
 
-def write_openvino(source: Source, folder: Path, say: Say) -> None:
+def write_openvino(source: Source, folder: Path) -> Reader:
     """Write a variant into an empty folder as OpenVINO's intermediate representation.
 
     Raises:
-        UserError: openvino is not installed, does not execute the variant's numbers, or gives other vectors than the variant.
+        UserError: openvino is not installed, or does not execute the variant's numbers.
     """
     graph = _lowered(source, folder, RuntimeName.OPENVINO)
     import openvino
@@ -97,7 +82,7 @@ def write_openvino(source: Source, folder: Path, say: Say) -> None:
     openvino.save_model(openvino.Core().read_model(graph), folder / "model.xml", compress_to_fp16=False)
     for path in (graph, *weight_files(folder), folder / INDEX_FILE):
         path.unlink(missing_ok=True)
-    _finish(source, folder, RuntimeName.OPENVINO, IN_OPENVINO, "openvino tokenizers numpy", say)
+    return _reader(source, folder, RuntimeName.OPENVINO, IN_OPENVINO)
 
 
 def _lowered(source: Source, folder: Path, runtime: RuntimeName) -> Path:
@@ -114,14 +99,13 @@ def _lowered(source: Source, folder: Path, runtime: RuntimeName) -> Path:
     return graph_file(folder, runtime)
 
 
-def _finish(source: Source, folder: Path, runtime: RuntimeName, words: dict[str, str], packages: str, say: Say) -> None:
-    """Write what lies beside a graph, and see that the example gives the variant's vectors."""
+def _reader(source: Source, folder: Path, runtime: RuntimeName, words: dict[str, str]) -> Reader:
+    """Write what lies beside a graph, and say how it is run."""
     info = VariantInfo.read(source.folder)
     info.tokenizer(source.folder).save(folder / "tokenizer.json")  # with its longest input, which it cuts itself
-    embedder = open_source(source, runtime=runtime, device="cpu")
     spec = info.spec
     settings = {
-        "dimension": embedder.dimension,
+        "dimension": read_shape(source.name, source.folder).hidden_size,
         "max_length": info.max_length,
         "prompts": spec.prompts,
         "default_prompt": spec.default_prompt,
@@ -133,33 +117,4 @@ def _finish(source: Source, folder: Path, runtime: RuntimeName, words: dict[str,
         "inputs": list(INPUTS[:2] if spec.pool_prompt else INPUTS),
     }
     write_json(folder / SETTINGS_FILE, settings)
-    example = EXAMPLE.format(**words)
-    loading = f"`pip install {packages}` is all that it needs:\n\n```python\n{example}```\n"
-    write_text_atomic(folder / "README.md", card(info, loading, (), library=str(runtime)))
-    texts = list(suite_texts()[:READ_BACK_TEXTS])
-    prompt = next(iter(spec.prompts.values()), spec.default_prompt)
-    worst = float(cosines(embedder.encode(texts, prompt), read_back(folder, example, texts, prompt)).min())
-    if worst < READ_BACK_COSINE:
-        raise UserError(f"{source.name}: {runtime} alone gives other vectors: lowest cosine {worst:.6f} on {len(texts)} texts")
-    say(f"read back by {runtime} alone: lowest cosine {worst:.7f} on {len(texts)} texts")
-
-
-def read_back(folder: Path, example: str, texts: list[str], prompt: str) -> np.ndarray:
-    """Run the card's example in a process that knows nothing of this package, and return its vectors of other texts.
-
-    Raises:
-        UserError: it failed.
-    """
-    with tempfile.TemporaryDirectory() as work:
-        script = Path(work) / "example.py"
-        out = Path(work) / "vectors.npy"
-        given = f"\nnp.save({str(out)!r}, embed({texts!r}, {prompt!r}))\nimport sys\nassert 'compress' not in sys.modules\n"
-        script.write_text(example + given, encoding="utf-8")
-        # -I: neither this folder nor the user's settings are looked into for modules.
-        done = subprocess.run([sys.executable, "-I", str(script)], cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(
-                f"{folder}: the example of the card failed", (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            )
-        vectors: np.ndarray = np.load(out)
-    return vectors
+    return Reader(str(runtime), (str(runtime), "tokenizers", "numpy"), EXAMPLE.format(**words), runtime, quantizes=True)

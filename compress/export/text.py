@@ -1,15 +1,12 @@
-"""What a loader needs besides weights: the tokenizer's files, sentence-transformers' modules, a card that says how to load it."""
+"""What a loader needs besides weights: the tokenizer's files, sentence-transformers' modules."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from compress.export.checkpoint import Opened, write_json
-from compress.models.checkpoint import write_text_atomic
 from compress.models.spec import Pooling, read_json
 from compress.models.variant import VariantInfo
 
@@ -24,17 +21,21 @@ USUAL = {
 }
 
 
-def write_text_side(opened: Opened, folder: Path, loading: str, notes: Sequence[str]) -> None:
-    """Write tokenizer files, sentence-transformers' files and the card."""
-    info, config = opened.info, read_json(opened.folder / "config.json")
+def write_tokenizer(opened: Opened, folder: Path) -> None:
+    """Write the tokenizer's files."""
+    config = read_json(opened.folder / "config.json")
     shutil.copy(opened.folder / "tokenizer.json", folder / "tokenizer.json")
-    write_json(folder / "tokenizer_config.json", tokenizer_config(read_json(folder / "tokenizer.json"), config, info.max_length))
+    settings = tokenizer_config(read_json(folder / "tokenizer.json"), config, opened.info.max_length)
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def write_modules(opened: Opened, folder: Path) -> None:
+    """Write sentence-transformers' files."""
     width = opened.network.config.hidden_size  # type: ignore[union-attr]
-    for name, content in sentence_transformers_files(info, int(width)).items():  # type: ignore[arg-type]
+    for name, content in sentence_transformers_files(opened.info, int(width)).items():  # type: ignore[arg-type]
         write_json(folder / name, content)
-    if info.spec.normalize:
+    if opened.info.spec.normalize:
         (folder / "2_Normalize").mkdir()
-    write_text_atomic(folder / "README.md", card(info, loading, notes))
 
 
 def tokenizer_config(tokenizer: dict[str, Any], config: dict[str, Any], max_length: int) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def tokenizer_config(tokenizer: dict[str, Any], config: dict[str, Any], max_leng
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
         **special,
@@ -80,20 +82,3 @@ def sentence_transformers_files(info: VariantInfo, width: int) -> dict[str, Any]
         },
         "config_sentence_transformers.json": {"prompts": prompts, "default_prompt_name": default, "similarity_fn_name": "cosine"},
     }
-
-
-def card(info: VariantInfo, loading: str, notes: Sequence[str], library: str = "sentence-transformers") -> str:
-    """Return a model card: licence, what it is, how to load it, in which library."""
-    front = [f"license: {json.dumps(info.licence)}" if info.licence else "", f"library_name: {library}"]
-    front += ["pipeline_tag: sentence-similarity"]
-    if "/" in info.base:
-        front += [f"base_model: {info.base}", "base_model_relation: quantized"]
-    title = f"{info.base}: weights {info.weights}, activations {info.activations}"
-    lines = ["---", *filter(None, front), "---", "", f"# {title}", "", loading.rstrip("\n")]
-    if not info.pretrained:
-        lines += ["", "Made from random weights, to measure speed and memory; its vectors mean nothing."]
-    if not info.licence:
-        lines += ["", f"The files of {info.base} named no licence; whatever holds for it holds here."]
-    for note in notes:
-        lines += ["", note]
-    return "\n".join(lines) + "\n"

@@ -97,6 +97,10 @@ class BitsAndBytes4BitLinear(CompressedLayer):
         values: torch.Tensor = bitsandbytes().functional.dequantize_4bit(self.weight, self._quant_state())
         return values.to(dtype)
 
+    def values(self) -> torch.Tensor:
+        """Return the weight, float32 [out, in]."""
+        return self.dequantized()
+
     def _quant_state(self) -> Any:
         """Return the package's own description of the weight, made once the buffers are where they stay."""
         if self._state is None or self._state.absmax.device != self.weight.device:
@@ -151,6 +155,10 @@ class BitsAndBytesInt8Linear(CompressedLayer):
         """Stand in for `linear` with buffers that have shapes and no values."""
         weight = torch.empty((linear.out_features, linear.in_features), dtype=torch.int8, device="meta")
         return cls(layer, weight, torch.empty(linear.out_features, device="meta"), linear.bias)
+
+    def values(self) -> torch.Tensor:
+        """Return the weight, float32 [out, in]: 127 stands for the row's largest magnitude."""
+        return self.weight.float().mul_(self.weight_scale[:, None] / 127)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out] in the dtype of `x`."""

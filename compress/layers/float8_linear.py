@@ -65,6 +65,10 @@ class Float8Linear(CompressedLayer):
         weight = torch.empty((linear.out_features, linear.in_features), dtype=E4M3, device="meta")
         return cls(layer, weight, torch.empty(linear.out_features, device="meta"), linear.bias)
 
+    def values(self) -> torch.Tensor:
+        """Return the weight, float32 [out, in]."""
+        return self.weight.float().mul_(self.weight_scale[:, None])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out] in the dtype of `x`."""
         rows = x.reshape(-1, self.in_features)

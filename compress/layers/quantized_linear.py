@@ -154,6 +154,11 @@ class QuantizedLinear(CompressedLayer):
         scale = self.weight_scale.view(self.out_features, -1)
         return dequantize(self.integers(), scale, self.zeros(), self.layer.group_size, dtype)
 
+    def values(self) -> torch.Tensor:
+        """Return the weight for the input as it comes, float32 [out, in]."""
+        weight = self.dequantized()
+        return weight if self.input_factor is None else weight.div_(self.input_factor)
+
     def pack(self) -> None:
         """Hand the weight over to the kernel of its device and drop the plain copy; a second call does nothing."""
         if self.weight is not None and self.scheme is not ActivationScheme.NONE:
@@ -165,14 +170,8 @@ class QuantizedLinear(CompressedLayer):
         if self.scheme is not ActivationScheme.NONE:
             self.pack()
             return self
-        weight = self.dequantized()
-        weight = weight if self.input_factor is None else weight.div_(self.input_factor)
-        with torch.device("meta"):
-            plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-        if self.bias is not None:
-            plain.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
-        return OneDnnLinear(plain, dtype) if weight.device.type == "cpu" and has_onednn_linear(dtype) else plain
+        plain = self.plain().to(dtype).requires_grad_(False)
+        return OneDnnLinear(plain, dtype) if plain.weight.device.type == "cpu" and has_onednn_linear(dtype) else plain
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out] in the dtype of `x`."""

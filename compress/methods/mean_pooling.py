@@ -22,7 +22,8 @@ BACKBONE_PREFIX = "embedding_model."
 class MeanPooling(Method):
     """Drop the latent-attention head. The vectors are others: the model is worth something again once it has been distilled.
 
-    What is left is a model that other libraries know, a Mistral whose config says that it is not causal, pooled by the mean.
+    What is left is a model that other libraries know, a Mistral whose config says that it is not causal, pooled by the mean, whose
+    tokenizer puts the token that ends a text there itself.
     """
 
     method: Literal["mean_pooling"] = "mean_pooling"
@@ -35,7 +36,9 @@ class MeanPooling(Method):
         assert isinstance(model.network, NVEmbedNetwork)  # `estimate` refuses other models
         weights = model.weights.renamed(_backbone_name)
         config = _plain(model.config)
-        return self, replace(model, network=model.network.embedding_model, weights=weights, config=config)
+        tokenizer = model.tokenizer.ending_itself()
+        backbone = model.network.embedding_model
+        return self, replace(model, network=backbone, weights=weights, config=config, tokenizer=tokenizer, spec=tokenizer.spec)
 
     def estimate(self, shape: ModelShape) -> Estimate:
         """Size after: the backbone's.

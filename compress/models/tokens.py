@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ Ids = npt.NDArray[np.int64]
 
 # Tokens. Above this a text is not padded, nor are others padded to it.
 LONGEST_PADDED = 2_048
+# What puts no special token anywhere, as `tokenizer.json` has it.
+ALONE: dict[str, Any] = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
@@ -73,6 +81,32 @@ class TextTokenizer:
         """Return what `tokenizer.json` would hold."""
         content: dict[str, Any] = json.loads(self._tokenizer.to_str())
         return content
+
+    def ending_itself(self) -> TextTokenizer:
+        """Return one that puts the spec's suffix behind every text as a special token, as other libraries' tokenizers do.
+
+        Ids are the same but where a text is cut: this one then cuts the text and not its end. Prompts' tokens count with the
+        special ones before them.
+
+        Raises:
+            ValueError: the suffix is no special token, or `tokenizer.json` puts special tokens elsewhere than in a template.
+        """
+        definition, suffix = self.definition(), self._spec.suffix
+        spec = self._spec.model_copy(update={"suffix": "", "prompt_specials": True})
+        if suffix:
+            template = definition["post_processor"] or deepcopy(ALONE)
+            number = next((token["id"] for token in definition["added_tokens"] if token["content"] == suffix), None)
+            if number is None or template["type"] != "TemplateProcessing":
+                raise ValueError(f"its tokenizer cannot put {suffix!r} behind texts by itself")
+            template["single"].append({"SpecialToken": {"id": suffix, "type_id": 0}})
+            template["special_tokens"][suffix] = {"id": suffix, "ids": [number], "tokens": [suffix]}
+            definition["post_processor"] = template
+        return TextTokenizer(Tokenizer.from_str(json.dumps(definition)), self.max_length, spec)
+
+    @property
+    def spec(self) -> EmbedderSpec:
+        """How it takes texts."""
+        return self._spec
 
     def redefined(self, definition: dict[str, Any]) -> TextTokenizer:
         """Return a tokenizer of another definition that takes texts as this one does."""

@@ -182,12 +182,21 @@ def open_model(folder: Path) -> OpenModel:
     return replace(opened, layers=info.layers or opened.layers, heads=info.heads, dropped=info.dropped)
 
 
-def open_variant(folder: Path, name: str, *, device: str | None = None, dtype: str | None = None) -> TorchEmbedder:
-    """Open a variant as it was saved: quantized weights go from the file to their kernels, never through floating point."""
+def open_variant(
+    folder: Path, name: str, *, device: str | None = None, dtype: str | None = None, activations: bool = True
+) -> TorchEmbedder:
+    """Open a variant as it was saved: quantized weights go from the file to their kernels, never through floating point.
+
+    `activations`: False leaves them in floating point whatever the variant's scheme is, as libraries do that unpack its weights.
+    """
     target = pick_device(device)
     compute = pick_dtype(dtype, target)
     model = empty_model(folder)
     weights_of(folder, model).fill(model)
+    if not activations:
+        for path, module in list(model.named_modules()):
+            if isinstance(module, CompressedLayer) and module.rounds_inputs:
+                model.set_submodule(path, module.plain().requires_grad_(False))
     return _embedder(name, *read_text_side(folder), model, target, compute)
 
 

@@ -57,7 +57,7 @@ def trainable(network: nn.Module, rank: int | None = None, *, integers: str = "f
     network.requires_grad_(rank is None)
     for name, layer in stood_for.items():
         try:
-            network.set_submodule(name, learning(layer) if integers == "trained" else _plain(layer))
+            network.set_submodule(name, learning(layer) if integers == "trained" else layer.plain())
         except ValueError as error:
             raise ValueError(f"{name} {error}") from error
     hooks, changed = [], list[nn.Linear]()
@@ -80,17 +80,6 @@ def trainable(network: nn.Module, rank: int | None = None, *, integers: str = "f
                 setattr(layer, "bias", nn.Parameter(plain.bias.detach(), requires_grad=False))  # type: ignore[operator, union-attr] # noqa: B010  typed as a tensor
             network.set_submodule(name, layer)
         network.requires_grad_(False)
-
-
-def _plain(layer: QuantizedLinear | QuantizedEmbedding) -> nn.Linear:
-    assert isinstance(layer, QuantizedLinear)
-    with torch.device("meta"):
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    weight = layer.dequantized()
-    plain.weight = nn.Parameter(weight if layer.input_factor is None else weight.div_(layer.input_factor), requires_grad=False)
-    if layer.bias is not None:
-        plain.bias = nn.Parameter(layer.bias.float().clone())
-    return plain
 
 
 def _changed_by(

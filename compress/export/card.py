@@ -1,0 +1,131 @@
+"""The card of an export: licence, how to load it, what it was measured to keep, how it was made, its files' checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from compress.export.reader import Reader, usual_prompt
+from compress.measure.statistics import Interval
+from compress.models.variant import VariantInfo
+from compress.record import RECORD_FILE, Record
+
+CHUNK = 1 << 20
+CARD_FILE = "README.md"
+
+
+def record_of(variant: Path) -> Record | None:
+    """Return the record of the run that a variant lies in; None where it lies alone."""
+    return Record.read(variant.parent) if (variant.parent / RECORD_FILE).exists() else None
+
+
+def card(info: VariantInfo, reader: Reader, read_back: str, record: Record | None, folder: Path) -> str:
+    """Return the card of what lies in a folder.
+
+    Args:
+        info: the variant.
+        reader: what loads it.
+        read_back: what came of that.
+        record: of the run that made it; without one the card has no scores.
+        folder: the files.
+    """
+    title = f"{info.base}: weights {info.weights}, activations {info.activations}"
+    parts = ["\n".join(_front(info, reader)), f"# {title}", *_warnings(info), _use(info, reader), read_back, *reader.notes]
+    if record is not None:
+        parts += [*_accuracy(record), *_speed(record), _recipe(record)]
+    return "\n\n".join([*parts, "\n".join(_files(folder))]) + "\n"
+
+
+def _front(info: VariantInfo, reader: Reader) -> Iterator[str]:
+    yield "---"
+    if info.licence:
+        yield f"license: {json.dumps(info.licence)}"
+    yield f"library_name: {reader.library}"
+    yield "pipeline_tag: sentence-similarity"
+    if "/" in info.base:
+        yield f"base_model: {info.base}"
+        yield f"base_model_relation: {'quantized' if info.quantized else 'finetune'}"
+    yield "---"
+
+
+def _warnings(info: VariantInfo) -> Iterator[str]:
+    if not info.pretrained:
+        yield "Made from random weights, to measure speed and memory; its vectors mean nothing."
+    if info.licence:
+        yield f"The licence of {info.base}, {info.licence}, holds for this too."
+    else:
+        yield f"The files of {info.base} named no licence; whatever holds for it holds here."
+
+
+def _use(info: VariantInfo, reader: Reader) -> str:
+    prompt = usual_prompt(info.spec)
+    call = f'vectors = embed(["any", "texts"]{f", {json.dumps(prompt, ensure_ascii=False)}" if prompt else ""})'
+    install = f"`pip install {' '.join(reader.packages)}` is all that it needs:"
+    return f"## Use\n\n{install}\n\n```python\n{reader.example}\n{call}\n```"
+
+
+def _accuracy(record: Record) -> Iterator[str]:
+    if not record.tasks:
+        return
+    yield f"## Accuracy\n\nAgainst {record.model.name} in {record.baseline}. Scores x 100."
+    rows = ["| task | metric | before | this | difference | 95 % interval | verdict |", "|---|---|---|---|---|---|---|"]
+    for task in record.tasks:
+        scores = f"{100 * task.baseline:.2f} | {100 * task.variant:.2f} | {100 * task.delta:+.2f}"
+        rows.append(f"| {task.task} | {task.metric} | {scores} | {_interval(task.interval)} | {task.verdict or '-'} |")
+    yield "\n".join(rows)
+    if record.retained is not None:
+        yield f"{100 * record.retained:.2f} % of the mean is kept: {record.verdict}."
+    fidelity = record.fidelity
+    if fidelity is not None and fidelity["cosine_mean"] is not None:
+        cosine, overlap = f"{fidelity['cosine_mean']:.5f}", f"{fidelity['overlap_at_10']:.1%}"
+        yield f"Mean cosine to the vectors before: {cosine} on {fidelity['texts']} texts; of ten neighbours {overlap} are the same."
+
+
+def _interval(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{100 * interval.low:+.2f} to {100 * interval.high:+.2f}"
+
+
+def _speed(record: Record) -> Iterator[str]:
+    if all(row.speed is None for row in record.rows):
+        return
+    machine = record.machine
+    where = machine.gpu or f"{machine.cpu}, {machine.cores} cores"
+    yield f"## Speed and memory\n\nOf the variant as it was measured, in the runtime named: {record.measured_on}; {where}."
+    rows = ["| | runtime | texts/s | p50 ms | peak memory | on disk |", "|---|---|---|---|---|---|"]
+    for row in record.rows:
+        name = f"before, {row.compute}" if row.role == "baseline" else "this"
+        speed = row.speed
+        shown = "- | - | -"
+        if speed is not None:
+            peak = speed["gpu_peak_bytes"] if machine.gpu else speed["peak_bytes"]
+            memory = f"{peak / 1e6:,.0f} MB" if peak is not None else "-"
+            shown = f"{speed['texts_per_second']:,.0f} | {speed['latency_p50_ms']:.1f} | {memory}"
+        rows.append(f"| {name} | {row.runtime} | {shown} | {row.size_bytes / 1e6:,.1f} MB |")
+    yield "\n".join(rows)
+    installed = [f"{name} {version}" for name, version in record.versions.items() if version != "not installed"]
+    yield f"Versions: {', '.join(installed)}."
+
+
+def _recipe(record: Record) -> str:
+    text = io.StringIO()
+    YAML().dump(record.recipe, text)
+    return f"## Recipe\n\nRun `{record.run}` of {record.created}:\n\n```yaml\n{text.getvalue()}```"
+
+
+def _files(folder: Path) -> Iterator[str]:
+    yield "## Files\n\n| file | bytes | SHA-256 |\n|---|---|---|"
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD_FILE):
+        yield f"| {path.relative_to(folder).as_posix()} | {path.stat().st_size:,} | `{_checksum(path)}` |"
+
+
+def _checksum(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            found.update(chunk)
+    return found.hexdigest()

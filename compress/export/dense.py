@@ -1,0 +1,53 @@
+"""A variant as an ordinary model of its architecture in half precision, for sentence-transformers or for plain transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.export.checkpoint import Opened, half_values, open_variant, table_notes, write_config, write_weights
+from compress.export.reader import Reader, in_sentence_transformers, in_transformers
+from compress.export.text import write_modules, write_tokenizer
+from compress.loading import Source
+
+SENTENCE_TRANSFORMERS, TRANSFORMERS = "sentence-transformers", "transformers"
+
+
+def write_sentence_transformers(source: Source, folder: Path) -> Reader:
+    """Write a variant into an empty folder: weights, tokenizer, and the modules that pool and normalise.
+
+    Pruned weights are written as zeros, integers as the values that they stand for.
+
+    Raises:
+        UserError: the architecture's config cannot describe the variant.
+    """
+    opened = _write(source, folder, SENTENCE_TRANSFORMERS)
+    write_modules(opened, folder)
+    return Reader(SENTENCE_TRANSFORMERS, (SENTENCE_TRANSFORMERS,), in_sentence_transformers(), notes=_notes(opened))
+
+
+def write_transformers(source: Source, folder: Path) -> Reader:
+    """Write a variant into an empty folder, weights and tokenizer alone; the card's example pools.
+
+    Raises:
+        UserError: the architecture's config cannot describe the variant.
+    """
+    opened = _write(source, folder, TRANSFORMERS)
+    return Reader(TRANSFORMERS, (TRANSFORMERS, "torch"), in_transformers(opened.info.spec), notes=_notes(opened))
+
+
+def _write(source: Source, folder: Path, layout: str) -> Opened:
+    opened = open_variant(source, layout, integers=False)
+    write_weights(opened, folder, half_values)
+    write_config(opened, folder, None, "float16", {})
+    write_tokenizer(opened, folder)
+    return opened
+
+
+def _notes(opened: Opened) -> tuple[str, ...]:
+    if not opened.linears:
+        return table_notes(opened)
+    return (
+        f"{len(opened.linears)} linear layers of {opened.info.weights}: written out in half precision as the values that they stand"
+        " for, so that the file is as large as the model's before; activations are not quantized.",
+        *table_notes(opened),
+    )

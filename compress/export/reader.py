@@ -1,0 +1,172 @@
+"""How others load what was written, and whether what they then compute is what the variant computes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from compress.errors import UserError
+from compress.loading import Source, open_source
+from compress.measure.fidelity import cosines
+from compress.models.embedder import Embedder
+from compress.models.spec import EmbedderSpec, Pooling
+from compress.runtimes.contract import RuntimeName
+from compress.texts import suite_texts
+
+READ_BACK_TEXTS, READ_BACK_COSINE = 20, 0.9999
+OURS = "compress-embedders"
+
+IN_SENTENCE_TRANSFORMERS = """\
+from sentence_transformers import SentenceTransformer
+{imports}
+model = SentenceTransformer(".", model_kwargs={{{options}}})  # the folder that this file lies in
+
+def embed(texts, prompt=""):
+    return model.encode(texts, prompt=prompt)
+"""
+IN_TRANSFORMERS = """\
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")  # the folder that this file lies in
+model = AutoModel.from_pretrained(".", dtype=torch.float32).eval()  # float16 on a GPU
+
+@torch.no_grad()
+def embed(texts, prompt=""):
+    texts = [{prepared} for text in texts]
+    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    tokens, pooled = model(**batch).last_hidden_state.float(), batch["attention_mask"].clone()
+{pooling}
+    return {vectors}.numpy()
+"""
+WITHOUT_PROMPT = """\
+    if prompt:  # it is read, and does not enter the mean
+        pooled[:, : len(tokenizer(prompt)["input_ids"]) - 1] = 0
+"""
+POOLED = {
+    Pooling.MEAN: "    vectors = (tokens * pooled[..., None]).sum(dim=1) / pooled.sum(dim=1, keepdim=True)",
+    Pooling.CLS: "    vectors = tokens[:, 0]",
+    Pooling.LAST: "    vectors = tokens[torch.arange(len(texts)), pooled.sum(dim=1) - 1]",
+}
+
+VERSIONS = """\
+import json, sys
+from importlib import metadata
+
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        continue
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What loads an export, and how."""
+
+    library: str
+    packages: tuple[str, ...]
+    """Of pip; each is imported by its name with underscores."""
+    example: str
+    """A program that defines `embed(texts, prompt="")`, run in the export's folder."""
+    runtime: RuntimeName = RuntimeName.TORCH
+    """Whose vectors of the variant it is to give."""
+    quantizes: bool = False
+    """Whether it quantizes activations as the variant does; others leave them in floating point."""
+    notes: tuple[str, ...] = ()
+    """What a user should know."""
+
+
+def in_transformers(spec: EmbedderSpec) -> str:
+    """Return the example for plain transformers, which takes texts as a spec says."""
+    pooling = (WITHOUT_PROMPT if spec.pooling is Pooling.MEAN and not spec.pool_prompt else "") + POOLED[spec.pooling]
+    prepared = "(prompt + text).lower()" if spec.lowercase else "prompt + text"
+    vectors = "torch.nn.functional.normalize(vectors, dim=1)" if spec.normalize else "vectors"
+    return IN_TRANSFORMERS.format(prepared=prepared, pooling=pooling, vectors=vectors)
+
+
+def in_sentence_transformers(imports: str = "", options: str = '"dtype": "float32"') -> str:
+    """Return the example for sentence-transformers; `options`: what it is to hand to transformers."""
+    return IN_SENTENCE_TRANSFORMERS.format(imports=imports, options=options)
+
+
+def usual_prompt(spec: EmbedderSpec) -> str:
+    """Return a prompt that texts have before them: the default one, else the first."""
+    return spec.default_prompt or next(iter(spec.prompts.values()), "")
+
+
+def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> str:
+    """Let the reader give some texts' vectors, and say how like the variant's own they are.
+
+    Args:
+        source: the variant.
+        folder: what was written.
+        reader: what loads it.
+        python: the interpreter that it is installed in.
+
+    Raises:
+        UserError: it gives other vectors, or fails.
+    """
+    there = package_versions(reader, python)
+    missing = [name for name in reader.packages if name not in there]
+    if missing:
+        return f"Not read back: {', '.join(missing)} not installed where it was written."
+    embedder, texts = own(source, reader), list(suite_texts()[:READ_BACK_TEXTS])
+    prompt = usual_prompt(embedder.spec)
+    worst = float(cosines(embedder.encode(texts, prompt), run_example(folder, reader, texts, prompt, python)).min())
+    if worst < READ_BACK_COSINE:
+        raise UserError(f"{source.name}: {reader.library} gives other vectors: lowest cosine {worst:.6f} on {len(texts)} texts")
+    versions = ", ".join(f"{name} {version}" for name, version in there.items())
+    return f"Read back with {versions}: lowest cosine {worst:.7f} to the variant's own vectors on {len(texts)} texts."
+
+
+def own(source: Source, reader: Reader) -> Embedder:
+    """Open the variant as the reader is to run it."""
+    if reader.runtime is RuntimeName.TORCH and not reader.quantizes:
+        from compress.runtimes.torch_runtime import open_variant
+
+        return open_variant(source.folder, source.name, device="cpu", activations=False)
+    return open_source(source, runtime=reader.runtime, device="cpu")
+
+
+def package_versions(reader: Reader, python: Path) -> dict[str, str]:
+    """Return the versions of a reader's packages that an interpreter has.
+
+    Raises:
+        UserError: it is no Python.
+    """
+    try:
+        done = subprocess.run([python, "-I", "-c", VERSIONS, *reader.packages], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{python}: is no Python that runs ({error})") from error
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def run_example(folder: Path, reader: Reader, texts: list[str], prompt: str, python: Path = Path(sys.executable)) -> np.ndarray:
+    """Run a reader's example in a process that knows nothing of this package, and return its vectors of texts.
+
+    Raises:
+        UserError: it failed.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        script, out = Path(work) / "example.py", Path(work) / "vectors.npy"
+        ours = "" if reader.library == OURS else "\nimport sys\nassert 'compress' not in sys.modules\n"
+        given = f"\nimport numpy\nnumpy.save({str(out)!r}, embed({texts!r}, {prompt!r}))\n{ours}"
+        script.write_text(reader.example + given, encoding="utf-8")
+        # -I: neither this folder nor the user's settings are looked into for modules.
+        done = subprocess.run([python, "-I", str(script)], cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(f"{folder}: the example of the card failed", reason)
+        vectors: np.ndarray = np.load(out)
+    return vectors
