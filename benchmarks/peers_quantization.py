@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from environments import TORCH, add_environments_option, python_of
-from scatter import draw
 
 import compress
 from compress.cache import cache_root
@@ -40,6 +39,7 @@ from compress.loading import find, spec_of, tokenizer_of
 from compress.models.checkpoint import write_text_atomic
 from compress.models.shape import read_shape
 from compress.models.spec import EmbedderSpec, transformer_folder
+from compress.plot import Panel, Point, figure
 from compress.record import Journal, machine, now
 from compress.texts import calibration_texts, measure_texts
 
@@ -497,7 +497,9 @@ def main() -> None:
     if arguments.json:
         write_text_atomic(arguments.json, json.dumps(found, indent=1) + "\n")
     if arguments.plot:
-        draw(found["rows"], arguments.plot)
+        points = [Point(str(row["name"]), row["ratio"], row["kept"]) for row in found["rows"] if row["ratio"] and row["kept"]]
+        panel = Panel("", "texts/s, relative to sentence-transformers fp32", "score kept, %", points)
+        write_text_atomic(arguments.plot, figure([[panel]]))
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def _asked_licence(run: Path) -> str:
 @app.command()
 def compare(
     runs: RunsArgument = RESULTS,
-    format: Annotated[str, typer.Option("--format", metavar="F", help="table, markdown, csv or json.")] = "table",
+    format: Annotated[str, typer.Option("--format", metavar="F", help="table, markdown, svg, csv or json.")] = "table",
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Written there, not printed.")] = None,
 ) -> None:
     """Show runs side by side, those apart that are not comparable; no other run beats those that are marked."""

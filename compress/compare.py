@@ -13,6 +13,7 @@ from typing import Any
 
 from compress.errors import UserError, nearest
 from compress.memory import gigabytes
+from compress.plot import Panel, Point, figure
 from compress.record import RECORD_FILE, Record
 
 # Of the packages that a record lists, those that scores and speed in torch depend on.
@@ -303,9 +304,41 @@ def as_table(found: Comparison) -> str:
     return file.getvalue()
 
 
+def as_svg(found: Comparison) -> str:
+    """Draw what is kept against speed and against size, a row for each group with more than one scored run.
+
+    Raises:
+        UserError: there is no such group.
+    """
+    rows = [_panels(group) for group in found.groups if sum(line.kept is not None for line in group.lines) > 1]
+    if not rows:
+        raise UserError("nothing to draw: no two runs that may stand side by side were scored", "the other formats show the rest")
+    return figure(rows)
+
+
+def _panels(group: Group) -> list[Panel]:
+    scored = [line for line in group.lines if line.kept is not None]
+    title = f"{group.model}, {len(group.tasks)} tasks, {group.machine.partition(' (')[0]}"
+    against: list[tuple[str, Callable[[Line], float | None]]] = [
+        ("throughput over the first baseline's", lambda line: line.speedup),
+        ("file, MB", lambda line: line.bytes / 1e6),
+    ]
+    panels = []
+    for label, value in against:
+        points = [
+            Point(line.recipe, x, 100 * line.kept, line.optimal)
+            for line in scored
+            if line.kept is not None and (x := value(line)) is not None
+        ]
+        if points:
+            panels.append(Panel(title, label, "mean score kept, %", points))
+    return panels
+
+
 FORMATS: Mapping[str, Callable[[Comparison], str]] = {
     "table": as_table,
     "markdown": as_markdown,
+    "svg": as_svg,
     "csv": as_csv,
     "json": as_json,
 }

@@ -35,7 +35,7 @@ LEVELS = [
     ["output"],
     ["models"],
     ["layers"],
-    ["texts", "cache", "memory", "processor"],
+    ["texts", "cache", "memory", "processor", "plot"],
     ["errors", "data"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -1,0 +1,112 @@
+"""Scatter plots with names at their points, as SVG: nothing is needed to draw one, and a README shows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT, LEFT, BOTTOM, EDGE, TOP = 600, 440, 60, 50, 18, 20
+GLYPH, LINE, DOT = 6.3, 13, 4
+FARTHEST = 30
+"""Pixels between a point and its name where it is not marked; those that find no room so near have none."""
+MARKED, OTHER = "#1f5fa8", "#a0a0a0"
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Something with a name."""
+
+    name: str
+    x: float
+    y: float
+    marked: bool = True
+    """Whether it is in colour; the names of others stand where there is room, else show when they are pointed at."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Points against two axes; the horizontal one begins at 0."""
+
+    title: str
+    x_label: str
+    y_label: str
+    points: Sequence[Point]
+
+
+def figure(panels: Sequence[Sequence[Panel]]) -> str:
+    """Return an SVG of rows of panels."""
+    across, down = max(map(len, panels)), len(panels)
+    parts = [f'<rect width="{across * WIDTH}" height="{down * HEIGHT}" fill="white"/>']
+    for row, line in enumerate(panels):
+        for column, panel in enumerate(line):
+            parts += [f'<g transform="translate({column * WIDTH} {row * HEIGHT})">', *_drawn(panel), "</g>"]
+    size = f'width="{across * WIDTH}" height="{down * HEIGHT}" viewBox="0 0 {across * WIDTH} {down * HEIGHT}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">'
+    return "\n".join([head, *parts, "</svg>\n"])
+
+
+def _drawn(panel: Panel) -> Iterator[str]:
+    """Yield a panel's elements: no name lies on another or on a point; one that finds no room is left out."""
+    points = sorted(panel.points, key=lambda point: not point.marked)
+    across, up = _ticks(0, max(p.x for p in points)), _ticks(min(p.y for p in points), max(p.y for p in points))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        right, top = x / across[-1], (y - up[0]) / (up[-1] - up[0])
+        return LEFT + right * (WIDTH - LEFT - EDGE), HEIGHT - BOTTOM - top * (HEIGHT - BOTTOM - EDGE - TOP)
+
+    for left, x in ((at(x, up[0])[0], x) for x in across):
+        yield f'<path d="M{left:.1f} {HEIGHT - BOTTOM}V{EDGE + TOP}" stroke="#e3e3e3"/>'
+        yield f'<text x="{left:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>'
+    for top, y in ((at(0, y)[1], y) for y in up):
+        yield f'<path d="M{LEFT} {top:.1f}H{WIDTH - EDGE}" stroke="#e3e3e3"/>'
+        yield f'<text x="{LEFT - 8}" y="{top + 4:.1f}" text-anchor="end">{y:g}</text>'
+    yield f'<text x="{LEFT}" y="{EDGE}" font-size="13" font-weight="bold">{escape(panel.title)}</text>'
+    yield f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" text-anchor="middle">{escape(panel.x_label)}</text>'
+    yield f'<text transform="translate(18 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{escape(panel.y_label)}</text>'
+    dots = [at(point.x, point.y) for point in points]
+    taken = [(x - DOT, y - DOT, x + DOT, y + DOT) for x, y in dots]
+    for point, (x, y) in zip(points, dots, strict=True):
+        box = _place(x, y, GLYPH * len(point.name), taken, WIDTH if point.marked else FARTHEST)
+        if box is not None:
+            taken.append(box)
+            near_x, near_y = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+            if math.hypot(near_x - x, near_y - y) > 3 * DOT:  # so far off that it is not plain whose name it is
+                yield f'<path d="M{x:.1f} {y:.1f}L{near_x:.1f} {near_y:.1f}" stroke="#999"/>'
+        about = f"<title>{escape(point.name)}: {point.x:g}, {point.y:g}</title>"
+        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{DOT}" fill="{MARKED if point.marked else OTHER}">{about}</circle>'
+        if box is not None:
+            start, anchor = _anchored(x, box)
+            colour = "" if point.marked else f' fill="{OTHER}"'
+            yield f'<text x="{start:.1f}" y="{box[3] - 3:.1f}" text-anchor="{anchor}"{colour}>{escape(point.name)}</text>'
+
+
+def _anchored(x: float, box: Box) -> tuple[float, str]:
+    if box[0] > x:
+        return box[0], "start"
+    return (box[2], "end") if box[2] < x else ((box[0] + box[2]) / 2, "middle")
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return round numbers from at or below `low` to at or above `high`; less than 1 is not spread out over an axis."""
+    rough = max(high - low, 1.0) / 6
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= rough)
+    first = math.floor(low / step)
+    return [round(step * number, 10) for number in range(first, max(math.ceil(high / step), first + 1) + 1)]
+
+
+def _place(x: float, y: float, width: float, taken: Sequence[Box], farthest: int) -> Box | None:
+    """Return the nearest free box for a name of that width around a point; None where none is nearer than `farthest`."""
+    for distance in range(DOT + 4, farthest, 6):
+        for turn in range(16):
+            across, down = math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)
+            left, top = x + across * (distance + width / 2) - width / 2, y + down * (distance + LINE / 2) - LINE / 2
+            box = (left, top, left + width, top + LINE)
+            inside = box[0] > LEFT and box[2] < WIDTH and box[1] > EDGE + TOP and box[3] < HEIGHT - BOTTOM
+            if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+                return box
+    return None
