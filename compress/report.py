@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from compress.evaluate import Evaluation
 
 WIDTH = 120  # fixed, so that what is quoted looks the same wherever it was printed
+NAME_WIDTH = 28  # of a row, which wraps: what else a row says is numbers, and these do not
 
 
 def print_record(record: Record, console: Console | None = None) -> None:
@@ -164,7 +165,7 @@ def _rows(record: Record) -> Table:
         pad_edge=False,
     )
     baselines = [row.name for row in record.rows if row.role == "baseline"]
-    table.add_column("", no_wrap=True)
+    table.add_column("", max_width=NAME_WIDTH)
     for heading in (
         "texts/s",
         "tokens/s",
@@ -174,7 +175,7 @@ def _rows(record: Record) -> Table:
         "peak memory",
         "on disk",
     ):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in record.rows:
         name = row.name if row.role == "baseline" else f"{row.weights} x {row.activations}"
         if row.speed is None:

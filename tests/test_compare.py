@@ -6,11 +6,12 @@ import csv
 import json
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from compress import cli
-from compress.compare import Line, as_csv, as_json, as_markdown, as_table, compare, optimal
+from compress.compare import Line, as_csv, as_json, as_markdown, as_svg, as_table, compare, optimal
 from compress.errors import UserError
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -118,6 +119,25 @@ def test_every_format_holds_every_run(tmp_path: Path) -> None:
     assert sum(one.lstrip().startswith("*   int8-openvino") for one in printed.splitlines()) == 1
 
 
+def test_a_plot_has_a_point_for_each_run_and_names_those_that_no_other_beats(tmp_path: Path) -> None:
+    copy(tmp_path, "slow", retained=0.5, recipe__name="slow & <odd>", **{"rows__-1__speedup": {}})
+    with pytest.raises(UserError, match="nothing to draw"):
+        as_svg(compare([tmp_path]))
+    copy(tmp_path, "best", retained=0.9, recipe__name="best")
+    copy(tmp_path, "twin", retained=0.9, recipe__name="twin")
+    copy(tmp_path, "alone", machine__cores=64)
+    drawn = ElementTree.fromstring(as_svg(compare([tmp_path])))
+    svg = "{http://www.w3.org/2000/svg}"
+    speed, size = drawn.findall(f"{svg}g")
+    shown = [[point.find(f"{svg}title").text.partition(":")[0] for point in panel.iter(f"{svg}circle")] for panel in (speed, size)]
+    assert [sorted(names) for names in shown] == [["best", "twin"], ["best", "slow & <odd>", "twin"]]
+    names = [text.text for text in size.iter(f"{svg}text") if text.get("fill") is None]
+    assert {"best", "twin"} <= set(names)
+    assert "slow & <odd>" not in names
+    heights = {point.find(f"{svg}title").text.partition(":")[0]: float(point.get("cy")) for point in size.iter(f"{svg}circle")}
+    assert heights["best"] < heights["slow & <odd>"]  # more is higher up
+
+
 def test_the_records_of_the_project_can_be_compared() -> None:
     found = compare([RESULTS])
     assert not found.broken
@@ -126,6 +146,7 @@ def test_the_records_of_the_project_can_be_compared() -> None:
     assert (RESULTS / "README.md").read_text() == as_markdown(found), (
         "compress compare results --format markdown -o results/README.md"
     )
+    assert (RESULTS / "plot.svg").read_text() == as_svg(found), "compress compare results --format svg -o results/plot.svg"
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
