@@ -48,7 +48,9 @@ def write(source: Source, folder: Path) -> Reader:
     # Float16 as it is stored; without a word GPTQModel's kernel for CPUs computes in bfloat16.
     options = f'"dtype": "float16", "quantization_config": GPTQConfig(bits={quantization["bits"]}, backend="torch")'
     example = in_sentence_transformers("from transformers import GPTQConfig\n", options)
-    return Reader("sentence-transformers", ("sentence-transformers", "optimum", "gptqmodel"), example, notes=tuple(notes))
+    return Reader(
+        "sentence-transformers", ("sentence-transformers", "optimum", "gptqmodel"), example, half=True, notes=tuple(notes)
+    )
 
 
 def _notes(layers: list[QuantizedLayer]) -> list[str]:

@@ -41,7 +41,8 @@ def write_modules(opened: Opened, folder: Path) -> None:
 def tokenizer_config(tokenizer: dict[str, Any], config: dict[str, Any], max_length: int) -> dict[str, Any]:
     """Return a `tokenizer_config.json`: the class that takes `tokenizer.json` as it stands, and the special tokens' names."""
     added = {entry["id"]: entry["content"] for entry in tokenizer.get("added_tokens", []) if entry.get("special")}
-    special = {"pad_token": added[config["pad_token_id"]]} if config.get("pad_token_id") in added else {}
+    named = {f"{kind}_token": config.get(f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+    special = {key: added[number] for key, number in named.items() if number in added}
     for key, usual in USUAL.items():
         name = next((name for name in usual if name in added.values()), None)
         if key not in special and name is not None:

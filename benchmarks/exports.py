@@ -1,0 +1,88 @@
+"""Every format of `compress export`, of the two embedded models: read back by its own library, or why it is refused.
+
+    python benchmarks/exports.py
+    python benchmarks/exports.py --formats onnx,gptq --environments FOLDER
+
+Weights are rounded to four bits in groups of 64. NV-Embed's head stays where the format holds it; elsewhere the head is left out
+(`mean_pooling`), which changes the vectors and is said in the table. Exit code 1 where vectors differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from environments import add_environments_option, python_of
+from readback import OF_COMPRESSED, OF_GPTQMODEL
+
+from compress.apply import make_variant
+from compress.errors import UserError
+from compress.export import FORMATS, export
+from compress.loading import find
+from compress.methods.base import Method
+from compress.methods.mean_pooling import MeanPooling
+from compress.methods.prune.depth import Depth
+from compress.methods.quantize.embeddings import Embeddings
+from compress.methods.quantize.rtn import RTN
+from compress.models.shape import read_shape
+from compress.record import Journal
+
+ENVIRONMENTS = {"gptq": ("gptqmodel", OF_GPTQMODEL), "compressed-tensors": ("compressed-tensors", OF_COMPRESSED)}
+FOUR: tuple[Method, ...] = (RTN(bits=4, group_size=64, activations="none"),)
+GRAPH: tuple[Method, ...] = (*FOUR, Embeddings(bits=8))
+CASES: dict[str, dict[str, tuple[Method, ...]]] = {
+    "minilm": {"int4": FOUR, "int4, int8 table": GRAPH, "a block less": (Depth(drop=(2,)),)},
+    "nano": {
+        "int4": FOUR,
+        "int4, int8 table": GRAPH,
+        "int4, head left out": (MeanPooling(), *FOUR),
+        "a block less": (Depth(drop=(2,)),),
+    },
+}
+LOWEST = re.compile(r"Read back with (.*): lowest cosine ([\d.]+)")
+
+
+def outcome(variant: Path, format: str, target: Path, environments: Path) -> str:
+    """Export, and say what came of it."""
+    python = python_of(*ENVIRONMENTS[format], environments) if format in ENVIRONMENTS else Path(sys.executable)
+    said: list[str] = []
+    try:
+        export(variant, format, target, said.append, python=python)
+    except UserError as error:
+        return f"refused: {error.message}"
+    found = LOWEST.match(said[-1])
+    return f"{found[2]} ({found[1]})" if found else said[-1]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_environments_option(parser)
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    arguments = parser.parse_args()
+    os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
+    differs = False
+    print("| model | variant | format | lowest cosine, read by |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for model, cases in CASES.items():
+            source = find(model)
+            for case, steps in cases.items():
+                place = work / model / case.replace(", ", "-").replace(" ", "-")
+                place.mkdir(parents=True)
+                shape = read_shape(model, source.folder)
+                make_variant(source, shape, list(steps), "0", place / "variant", Journal(place / "journal"), lambda _: None)
+                for format in arguments.formats.split(","):
+                    found = outcome(place, format, place / format, arguments.environments)
+                    differs |= "gives other vectors" in found
+                    print(f"| {model} | {case} | {format} | {found} |", flush=True)
+    if differs:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
