@@ -6,9 +6,10 @@ Plans are made from this alone, so that a model of any size is planned without l
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib import resources
@@ -76,6 +77,8 @@ class ModelShape:
     config: Mapping[str, Any]
     left: tuple[int, ...] | None = None
     """Which blocks of the published model are left; None: all."""
+    packed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of weights that a plan's steps have put into integers: their own shapes, by the name of the layer."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -91,6 +94,11 @@ class ModelShape:
     def half_bytes(self) -> int:
         """Bytes of the half-precision baseline."""
         return self.parameters * HALF_BYTES
+
+    @property
+    def packed_parameters(self) -> int:
+        """Number of weights that a plan's steps have put into integers."""
+        return sum(math.prod(shape) for shape in self.packed.values())
 
     @property
     def bytes(self) -> int:
@@ -181,8 +189,9 @@ class ModelShape:
 
     def flops_per_token(self, length: int) -> float:
         """Return floating-point operations per token at a text length in tokens: products of the linear layers and of attention."""
-        linear = 2 * sum(info.parameters for info in self.block_linears.values())
-        return linear + 4 * length * self._attended()
+        plain = sum(info.parameters for info in self.block_linears.values())
+        packed = sum(math.prod(shape) for name, shape in self.packed.items() if is_block_linear(f"{name}.weight", len(shape)))
+        return 2 * (plain + packed) + 4 * length * self._attended()
 
     def _attended(self) -> int:
         """Return the width of all blocks' heads together; of architectures that are not known, the hidden size for each block."""
@@ -190,7 +199,8 @@ class ModelShape:
             output = f".{self.anatomy.output}.weight"
         except ValueError:
             return self.hidden_size * self.blocks
-        return sum(info.shape[1] for name, info in self.tensors.items() if name.endswith(output) and len(info.shape) == 2)
+        shapes = {name: self.packed.get(name.removesuffix(".weight"), info.shape) for name, info in self.tensors.items()}
+        return sum(shape[1] for name, shape in shapes.items() if name.endswith(output) and len(shape) == 2)
 
     def activation_bytes(self, batch_tokens: int, bytes_each: int = 4) -> int:
         """Return an upper estimate of the activations alive at once while a batch runs.

@@ -50,6 +50,7 @@ from compress.methods.prune.sparsegpt import SparseGPT
 from compress.methods.quantize.awq import AWQ
 from compress.methods.quantize.embeddings import Embeddings
 from compress.methods.quantize.fp8 import FP8
+from compress.methods.quantize.gptq import GPTQ
 from compress.methods.quantize.rtn import RTN
 from compress.models.network import empty_network, load_network
 from compress.models.segments import blocks_of
@@ -685,3 +686,16 @@ def test_a_plan_says_what_each_of_several_gpus_would_take() -> None:
     assert 4 * shape.parameters < low.gpus[1][0] < 0.5 * whole.gpus[1][0]
     assert 0.25 < whole.gpus[4][1] / whole.gpus[1][1] < 0.5  # the teacher is not shared
     assert "8: " in describe(make_plan(recipe, shape, Path.cwd()))
+
+
+def test_a_plan_counts_weights_in_integers_as_what_they_stand_for() -> None:
+    shape = find_shape("minilm")
+    rounded = Embeddings(bits=4, group_size=64).estimate(GPTQ(bits=3, group_size=64).estimate(shape).after).after
+    assert rounded.flops_per_token(64) == pytest.approx(shape.flops_per_token(64))
+    learned, frozen = (
+        Distill(texts="texts.txt", steps=100, batch=64, learning_rate=1e-4, integers=integers) for integers in ("trained", "frozen")
+    )
+    plain = learned.model_copy(update={"integers": "frozen"}).estimate(shape)
+    assert learned.estimate(rounded).gpus[1] == pytest.approx(plain.gpus[1], rel=0.03)  # scales are counted beside
+    assert frozen.estimate(rounded).gpus[1][0] < 0.5 * plain.gpus[1][0]
+    assert frozen.estimate(rounded).gpus[1][1] == pytest.approx(plain.gpus[1][1], rel=0.03)

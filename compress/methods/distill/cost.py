@@ -40,7 +40,9 @@ class Training:
     def memory_bytes(self, devices: int) -> int:
         """Return the bytes on each of so many devices, the texts and the teacher's vectors aside."""
         shape = self.student
-        state = TRAINED_BYTES * self.trained + FROZEN_BYTES * (shape.parameters - self.trained)
+        # What is in integers learns, or is passed through, as the floating-point values that it stands for.
+        frozen = shape.parameters + shape.packed_parameters - self.trained
+        state = TRAINED_BYTES * self.trained + FROZEN_BYTES * frozen
         if self.sharded and devices > 1:
             # A block's weights and gradients are whole while it runs.
             state = state // devices + 2 * FROZEN_BYTES * shape.largest_segment_bytes // HALF_BYTES

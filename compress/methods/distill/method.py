@@ -254,9 +254,10 @@ class Distill(Method):
 
         after = self._shape_of(shape)
         teacher = self._teacher_shape(shape)
+        learning = after.packed_parameters if self.integers == "trained" else 0
         training = Training(
             student=after,
-            trained=low_rank_parameters(after, self.lora) if self.lora else after.parameters,
+            trained=low_rank_parameters(after, self.lora) if self.lora else after.parameters + learning,
             batch=self.batch,
             batches=self.steps * self.accumulate,
             length=TYPICAL_TOKENS,

@@ -56,7 +56,7 @@ class QuantizeLinears(LinearsMethod):
         kinds = ", ".join(sorted({layer.name for layer in chosen.values()}))
         schemes = ", ".join(sorted({layer.activations for layer in chosen.values()}))
         return Estimate(
-            after=replace(shape, tensors=tensors),
+            after=replace(shape, tensors=tensors, packed={**shape.packed, **{name: linears[name].shape for name in chosen}}),
             memory_bytes=largest * (4 + 4 + 1) + self.work_bytes([linears[name] for name in chosen]),
             bytes_touched=weights * (4 + 4 + 1),
             flops=self.work_flops([linears[name] for name in chosen]),

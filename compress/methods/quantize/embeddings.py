@@ -49,7 +49,7 @@ class Embeddings(Method):
         tensors |= {f"{name}.{part}": stored for part, stored in stored_tensors(self._layer(), *info.shape).items()}
         values = info.parameters
         return Estimate(
-            after=replace(shape, tensors=tensors),
+            after=replace(shape, tensors=tensors, packed={**shape.packed, name: info.shape}),
             memory_bytes=values * (4 + 1),
             bytes_touched=values * (4 + 1),
             quantized={name: self._layer()},
