@@ -689,9 +689,9 @@ def test_a_plan_says_what_each_of_several_gpus_would_take() -> None:
 
 
 def test_a_plan_counts_weights_in_integers_as_what_they_stand_for() -> None:
-    shape = find_shape("minilm")
+    shape = find_shape("nvidia/NV-Embed-v2")
     rounded = Embeddings(bits=4, group_size=64).estimate(GPTQ(bits=3, group_size=64).estimate(shape).after).after
-    assert rounded.flops_per_token(64) == pytest.approx(shape.flops_per_token(64))
+    assert rounded.flops_per_token(64) == pytest.approx(shape.flops_per_token(64), rel=1e-9)
     learned, frozen = (
         Distill(texts="texts.txt", steps=100, batch=64, learning_rate=1e-4, integers=integers) for integers in ("trained", "frozen")
     )
