@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,6 +17,7 @@ from compress.errors import UserError
 
 RESULTS = Path(__file__).parents[1] / "results"
 RUN = RESULTS / "int8-openvino-minilm-4cafb257"
+GUIDE = RESULTS.parent / "docs" / "choosing.md"
 
 
 def copy(folder: Path, name: str, **changes: object) -> Path:
@@ -147,6 +149,19 @@ def test_the_records_of_the_project_can_be_compared() -> None:
         "compress compare results --format markdown -o results/README.md"
     )
     assert (RESULTS / "plot.svg").read_text() == as_svg(found), "compress compare results --format svg -o results/plot.svg"
+
+
+def test_the_guide_quotes_the_records() -> None:
+    """Rows of docs/choosing.md that name one recipe and an interval say what a record of that recipe on MiniLM says."""
+    known: dict[str, list[tuple[str, ...]]] = {}
+    for one in compare([RESULTS]).groups[0].lines:
+        kept, low, high = (f"{100 * float(share or 0):.2f}" for share in (one.kept, one.low, one.high))
+        known.setdefault(one.recipe, []).append((f"{kept} %", f"{low} to {high}", f"{one.bytes / 1e6:.1f} MB"))
+    rows = re.findall(r"^\| .* \| (`.*) \| ([\d.]+ %) \| ([\d.]+ to [\d.]+) \| ([\d.]+ MB) \|", GUIDE.read_text(), re.M)
+    assert len(rows) >= 7
+    for named, *values in rows:
+        recipe = re.findall(r"`([\w-]+)`", named)[0]
+        assert tuple(values) in {value for name, found in known.items() if name.startswith(recipe) for value in found}, named
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
