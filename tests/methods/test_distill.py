@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from tests_support import compress_to
 from tokenizers import Tokenizer
 from torch import nn
@@ -699,3 +700,15 @@ def test_a_plan_counts_weights_in_integers_as_what_they_stand_for() -> None:
     assert learned.estimate(rounded).gpus[1] == pytest.approx(plain.gpus[1], rel=0.03)  # scales are counted beside
     assert frozen.estimate(rounded).gpus[1][0] < 0.5 * plain.gpus[1][0]
     assert frozen.estimate(rounded).gpus[1][1] == pytest.approx(plain.gpus[1][1], rel=0.03)
+
+
+def test_tokens_may_begin_at_random(bert: Path, texts: Path, tmp_path: Path) -> None:
+    tables = []
+    for number, tokens in enumerate(("teacher", "random")):
+        student = Student(**SMALL | {"tokens": tokens})  # type: ignore[arg-type]
+        step = Distill(texts=str(texts), held_out=40, student=student, steps=1, batch=16, every=1, learning_rate=1e-9, precision="no")
+        compress_to(bert, tmp_path / str(number), step)
+        tables.append(load_file(tmp_path / str(number) / "model.safetensors")["embedding_model.embed_tokens.weight"].float())
+    expected = initial_weights(tmp_path / "1", None, seed=0)["embedding_model.embed_tokens.weight"]
+    torch.testing.assert_close(tables[1], expected, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(tables[0], tables[1], atol=1e-2)

@@ -179,7 +179,8 @@ class Distill(Method):
             partial = folder.with_name("new.partial")
             shutil.rmtree(partial, ignore_errors=True)
             self.student.write(partial, texts()[0])
-            made = initial_weights(partial, lambda strings: teacher.embedder.encode(strings, ""), self.seed)
+            known = self.student.tokens == "teacher"
+            made = initial_weights(partial, (lambda strings: teacher.embedder.encode(strings, "")) if known else None, self.seed)
             save_file(made, partial / "model.safetensors", metadata={"format": "pt"})
             partial.rename(folder)
         return open_model(folder)

@@ -46,6 +46,8 @@ class Student(BaseModel):
     """Tokens, learned from the texts."""
     max_length: int = Field(512, ge=16)
     """Longest input in tokens."""
+    tokens: Literal["teacher", "random"] = "teacher"
+    """What their embeddings begin as: the teacher's vectors of their strings, or random ones."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
