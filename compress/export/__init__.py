@@ -90,7 +90,7 @@ def _write(source: Source, info: VariantInfo, format: str, folder: Path, say: Sa
     for note in reader.notes:
         say(note)
     checked = read_back(source, folder, reader, python or Path(sys.executable)) if check else "Not read back."
-    say(checked)
+    say(checked + (" --python names an interpreter that has them." if "not installed" in checked else ""))
     write_text_atomic(folder / CARD_FILE, card(info, reader, checked, record_of(source.folder), folder))
 
 

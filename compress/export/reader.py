@@ -14,8 +14,10 @@ import numpy as np
 from compress.errors import UserError
 from compress.loading import Source, open_source
 from compress.measure.fidelity import cosines
+from compress.memory import available_memory_bytes, gigabytes
 from compress.models.embedder import Embedder
 from compress.models.spec import EmbedderSpec, Pooling
+from compress.models.variant import VariantInfo
 from compress.runtimes.contract import RuntimeName
 from compress.texts import suite_texts
 
@@ -124,9 +126,13 @@ def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> str
     missing = [name for name in reader.packages if name not in there]
     if missing:
         return f"Not read back: {', '.join(missing)} not installed where it was written."
-    embedder, texts = own(source, reader), list(suite_texts()[:READ_BACK_TEXTS])
-    prompt = usual_prompt(embedder.spec)
-    worst = float(cosines(embedder.encode(texts, prompt), run_example(folder, reader, texts, prompt, python)).min())
+    needed, free = _float32_bytes(source), available_memory_bytes()
+    if needed > free:
+        return f"Not read back: that takes {gigabytes(needed)} of memory, {gigabytes(free)} were free where it was written."
+    texts = list(suite_texts()[:READ_BACK_TEXTS])
+    prompt = usual_prompt(VariantInfo.read(source.folder).spec)
+    expected = own(source, reader).encode(texts, prompt)  # and out of memory again
+    worst = float(cosines(expected, run_example(folder, reader, texts, prompt, python)).min())
     if worst < (HALF_COSINE if reader.half else READ_BACK_COSINE):
         raise UserError(f"{source.name}: {reader.library} gives other vectors: lowest cosine {worst:.6f} on {len(texts)} texts")
     versions = ", ".join(f"{name} {version}" for name, version in there.items())
@@ -140,6 +146,14 @@ def own(source: Source, reader: Reader) -> Embedder:
 
         return open_variant(source.folder, source.name, device="cpu", activations=False)
     return open_source(source, runtime=reader.runtime, device="cpu")
+
+
+def _float32_bytes(source: Source) -> int:
+    """Return what a variant's network takes with every weight in float32, as it may be while it is read back."""
+    from compress.models.network import empty_network
+
+    network = empty_network(source.folder, VariantInfo.read(source.folder).folded)
+    return 4 * sum(parameter.numel() for parameter in network.parameters())
 
 
 def package_versions(reader: Reader, python: Path) -> dict[str, str]:

@@ -95,8 +95,18 @@ def test_a_library_that_is_not_there_is_said(bert: Path, make_variant, tmp_path:
     monkeypatch.setattr(reader, "VERSIONS", "print('{}')")
     said: list[str] = []
     out = export(make_variant(bert, FOUR), "transformers", tmp_path / "out", said.append)
-    assert said[-1] == "Not read back: transformers, torch not installed where it was written."
-    assert said[-1] in (out / "README.md").read_text()
+    reason = "Not read back: transformers, torch not installed where it was written."
+    assert said[-1] == f"{reason} --python names an interpreter that has them."
+    assert reason in (out / "README.md").read_text()
+
+
+def test_a_model_that_does_not_fit_is_not_read_back(
+    bert: Path, make_variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "available_memory_bytes", lambda: 10_000)
+    said: list[str] = []
+    export(make_variant(bert, FOUR), "transformers", tmp_path / "out", said.append)
+    assert re.fullmatch(r"Not read back: that takes 0\.3 MB of memory, .* were free where it was written\.", said[-1])
 
 
 def test_what_is_no_python_is_refused(bert: Path, make_variant, tmp_path: Path) -> None:

@@ -706,7 +706,9 @@ def test_tokens_may_begin_at_random(bert: Path, texts: Path, tmp_path: Path) -> 
     tables = []
     for number, tokens in enumerate(("teacher", "random")):
         student = Student(**SMALL | {"tokens": tokens})  # type: ignore[arg-type]
-        step = Distill(texts=str(texts), held_out=40, student=student, steps=1, batch=16, every=1, learning_rate=1e-9, precision="no")
+        step = Distill(
+            texts=str(texts), held_out=40, student=student, steps=1, batch=16, every=1, learning_rate=1e-9, precision="no"
+        )
         compress_to(bert, tmp_path / str(number), step)
         tables.append(load_file(tmp_path / str(number) / "model.safetensors")["embedding_model.embed_tokens.weight"].float())
     expected = initial_weights(tmp_path / "1", None, seed=0)["embedding_model.embed_tokens.weight"]
