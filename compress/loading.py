@@ -45,6 +45,8 @@ def _nano() -> Path:
 
 
 BUILT_IN: dict[str, Callable[[], Path]] = {"nano": _nano, "minilm": _minilm}
+PUBLISHED = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+"""What is built in and lies on the hub too, by its name there."""
 
 
 @dataclass(frozen=True)

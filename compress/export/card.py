@@ -11,6 +11,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from compress.export.reader import Reader, usual_prompt
+from compress.loading import PUBLISHED
 from compress.measure.statistics import Interval
 from compress.models.variant import VariantInfo
 from compress.record import RECORD_FILE, Record
@@ -34,6 +35,7 @@ def card(info: VariantInfo, reader: Reader, read_back: str, record: Record | Non
         record: of the run that made it; without one the card has no scores.
         folder: the files.
     """
+    info = info.model_copy(update={"base": PUBLISHED.get(info.base, info.base)})
     title = f"{info.base}: weights {info.weights}, activations {info.activations}"
     parts = ["\n".join(_front(info, reader)), f"# {title}", *_warnings(info), _use(info, reader), read_back, *reader.notes]
     if record is not None:
@@ -78,11 +80,10 @@ def _accuracy(record: Record) -> Iterator[str]:
         scores = f"{100 * task.baseline:.2f} | {100 * task.variant:.2f} | {100 * task.delta:+.2f}"
         rows.append(f"| {task.task} | {task.metric} | {scores} | {_interval(task.interval)} | {task.verdict or '-'} |")
     yield "\n".join(rows)
-    if record.retained is not None:
-        yield f"{100 * record.retained:.2f} % of the mean is kept: {record.verdict}."
+    yield f"Verdict: {record.verdict}."
     fidelity = record.fidelity
     if fidelity is not None and fidelity["cosine_mean"] is not None:
-        cosine, overlap = f"{fidelity['cosine_mean']:.5f}", f"{fidelity['overlap_at_10']:.1%}"
+        cosine, overlap = f"{fidelity['cosine_mean']:.5f}", f"{100 * fidelity['overlap_at_10']:.1f} %"
         yield f"Mean cosine to the vectors before: {cosine} on {fidelity['texts']} texts; of ten neighbours {overlap} are the same."
 
 

@@ -50,7 +50,7 @@ def write(source: Source, folder: Path) -> Reader:
     mixed = len(quantization["config_groups"]) > 1
     example = in_sentence_transformers() if mixed else in_sentence_transformers(DEQUANTIZE, OPTIONS)
     notes = (*table_notes(opened), *_notes(opened.linears.values(), mixed))
-    return Reader("sentence-transformers", ("sentence-transformers", LAYOUT), example, notes=notes)
+    return Reader("sentence-transformers", ("sentence-transformers", LAYOUT), example, quantizes=mixed, notes=notes)
 
 
 def _notes(layers: Iterable[QuantizedLayer], mixed: bool) -> list[str]:

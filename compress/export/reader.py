@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -122,6 +123,7 @@ def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> str
     Raises:
         UserError: it gives other vectors, or fails.
     """
+    python = Path(shutil.which(python) or python).absolute()  # the example runs in another folder
     there = package_versions(reader, python)
     missing = [name for name in reader.packages if name not in there]
     if missing:
