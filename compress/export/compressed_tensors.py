@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from compress.export.checkpoint import Opened, open_variant, refusal, table_notes, words, write_config, write_weights
-from compress.export.reader import Reader, in_sentence_transformers
+from compress.export.reader import Reader, in_sentence_transformers, in_transformers
 from compress.export.text import write_modules, write_tokenizer
 from compress.layers.float8_linear import Float8Linear
 from compress.layers.quantized_linear import QuantizedLinear
@@ -29,6 +29,10 @@ VERSION = "0.20.0"
 EVEN_BITS = (2, 4, 8)
 
 DEQUANTIZE = "from transformers import CompressedTensorsConfig\n"
+NO_ROUNDING = """\
+for module in model.modules():
+    module.quantization_enabled = False  # of activations, whose range it finds in another way than the variant
+"""
 OPTIONS = '"quantization_config": CompressedTensorsConfig(dequantize=True)'
 
 
@@ -48,12 +52,16 @@ def write(source: Source, folder: Path) -> Reader:
     write_tokenizer(opened, folder)
     write_modules(opened, folder)
     mixed = len(quantization["config_groups"]) > 1
-    example = in_sentence_transformers() if mixed else in_sentence_transformers(DEQUANTIZE, OPTIONS)
-    notes = (*table_notes(opened), *_notes(opened.linears.values(), mixed))
-    return Reader("sentence-transformers", ("sentence-transformers", LAYOUT), example, quantizes=mixed, notes=notes)
+    rounds = opened.info.activations != ActivationScheme.NONE
+    notes = (*table_notes(opened), *_notes(opened.linears.values(), mixed, rounds))
+    if mixed:  # sentence-transformers 6.2 does not open these, and transformers does
+        example = in_transformers(opened.info.spec, NO_ROUNDING if rounds else "")
+        return Reader("transformers", ("transformers", "torch", LAYOUT), example, notes=notes)
+    example = in_sentence_transformers(DEQUANTIZE, OPTIONS)
+    return Reader("sentence-transformers", ("sentence-transformers", LAYOUT), example, notes=notes)
 
 
-def _notes(layers: Iterable[QuantizedLayer], mixed: bool) -> list[str]:
+def _notes(layers: Iterable[QuantizedLayer], mixed: bool, rounds: bool) -> list[str]:
     """Say what readers of today do not do with such layers."""
     layers = list(layers)
     notes = []
@@ -70,7 +78,7 @@ def _notes(layers: Iterable[QuantizedLayer], mixed: bool) -> list[str]:
         )
     elif zeros:
         notes.append("Zeros of their own: transformers 5.23 loads these, its own files too, under `dequantize=True` alone.")
-    if any(layer.activations is not ActivationScheme.NONE for layer in layers):
+    if rounds:
         notes.append(
             "Activations: `dequantize=True` leaves them in floating point; readers that multiply 8-bit numbers quantize them."
         )

@@ -41,7 +41,7 @@ from transformers import AutoModel, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")  # the folder that this file lies in
 model = AutoModel.from_pretrained(".", dtype=torch.float32).eval()  # float16 on a GPU
-
+{opened}
 @torch.no_grad()
 def embed(texts, prompt=""):
     texts = [{prepared} for text in texts]
@@ -93,12 +93,12 @@ class Reader:
     """What a user should know."""
 
 
-def in_transformers(spec: EmbedderSpec) -> str:
-    """Return the example for plain transformers, which takes texts as a spec says."""
+def in_transformers(spec: EmbedderSpec, opened: str = "") -> str:
+    """Return the example for plain transformers, which takes texts as a spec says; `opened`: what comes after the model is."""
     pooling = (WITHOUT_PROMPT if spec.pooling is Pooling.MEAN and not spec.pool_prompt else "") + POOLED[spec.pooling]
     prepared = "(prompt + text).lower()" if spec.lowercase else "prompt + text"
     vectors = "torch.nn.functional.normalize(vectors, dim=1)" if spec.normalize else "vectors"
-    return IN_TRANSFORMERS.format(prepared=prepared, pooling=pooling, vectors=vectors)
+    return IN_TRANSFORMERS.format(opened=opened, prepared=prepared, pooling=pooling, vectors=vectors)
 
 
 def in_sentence_transformers(imports: str = "", options: str = '"dtype": "float32"') -> str:
@@ -187,6 +187,6 @@ def run_example(folder: Path, reader: Reader, texts: list[str], prompt: str, pyt
         done = subprocess.run([python, "-I", str(script)], cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(f"{folder}: the example of the card failed", reason)
+            raise UserError(f"{folder}: the example of the card failed: {reason}", "--no-check writes it all the same")
         vectors: np.ndarray = np.load(out)
     return vectors
