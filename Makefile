@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 # Where to take torch from instead of the default index, say a CPU-only one; empty: the default.
 TORCH_INDEX ?=
+# Processes that tests run in, each with one thread of arithmetic: for networks this small more threads gain nothing.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -12,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/compress run recipes/int8.yaml
 
 test: $(STAMP)
-	$(BIN)/pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow

@@ -63,15 +63,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_environments_option(parser)
     parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--models", default=",".join(CASES))
     arguments = parser.parse_args()
     os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
     differs = False
     print("| model | variant | format | lowest cosine, read by |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for model, cases in CASES.items():
+        for model in arguments.models.split(","):
             source = find(model)
-            for case, steps in cases.items():
+            for case, steps in CASES[model].items():
                 place = work / model / case.replace(", ", "-").replace(" ", "-")
                 place.mkdir(parents=True)
                 shape = read_shape(model, source.folder)

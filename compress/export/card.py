@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from compress.export.reader import Reader, usual_prompt
+from compress.export.reader import Reader
 from compress.loading import PUBLISHED
 from compress.measure.statistics import Interval
 from compress.models.variant import VariantInfo
@@ -25,19 +25,20 @@ def record_of(variant: Path) -> Record | None:
     return Record.read(variant.parent) if (variant.parent / RECORD_FILE).exists() else None
 
 
-def card(info: VariantInfo, reader: Reader, read_back: str, record: Record | None, folder: Path) -> str:
+def card(info: VariantInfo, reader: Reader, prompt: str, read_back: str, record: Record | None, folder: Path) -> str:
     """Return the card of what lies in a folder.
 
     Args:
         info: the variant.
         reader: what loads it.
+        prompt: that the example has before its texts.
         read_back: what came of that.
         record: of the run that made it; without one the card has no scores.
         folder: the files.
     """
     info = info.model_copy(update={"base": PUBLISHED.get(info.base, info.base)})
     title = f"{info.base}: weights {info.weights}, activations {info.activations}"
-    parts = ["\n".join(_front(info, reader)), f"# {title}", *_warnings(info), _use(info, reader), read_back, *reader.notes]
+    parts = ["\n".join(_front(info, reader)), f"# {title}", *_warnings(info), _use(reader, prompt), read_back, *reader.notes]
     if record is not None:
         parts += [*_accuracy(record), *_speed(record), _recipe(record)]
     return "\n\n".join([*parts, "\n".join(_files(folder))]) + "\n"
@@ -64,8 +65,7 @@ def _warnings(info: VariantInfo) -> Iterator[str]:
         yield f"The files of {info.base} named no licence; whatever holds for it holds here."
 
 
-def _use(info: VariantInfo, reader: Reader) -> str:
-    prompt = usual_prompt(info.spec)
+def _use(reader: Reader, prompt: str) -> str:
     call = f'vectors = embed(["any", "texts"]{f", {json.dumps(prompt, ensure_ascii=False)}" if prompt else ""})'
     install = f"`pip install {' '.join(reader.packages)}` is all that it needs:"
     return f"## Use\n\n{install}\n\n```python\n{reader.example}\n{call}\n```"

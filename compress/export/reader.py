@@ -106,9 +106,11 @@ def in_sentence_transformers(imports: str = "", options: str = '"dtype": "float3
     return IN_SENTENCE_TRANSFORMERS.format(imports=imports, options=options)
 
 
-def usual_prompt(spec: EmbedderSpec) -> str:
-    """Return a prompt that texts have before them: the default one, else the first."""
-    return spec.default_prompt or next(iter(spec.prompts.values()), "")
+def usual_prompt(variant: Path) -> str:
+    """Return a prompt that texts have before them: the default one, else the first; none where it leaves texts no room."""
+    info = VariantInfo.read(variant)
+    prompt = info.spec.default_prompt or next(iter(info.spec.prompts.values()), "")
+    return prompt if 2 * info.tokenizer(variant).prompt_length(prompt) < info.max_length else ""
 
 
 def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> str:
@@ -132,7 +134,7 @@ def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> str
     if needed > free:
         return f"Not read back: that takes {gigabytes(needed)} of memory, {gigabytes(free)} were free where it was written."
     texts = list(suite_texts()[:READ_BACK_TEXTS])
-    prompt = usual_prompt(VariantInfo.read(source.folder).spec)
+    prompt = usual_prompt(source.folder)
     expected = own(source, reader).encode(texts, prompt)  # and out of memory again
     worst = float(cosines(expected, run_example(folder, reader, texts, prompt, python)).min())
     if worst < (HALF_COSINE if reader.half else READ_BACK_COSINE):

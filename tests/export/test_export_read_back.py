@@ -22,7 +22,7 @@ from compress.methods.quantize.rtn import RTN
 from compress.record import RECORD_FILE, Record
 from compress.runtimes.torch_runtime import open_variant
 
-RECORDED = Path(__file__).parents[2] / "results" / "int8-nano-ca46a5de" / RECORD_FILE
+RECORDED = Path(__file__).parents[2] / "results" / "int8-nano-d25c973e" / RECORD_FILE
 TEXTS = ["", "a", "The Parcel never came", "of the many words " * 60, "🙂 日本語"]
 FOUR = RTN(bits=4, group_size=16, activations="none")
 PROMPT = {"query": "find: "}
