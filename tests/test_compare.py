@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -141,13 +142,17 @@ def test_a_plot_has_a_point_for_each_run_and_names_those_that_no_other_beats(tmp
 
 
 def test_the_records_of_the_project_can_be_compared() -> None:
-    found = compare([RESULTS])
+    listed = (RESULTS / "README.md").read_text()
+    # Those that are kept here or listed: whoever works here may have runs of their own beside them.
+    git = subprocess.run(
+        ["git", "ls-files", "results/*/record.json"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+    )
+    kept = {Path(path).parent.name for path in git.stdout.splitlines()}
+    found = compare([path for path in sorted(RESULTS.iterdir()) if path.name in kept or f"| {path.name} |" in listed])
     assert not found.broken
     assert len(found.groups[0].lines) > 40
     assert "…" not in as_table(found)
-    assert (RESULTS / "README.md").read_text() == as_markdown(found), (
-        "compress compare results --format markdown -o results/README.md"
-    )
+    assert listed == as_markdown(found), "compress compare results --format markdown -o results/README.md"
     assert (RESULTS / "plot.svg").read_text() == as_svg(found), "compress compare results --format svg -o results/plot.svg"
 
 
