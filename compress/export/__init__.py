@@ -83,7 +83,7 @@ def export(
 
 def _write(source: Source, info: VariantInfo, format: str, folder: Path, say: Say, python: Path | None, check: bool) -> None:
     """Write a variant, read it back and write its card."""
-    from compress.export.card import CARD_FILE, card, record_of
+    from compress.export.card import CARD_FILE, EXAMPLE_FILE, card, example, record_of
     from compress.export.reader import read_back, usual_prompt
 
     reader = writer(format)(source, folder)
@@ -91,9 +91,9 @@ def _write(source: Source, info: VariantInfo, format: str, folder: Path, say: Sa
         say(note)
     checked = read_back(source, folder, reader, python or Path(sys.executable)) if check else "Not read back."
     say(checked + (" --python names an interpreter that has them." if "not installed" in checked else ""))
-    write_text_atomic(
-        folder / CARD_FILE, card(info, reader, usual_prompt(source.folder), checked, record_of(source.folder), folder)
-    )
+    prompt = usual_prompt(source.folder)
+    write_text_atomic(folder / EXAMPLE_FILE, example(reader, prompt))
+    write_text_atomic(folder / CARD_FILE, card(info, reader, prompt, checked, record_of(source.folder), folder))
 
 
 def licence_of(source: Path) -> str | None:

@@ -17,7 +17,7 @@ from compress.models.variant import VariantInfo
 from compress.record import RECORD_FILE, Record
 
 CHUNK = 1 << 20
-CARD_FILE = "README.md"
+CARD_FILE, EXAMPLE_FILE = "README.md", "example.py"
 
 
 def record_of(variant: Path) -> Record | None:
@@ -65,10 +65,15 @@ def _warnings(info: VariantInfo) -> Iterator[str]:
         yield f"The files of {info.base} named no licence; whatever holds for it holds here."
 
 
+def example(reader: Reader, prompt: str) -> str:
+    """Return a program that embeds two texts with a reader, to be run in the export's folder."""
+    call = f'embed(["any", "texts"]{f", {json.dumps(prompt, ensure_ascii=False)}" if prompt else ""})'
+    return f"{reader.example}\nvectors = {call}\nprint(vectors.shape)\n"
+
+
 def _use(reader: Reader, prompt: str) -> str:
-    call = f'vectors = embed(["any", "texts"]{f", {json.dumps(prompt, ensure_ascii=False)}" if prompt else ""})'
-    install = f"`pip install {' '.join(reader.packages)}` is all that it needs:"
-    return f"## Use\n\n{install}\n\n```python\n{reader.example}\n{call}\n```"
+    install = f"`pip install {' '.join(reader.packages)}` is all that it needs; in this folder (`{EXAMPLE_FILE}`):"
+    return f"## Use\n\n{install}\n\n```python\n{example(reader, prompt)}```"
 
 
 def _accuracy(record: Record) -> Iterator[str]:

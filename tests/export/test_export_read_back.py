@@ -126,6 +126,7 @@ def test_the_card_says_what_was_measured(bert: Path, make_variant, tmp_path: Pat
         assert f"| {task.task} | {task.metric} | {100 * task.baseline:.2f} | {100 * task.variant:.2f} |" in card
     assert all(f"| {row.size_bytes / 1e6:,.1f} MB |" in card for row in record.rows)
     assert record.machine.cpu in card
+    assert (out / "example.py").read_text() in card
     (recipe,) = re.findall(r"```yaml\n(.*?)```", card, re.S)
     assert json.loads(json.dumps(YAML(typ="safe").load(recipe))) == record.recipe
     rows = dict(re.findall(r"\| (\S+) \| [\d,]+ \| `([0-9a-f]{64})` \|", card))
