@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModel
 
 from compress.errors import UserError
-from compress.layers.compressed import CompressedLayer
+from compress.layers.compressed import CompressedLayer, CompressedLinear
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.scheme import BITSANDBYTES, QuantizedLayer
 from compress.layers.torch_packing import pack
@@ -143,7 +143,7 @@ def write_weights(opened: Opened, folder: Path, convert: Convert, prefix: str = 
     join_shards(folder, len(segments))
 
 
-def half_values(layer: CompressedLayer) -> dict[str, torch.Tensor]:
+def half_values(layer: CompressedLinear) -> dict[str, torch.Tensor]:
     """Return a quantized linear layer's weight as the values that it stands for, in half precision."""
     return {"weight": layer.values().half()}
 

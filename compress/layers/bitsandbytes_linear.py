@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from compress.errors import UserError
-from compress.layers.compressed import CompressedLayer
+from compress.layers.compressed import CompressedLinear
 from compress.layers.scheme import BLOCK, NESTED_BLOCK, Numbers, QuantizedLayer
 
 OUTLIER = 6.0
@@ -33,7 +33,7 @@ def bitsandbytes() -> Any:
     return bitsandbytes
 
 
-class BitsAndBytes4BitLinear(CompressedLayer):
+class BitsAndBytes4BitLinear(CompressedLinear):
     """NF4 or FP4 weights in blocks of 64, their scales in 8 bits in blocks of 256.
 
     Buffers: `weight` uint8 [ceil(out x in / 2), 1] in the package's own layout, `weight_scale` uint8 [blocks],
@@ -124,7 +124,7 @@ class BitsAndBytes4BitLinear(CompressedLayer):
         return self._state
 
 
-class BitsAndBytesInt8Linear(CompressedLayer):
+class BitsAndBytesInt8Linear(CompressedLinear):
     """LLM.int8(): int8 weights and activations, but for input channels with outliers, which stay in floating point.
 
     Buffers: `weight` int8 [out, in], `weight_scale` float32 [out] (each row's largest magnitude), `bias` [out] or None.

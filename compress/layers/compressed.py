@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import nn
 
@@ -13,29 +15,35 @@ class CompressedLayer(nn.Module):
 
     layer: QuantizedLayer
 
-    @property
-    def rounds_inputs(self) -> bool:
-        """Whether it quantizes its activations."""
-        return self.layer.activations is not ActivationScheme.NONE or self.layer.numbers is Numbers.LLM_INT8
-
     def pack(self) -> None:
         """Prepare to run on the device the buffers are on; a second call does nothing. By default nothing is needed."""
-
-    def values(self) -> torch.Tensor:
-        """Return the weight that is stored, for the input as it comes: float32 [out, in]. Of linear layers alone."""
-        raise NotImplementedError(f"{type(self).__name__} has no weight of a linear layer")
-
-    def plain(self) -> nn.Linear:
-        """Return a linear layer of torch's with the values that are stored, float32; its activations are in floating point."""
-        weight, bias = self.values(), getattr(self, "bias", None)
-        with torch.device("meta"):
-            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            plain.bias = nn.Parameter(bias.float().clone())
-        return plain
 
     def held(self, dtype: torch.dtype) -> nn.Module:
         """Return a layer of the same function for many calls in `dtype`, whatever memory it takes: by default itself, packed."""
         self.pack()
         return self
+
+
+class CompressedLinear(CompressedLayer):
+    """A linear layer that stands for another in floating point."""
+
+    bias: torch.Tensor | None
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether it quantizes its activations."""
+        return self.layer.activations is not ActivationScheme.NONE or self.layer.numbers is Numbers.LLM_INT8
+
+    @abstractmethod
+    def values(self) -> torch.Tensor:
+        """Return the weight that is stored, for the input as it comes: float32 [out, in]."""
+
+    def plain(self) -> nn.Linear:
+        """Return a linear layer of torch's with the values that are stored, float32; its activations are in floating point."""
+        weight = self.values()
+        with torch.device("meta"):
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=self.bias is not None)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.float().clone())
+        return plain

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from compress.layers.compressed import CompressedLayer
+from compress.layers.compressed import CompressedLinear
 from compress.layers.float_layers import linear as plain_linear
 from compress.layers.grid import SMALLEST_SCALE
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
@@ -23,7 +23,7 @@ def to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).clamp_(-LARGEST, LARGEST).to(E4M3), scale
 
 
-class Float8Linear(CompressedLayer):
+class Float8Linear(CompressedLinear):
     """`y = x W^T + b` with W in E4M3, one float32 scale per output channel, and x in floating point or E4M3 per token.
 
     Buffers: `weight` E4M3 [out, in], `weight_scale` float32 [out], `bias` [out] or None. On GPUs with FP8 products (compute

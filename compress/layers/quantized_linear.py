@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from compress.layers.compressed import CompressedLayer
+from compress.layers.compressed import CompressedLinear
 from compress.layers.float_layers import OneDnnLinear, has_onednn_linear, linear
 from compress.layers.grid import SMALLEST_SCALE, Grid, dequantize, find_grid
 from compress.layers.int8_matmul import Int8Matmul, int8_matmul
@@ -25,7 +25,7 @@ def quantize_symmetric(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (x.float() / scale).round_().clamp_(-QMAX - 1, QMAX).to(torch.int8)
 
 
-class QuantizedLinear(CompressedLayer):
+class QuantizedLinear(CompressedLinear):
     """`y = x W^T + b` with W in integers of 2 to 8 bits and x quantized by a scheme.
 
     Buffers: `weight`, int8 [out, in] for symmetric 8-bit weights, else the unsigned integers of `compress.layers.grid` packed

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from compress.errors import UserError
-from compress.layers.compressed import CompressedLayer
+from compress.layers.compressed import CompressedLayer, CompressedLinear
 from compress.layers.empty import empty_layer
 from compress.layers.float_layers import CastEmbedding, OneDnnLinear, has_onednn_linear
 from compress.layers.quantized_embedding import QuantizedEmbedding
@@ -195,7 +195,7 @@ def open_variant(
     weights_of(folder, model).fill(model)
     if not activations:
         for path, module in list(model.named_modules()):
-            if isinstance(module, CompressedLayer) and module.rounds_inputs:
+            if isinstance(module, CompressedLinear) and module.rounds_inputs:
                 model.set_submodule(path, module.plain().requires_grad_(False))
     return _embedder(name, *read_text_side(folder), model, target, compute)
 

@@ -57,7 +57,9 @@ def trainable(network: nn.Module, rank: int | None = None, *, integers: str = "f
     network.requires_grad_(rank is None)
     for name, layer in stood_for.items():
         try:
-            network.set_submodule(name, learning(layer) if integers == "trained" else layer.plain())
+            # Tables are among them where integers learn alone.
+            standing = layer.plain() if integers == "frozen" and isinstance(layer, QuantizedLinear) else learning(layer)
+            network.set_submodule(name, standing)
         except ValueError as error:
             raise ValueError(f"{name} {error}") from error
     hooks, changed = [], list[nn.Linear]()
