@@ -105,7 +105,12 @@ def _work(rank: int, job: Job, port: int, lines: Any) -> None:
     os.environ |= {name: str(value) for name, value in (own | place).items()}
     torch.set_num_threads(threads)
     _learn(job, "cpu" if job.device == "cpu" else f"cuda:{rank}", lines.put)
+    torch.distributed.barrier()  # nobody leaves while another still listens
     torch.distributed.destroy_process_group()
+    lines.close()
+    lines.join_thread()  # what was said is passed on
+    # At once: threads of torch 2.13 that live on into an orderly end abort the process now and then, its work done.
+    os._exit(0)
 
 
 def _learn(job: Job, device: str, say: Callable[[str], None]) -> None:
