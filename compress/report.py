@@ -108,7 +108,7 @@ def _outputs(found: Evaluation) -> Table:
         cells = []
         for task in tasks:
             interval = row.intervals.get(task)
-            span = f"{100 * interval.low:+.2f} to {100 * interval.high:+.2f}" if interval else "-"
+            span = str(interval or "-")
             cells += [f"{100 * row.scores[task]:.2f}", f"{100 * (row.scores[task] - whole[task]):+.2f}", span]
         table.add_row(row.output, str(row.dimensions), f"{row.bytes_per_million / 1e9:.3f}", *cells)
     return table
@@ -119,7 +119,7 @@ def _judged(interval: Interval | None) -> tuple[str, str]:
     if interval is None:
         return "-", ""
     more = f", {interval.more_examples:,} more examples would tell" if interval.more_examples else ""
-    return f"{100 * interval.low:+.2f} to {100 * interval.high:+.2f}", f"{interval.verdict}{more}"
+    return str(interval), f"{interval.verdict}{more}"
 
 
 def _index(record: Record) -> Table:

@@ -12,7 +12,6 @@ from ruamel.yaml import YAML
 
 from compress.export.reader import Reader
 from compress.loading import PUBLISHED
-from compress.measure.statistics import Interval
 from compress.models.variant import VariantInfo
 from compress.record import RECORD_FILE, Record
 
@@ -83,17 +82,13 @@ def _accuracy(record: Record) -> Iterator[str]:
     rows = ["| task | metric | before | this | difference | 95 % interval | verdict |", "|---|---|---|---|---|---|---|"]
     for task in record.tasks:
         scores = f"{100 * task.baseline:.2f} | {100 * task.variant:.2f} | {100 * task.delta:+.2f}"
-        rows.append(f"| {task.task} | {task.metric} | {scores} | {_interval(task.interval)} | {task.verdict or '-'} |")
+        rows.append(f"| {task.task} | {task.metric} | {scores} | {task.interval or '-'} | {task.verdict or '-'} |")
     yield "\n".join(rows)
     yield f"Verdict: {record.verdict}."
     fidelity = record.fidelity
     if fidelity is not None and fidelity["cosine_mean"] is not None:
         cosine, overlap = f"{fidelity['cosine_mean']:.5f}", f"{100 * fidelity['overlap_at_10']:.1f} %"
         yield f"Mean cosine to the vectors before: {cosine} on {fidelity['texts']} texts; of ten neighbours {overlap} are the same."
-
-
-def _interval(interval: Interval | None) -> str:
-    return "-" if interval is None else f"{100 * interval.low:+.2f} to {100 * interval.high:+.2f}"
 
 
 def _speed(record: Record) -> Iterator[str]:

@@ -199,6 +199,10 @@ class Interval(BaseModel):
     """Loss that is accepted, as a positive difference of scores."""
     examples: int
 
+    def __str__(self) -> str:
+        """Write its ends in points, scores x 100."""
+        return f"{100 * self.low:+.2f} to {100 * self.high:+.2f}"
+
     @property
     def verdict(self) -> Verdict:
         """Judge: kept where even the lower end loses less than the margin, regressed where even the upper end loses more."""
