@@ -10,6 +10,7 @@ at every step: fewer steps in the same time. Steps are set for two cores with AV
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def recipe_of(name: str, arm: dict[str, Any], arguments: argparse.Namespace) -> 
     distill = {"method": "distill", **texts, "every": 250, **arm}
     pruned = [] if "student" in arm else [{"method": "depth", "keep": 0.5}]
     return {
+        "name": re.sub(r"\W+", "-", name),
         "description": name,
         "model": arguments.model,
         "steps": [*pruned, distill],
@@ -56,13 +58,13 @@ def main() -> None:
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--tasks", default="mini")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--arms", default="", help="some of them, by a part of the name, separated by semicolons")
+    parser.add_argument("--arms", default="", help="names of some of them, separated by semicolons")
     parser.add_argument("--output", type=Path, default=Path("results-ablation"))
     arguments = parser.parse_args()
     wanted = [part.strip() for part in arguments.arms.split(";") if part.strip()]
     print("| student, asked for | steps | trained for | held-out cosine | kept | 95 % interval |\n|---|---|---|---|---|---|")
     for name, arm in ARMS.items():
-        if wanted and not any(part in name for part in wanted):
+        if wanted and name not in wanted:
             continue
         record = run(parse_recipe(recipe_of(name, arm, arguments), name), output=arguments.output)
         curve = next(step.found["curve"] for step in record.steps if "curve" in step.found)

@@ -103,8 +103,8 @@ class Gates(Section):
 class Recipe(Section):
     """How a model is made smaller and how the result is measured."""
 
-    name: str = ""
-    """By default the file's name."""
+    name: str = "recipe"
+    """Of a recipe in a file by default the file's."""
     description: str = ""
     """When to use it, in a line."""
     model: str = "nano"
@@ -185,7 +185,7 @@ def read_recipe(path: Path | str) -> Recipe:
             f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}", "see recipes/int8.yaml"
         )
     recipe = parse_recipe(data, str(path))
-    return recipe if recipe.name else recipe.model_copy(update={"name": path.stem})
+    return recipe if "name" in recipe.model_fields_set else recipe.model_copy(update={"name": path.stem})
 
 
 def parse_recipe(data: Mapping[str, Any], place: str = "recipe") -> Recipe:
