@@ -28,7 +28,7 @@ check: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[reference,bitsandbytes,openvino,dashboard,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[reference,bitsandbytes,openvino,dashboard,gguf,dev]"
 	touch $@
 
 clean:

@@ -31,7 +31,12 @@ from compress.methods.quantize.rtn import RTN
 from compress.models.shape import read_shape
 from compress.record import Journal
 
-ENVIRONMENTS = {"gptq": ("gptqmodel", OF_GPTQMODEL), "compressed-tensors": ("compressed-tensors", OF_COMPRESSED)}
+OF_LLAMA = ("llama-cpp-python==0.3.36", "numpy>=2")
+ENVIRONMENTS = {
+    "gptq": ("gptqmodel", OF_GPTQMODEL),
+    "compressed-tensors": ("compressed-tensors", OF_COMPRESSED),
+    "gguf": ("llama-cpp-python", OF_LLAMA),
+}
 FOUR: tuple[Method, ...] = (RTN(bits=4, group_size=64, activations="none"),)
 GRAPH: tuple[Method, ...] = (*FOUR, Embeddings(bits=8))
 CASES: dict[str, dict[str, tuple[Method, ...]]] = {

@@ -25,6 +25,7 @@ FORMATS = {
     "openvino": "compress.export.graphs:write_openvino",
     "nv-embed": "compress.export.nv_embed:write",
     "gptq": "compress.export.gptq:write",
+    "gguf": "compress.export.gguf:write",
 }
 
 Say = Callable[[str], None]

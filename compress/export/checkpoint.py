@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,8 @@ def open_variant(source: Source, layout: str, *, integers: bool = True) -> Opene
     network = empty_model(folder)
     tables = [name for name in info.quantized if isinstance(network.get_submodule(name), QuantizedEmbedding)]
     linears = {name: layer for name, layer in info.quantized.items() if name not in tables}
-    for name, layer in linears.items() if integers else ():
-        if layer.numbers in BITSANDBYTES:
-            raise refusal(name, layout, f"are stored by the bitsandbytes package ({layer.numbers})", "use rtn, gptq or awq")
-        if layer.input_factor:
-            raise refusal(
-                name,
-                layout,
-                "want their input divided channel by channel first",
-                "awq and smoothquant make none under `keep_factors: false`; rtn and gptq never do",
-            )
+    if integers:
+        check_integers(linears, layout)
     if not linears and integers:
         raise UserError(f"{source.name}: no linear layer is quantized", "sentence-transformers is the layout of such a model")
     if info.heads is not None or info.dropped:
@@ -106,6 +98,24 @@ def open_variant(source: Source, layout: str, *, integers: bool = True) -> Opene
     return Opened(info, folder, network, linears, tables, plain, block.paths[0].rpartition(".")[0], f"{prefix}." if prefix else "")
 
 
+def check_integers(linears: Mapping[str, QuantizedLayer], layout: str) -> None:
+    """See that linear layers are integers of ours, for the input as it comes.
+
+    Raises:
+        UserError: one is stored by another package, or divides its input.
+    """
+    for name, layer in linears.items():
+        if layer.numbers in BITSANDBYTES:
+            raise refusal(name, layout, f"are stored by the bitsandbytes package ({layer.numbers})", "use rtn, gptq or awq")
+        if layer.input_factor:
+            raise refusal(
+                name,
+                layout,
+                "want their input divided channel by channel first",
+                "awq and smoothquant make none under `keep_factors: false`; rtn and gptq never do",
+            )
+
+
 def refusal(name: str, layout: str, why: str, hint: str) -> UserError:
     """Say that a layout cannot hold a layer: `why` goes on after "its weights"."""
     return UserError(f"{name}: cannot be written as {layout}: its weights {why}", hint)
@@ -116,31 +126,33 @@ def write_weights(opened: Opened, folder: Path, convert: Convert, prefix: str = 
 
     `prefix`: put before every name.
     """
+    parts = len(segments_of(opened.network))
+    for index, (layers, tensors) in enumerate(stored(opened)):
+        for name, layer in layers.items():
+            converted = {"weight": _half_table(layer)} if isinstance(layer, QuantizedEmbedding) else convert(layer)
+            tensors |= {f"{name}.{key}": tensor for key, tensor in converted.items()}
+        write_tensors(shard(folder, index, parts), {f"{prefix}{name}": tensor for name, tensor in tensors.items()})
+    join_shards(folder, parts)
+
+
+def stored(opened: Opened) -> Iterator[tuple[dict[str, CompressedLayer], dict[str, torch.Tensor]]]:
+    """Read a variant, segment by segment: its compressed layers by name, and all other tensors, the biases of these layers too."""
     source = Streamed(opened.network, weights_of(opened.folder, opened.network))
-    segments = segments_of(opened.network)
-    for index, segment in enumerate(segments):
+    for segment in segments_of(opened.network):
+        layers: dict[str, CompressedLayer] = {}
         tensors: dict[str, torch.Tensor] = {}
         for path, part in source.load(segment).items():
-            quantized = {
+            inside = {
                 f"{path}.{inner}" if inner else path: module
                 for inner, module in part.named_modules()
                 if isinstance(module, CompressedLayer)
             }
-            for name, module in quantized.items():
-                if isinstance(module, QuantizedEmbedding):
-                    converted = {"weight": _half_table(module)}
-                else:
-                    converted = convert(module)
-                    bias = getattr(module, "bias", None)
-                    if bias is not None:
-                        converted["bias"] = bias
-                tensors |= {f"{name}.{key}": tensor for key, tensor in converted.items()}
+            layers |= inside
             for key, tensor in part.state_dict().items():
-                name = f"{path}.{key}"
-                if name.rpartition(".")[0] not in quantized:
-                    tensors[name] = tensor
-        write_tensors(shard(folder, index, len(segments)), {f"{prefix}{name}": tensor for name, tensor in tensors.items()})
-    join_shards(folder, len(segments))
+                layer, _, kind = f"{path}.{key}".rpartition(".")
+                if layer not in inside or kind == "bias":
+                    tensors[f"{layer}.{kind}"] = tensor
+        yield layers, tensors
 
 
 def half_values(layer: CompressedLinear) -> dict[str, torch.Tensor]:

@@ -23,8 +23,6 @@ from compress.runtimes.contract import RuntimeName
 from compress.texts import suite_texts
 
 READ_BACK_TEXTS, READ_BACK_COSINE = 20, 0.9999
-# Of a reader that computes in half precision alone: that is what rounding every layer's output to it comes to.
-HALF_COSINE = 0.9995
 OURS = "compress-embedders"
 
 IN_SENTENCE_TRANSFORMERS = """\
@@ -85,8 +83,8 @@ class Reader:
     """A program that defines `embed(texts, prompt="")`, run in the export's folder."""
     runtime: RuntimeName = RuntimeName.TORCH
     """Whose vectors of the variant it is to give."""
-    half: bool = False
-    """Whether it computes in half precision whatever it is told."""
+    lowest: float = READ_BACK_COSINE
+    """What its vectors' cosine to the variant's is to be at least; less where it rounds what layers take or give."""
     quantizes: bool = False
     """Whether it quantizes activations as the variant does; others leave them in floating point."""
     notes: tuple[str, ...] = ()
@@ -137,7 +135,7 @@ def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> str
     prompt = usual_prompt(source.folder)
     expected = own(source, reader).encode(texts, prompt)  # and out of memory again
     worst = float(cosines(expected, run_example(folder, reader, texts, prompt, python)).min())
-    if worst < (HALF_COSINE if reader.half else READ_BACK_COSINE):
+    if worst < reader.lowest:
         raise UserError(f"{source.name}: {reader.library} gives other vectors: lowest cosine {worst:.6f} on {len(texts)} texts")
     versions = ", ".join(f"{name} {version}" for name, version in there.items())
     return f"Read back with {versions}: lowest cosine {worst:.7f} to the variant's own vectors on {len(texts)} texts."

@@ -48,6 +48,14 @@ class QuantizedEmbedding(CompressedLayer):
             scale = stored_scale(layer, table.num_embeddings, table.embedding_dim)
         return cls(layer, table.embedding_dim, weight, scale)
 
+    def integers(self) -> torch.Tensor:
+        """Return the table's unsigned integers, uint8 [rows, width]."""
+        return stored_integers(self.weight, self.layer, self.embedding_dim)
+
+    def zeros(self) -> torch.Tensor:
+        """Return the zeros, uint8 [rows, groups]."""
+        return stored_zeros(None, self.layer, self.weight_scale)
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Map int64 [...] to [..., width] in `dtype`."""
         rows = ids.reshape(-1)

@@ -1,0 +1,242 @@
+"""GGUF, the one file of llama.cpp and what is built on it: BERTs, and Mistrals, NV-Embed's without its head among them.
+
+Values share a scale in blocks of 32 of a row: `Q8_0` is int8, `Q4_0` four bits round 8, `Q4_1` four bits above a least value
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Our integers are carried over: a group is some whole blocks with one
+scale, rounded to half precision as all scales of GGUF are; two and three bits lie in four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compress.errors import UserError
+from compress.export.checkpoint import Opened, check_integers, open_variant, refusal, stored
+from compress.export.gguf_vocabulary import Vocabulary, read_vocabulary
+from compress.export.reader import READ_BACK_COSINE, Reader
+from compress.layers.compressed import CompressedLinear
+from compress.layers.quantized_embedding import QuantizedEmbedding
+from compress.layers.quantized_linear import QuantizedLinear
+from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
+from compress.loading import Source
+from compress.models.spec import Pooling, read_json
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+LAYOUT, FILE = "gguf", "model.gguf"
+BLOCK = 32
+Q4_0, Q4_1, Q8_0 = "Q4_0", "Q4_1", "Q8_0"
+# Of plain tensors with two dimensions, those that llama.cpp wants in float32.
+FLOAT32 = ("position_embd.weight", "token_types.weight")
+# What llama.cpp's rounding of every quantized layer's input comes to.
+EIGHT_BIT_COSINE = 0.999
+# Tokens of a text in the example.
+LONGEST = 4096
+POOLINGS = {Pooling.CLS: "CLS", Pooling.MEAN: "MEAN", Pooling.LAST: "LAST"}
+
+OPENED = """\
+import numpy
+from llama_cpp import Llama
+
+model = Llama("model.gguf", embedding=True, n_ctx={length}, n_batch={length}, n_ubatch={length}, verbose=False)
+"""
+POOLED = """
+def embed(texts, prompt=""):
+    return numpy.array([model.embed({prepared}, normalize={normalize}) for text in texts])
+"""
+BY_TOKEN = """
+def embed(texts, prompt=""):
+    skipped = len(model.tokenize(prompt.encode())) - {ends} if prompt else 0  # it is read, and does not enter the mean
+    vectors = numpy.array([numpy.mean(model.embed({prepared})[skipped:], axis=0) for text in texts])
+    return {vectors}
+"""
+
+
+def write(source: Source, folder: Path) -> Reader:
+    """Write a variant into an empty folder.
+
+    Raises:
+        UserError: llama.cpp has no such architecture, tokenizer or numbers; the package that writes the file is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(f"{LAYOUT} files want a package of their own", "pip install 'compress-embedders[gguf]'") from error
+
+    opened = open_variant(source, LAYOUT, integers=False)
+    check_integers(opened.linears, LAYOUT)
+    for name, layer in opened.linears.items():
+        check(name, layer, opened.shape(name)[1])
+    spec, config = opened.info.spec, read_json(opened.folder / "config.json")
+    architecture = architecture_of(config, source.name)
+    vocabulary = read_vocabulary(opened.folder / "tokenizer.json", int(config["vocab_size"]))
+    # llama.cpp pools all tokens, the prompt's too; where these stay out, the mean is left to whoever calls it.
+    by_token = spec.pooling is Pooling.MEAN and not spec.pool_prompt
+    writer = gguf.GGUFWriter(folder / FILE, architecture, use_temp_file=True)
+    writer.add_name(opened.info.base)
+    if opened.info.licence:
+        writer.add_license(opened.info.licence)
+    _describe(writer, config)
+    writer.add_pooling_type(gguf.PoolingType.NONE if by_token else gguf.PoolingType[POOLINGS[spec.pooling]])
+    vocabulary.write(writer)
+    kinds = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], int(config["num_hidden_layers"]))
+    for name, values, kind in _tensors(opened, config):
+        found = names.get_name(name, (".weight", ".bias"))
+        if found is None:
+            raise UserError(f"{name}: cannot be written as {LAYOUT}: llama.cpp's {architecture} has no such tensor")
+        if kind is None and (values.ndim == 1 or found in FLOAT32):
+            values = values.astype(np.float32)
+        writer.add_tensor(found, values, raw_dtype=None if kind is None else gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return _reader(opened, vocabulary, by_token)
+
+
+def architecture_of(config: Mapping[str, Any], name: str) -> str:
+    """Return llama.cpp's name of a model's architecture.
+
+    Raises:
+        UserError: it has none, or this is not written.
+    """
+    kind, rope = config["model_type"], config.get("rope_parameters") or {}
+    if kind == "bert" and config.get("hidden_act", "gelu") == "gelu":
+        return "bert"
+    if kind == "mistral" and not config.get("sliding_window") and rope.get("rope_type", "default") == "default":
+        return "llama" if config.get("is_causal", True) else "llama-embed"
+    raise UserError(
+        f"{name}: cannot be written as {LAYOUT}: a {kind} model, or one like this, is not known here",
+        "BERTs with GELU and Mistrals without a sliding window are",
+    )
+
+
+def check(name: str, layer: QuantizedLayer, inputs: int) -> None:
+    """See that blocks of 32 can hold a layer.
+
+    Raises:
+        UserError: they cannot: FP8, zeros beside more than four bits, widths.
+    """
+    if layer.numbers is Numbers.FLOAT8:
+        raise refusal(name, LAYOUT, "are FP8 numbers, and it stores integers", "export as compressed-tensors")
+    if layer.bits > 4 and not layer.symmetric:
+        raise refusal(name, LAYOUT, f"have {layer.bits} bits and zeros of their own", "make them symmetric, or take four bits")
+    for what, width in (("inputs", inputs), ("inputs a group", layer.group_size or BLOCK)):
+        if width % BLOCK:
+            raise refusal(name, LAYOUT, f"have {width} {what}, no multiple of {BLOCK}", "choose another width or group_size")
+
+
+def block_kind(layer: QuantizedLayer) -> str:
+    """Return the kind of block that holds a layer's integers."""
+    if layer.bits > 4:
+        return Q8_0
+    return Q4_0 if layer.bits == 4 and layer.symmetric else Q4_1
+
+
+def blocks(kind: str, integers: np.ndarray, scale: np.ndarray, zero: np.ndarray, group: int | None) -> np.ndarray:
+    """Return rows of blocks: the scale, for `Q4_1` the least value, and 32 values.
+
+    Args:
+        kind: `Q4_0`, `Q4_1` or `Q8_0`.
+        integers: uint8 [rows, width].
+        scale: [rows, groups].
+        zero: uint8 [rows, groups].
+        group: values that share a scale, a multiple of 32; None: a row.
+
+    Returns:
+        uint8 [rows, bytes].
+    """
+    rows, width = integers.shape
+    wide = integers.reshape(rows, -1, BLOCK)
+    each, count = (group or width) // BLOCK, width // BLOCK  # the last group may be a part of one
+    step, middle = (np.repeat(values, each, axis=1)[:, :count, None] for values in (scale.astype(np.float16), zero))
+    parts = [step.view(np.uint8)]
+    if kind == Q8_0:
+        parts.append((wide.astype(np.int16) - middle).astype(np.int8).view(np.uint8))
+    else:
+        if kind == Q4_1:
+            least = (-step.astype(np.float32) * middle).astype(np.float16)
+            parts.append(least.view(np.uint8))
+        parts.append(wide[..., : BLOCK // 2] | wide[..., BLOCK // 2 :] << 4)
+    return np.concatenate(parts, axis=2).reshape(rows, -1)
+
+
+def _tensors(opened: Opened, config: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray, str | None]]:
+    """Yield names, values and the kind of their blocks; None: as they are, in half precision."""
+    for layers, tensors in stored(opened):
+        for name, layer in layers.items():
+            if isinstance(layer, QuantizedLinear | QuantizedEmbedding):
+                integers, scale, zero = layer.integers(), layer.weight_scale, layer.zeros()
+                check(name, layer.layer, integers.shape[1])
+                kind = block_kind(layer.layer)
+                scales = scale.view(len(scale), -1).numpy()
+                rows = blocks(kind, integers.numpy(), scales, zero.numpy(), layer.layer.group_size)
+                yield f"{name}.weight", _in_pairs(name, rows, config), kind
+            else:
+                assert isinstance(layer, CompressedLinear)
+                yield f"{name}.weight", _in_pairs(name, layer.values().half().numpy(), config), None
+        for name, tensor in tensors.items():
+            yield name, _in_pairs(name.removesuffix(".weight"), tensor.half().numpy(), config), None
+
+
+def _in_pairs(name: str, rows: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    """Return the rows of a rotated projection in llama.cpp's order: it turns neighbours, transformers the halves of a head."""
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.rpartition(".")[2])
+    if heads is None:
+        return rows
+    return rows.reshape(config[heads], 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _describe(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
+    """Write what the network is."""
+    width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    writer.add_context_length(int(config["max_position_embeddings"]))
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_block_count(int(config["num_hidden_layers"]))
+    writer.add_head_count(heads)
+    writer.add_vocab_size(int(config["vocab_size"]))
+    if config["model_type"] == "bert":
+        writer.add_layer_norm_eps(float(config["layer_norm_eps"]))
+        writer.add_causal_attention(False)
+        return
+    each = int(config.get("head_dim") or width // heads)
+    rope = config.get("rope_parameters") or config
+    writer.add_head_count_kv(int(config["num_key_value_heads"]))
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_rope_dimension_count(each)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    writer.add_key_length(each)
+    writer.add_value_length(each)
+    writer.add_causal_attention(bool(config.get("is_causal", True)))
+
+
+def _reader(opened: Opened, vocabulary: Vocabulary, by_token: bool) -> Reader:
+    spec = opened.info.spec
+    length = min(opened.info.max_length, LONGEST)
+    example = OPENED.format(length=length)
+    prepared = "(prompt + text).lower()" if spec.lowercase else "prompt + text"
+    if by_token:
+        vectors = "vectors / numpy.linalg.norm(vectors, axis=1, keepdims=True)" if spec.normalize else "vectors"
+        example += BY_TOKEN.format(ends=vocabulary.ends, prepared=prepared, vectors=vectors)
+    else:
+        example += POOLED.format(prepared=prepared, normalize=spec.normalize)
+    notes = []
+    if opened.linears:
+        notes.append("llama.cpp rounds the inputs of quantized layers to 8 bits in blocks of 32, whatever the variant does.")
+    if any(layer.activations is not ActivationScheme.NONE for layer in opened.linears.values()):
+        notes.append("The variant's own scales of activations are left out.")
+    if length < opened.info.max_length:
+        notes.append(
+            f"The example cuts texts at {length:,} of {opened.info.max_length:,} tokens: llama.cpp's memory grows with the square"
+            " of `n_ctx` (more than 30 GB at 32,768); raise it where texts are longer."
+        )
+    if by_token:
+        notes.append("Prompts do not enter the mean, which llama.cpp cannot say: the file gives token vectors, pooled as above.")
+    lowest = EIGHT_BIT_COSINE if opened.linears else READ_BACK_COSINE
+    return Reader("llama.cpp", ("llama-cpp-python", "numpy"), example, lowest=lowest, notes=tuple(notes))

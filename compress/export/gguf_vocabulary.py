@@ -1,0 +1,170 @@
+"""A `tokenizer.json` in the words of GGUF, where llama.cpp has a tokenizer that does the same: BERT's uncased and Llama's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import UserError
+from compress.models.spec import read_json
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+SPACE = "\u2581"
+# Of what no merge gives: any score below those of merges.
+UNMERGED = -1e6
+PREPENDED = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer as llama.cpp is to do it."""
+
+    model: str
+    """Of `tokenizer.ggml.model`: `bert` or `llama`."""
+    tokens: list[str]
+    types: list[str]
+    """Names of `gguf.TokenType`."""
+    scores: list[float] | None
+    """Of Llama's: which of two merges comes first."""
+    special: Mapping[str, int]
+    """Ids by `bos`, `eos`, `unk`, `sep`, `pad`, `mask`."""
+    starts: int
+    """Special tokens that it puts before a text."""
+    ends: int
+    """And behind it."""
+
+    def write(self, writer: GGUFWriter) -> None:
+        """Write it into a file's header."""
+        from gguf import TokenType
+
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(self.tokens)
+        writer.add_token_types([TokenType[name] for name in self.types])
+        if self.scores is not None:
+            writer.add_token_scores(self.scores)
+            writer.add_add_bos_token(bool(self.starts))
+            writer.add_add_eos_token(bool(self.ends))
+        else:
+            writer.add_token_type_count(2)
+        for name, number in self.special.items():
+            getattr(writer, f"add_{name}_token_id")(number)
+
+
+def read_vocabulary(path: Path, size: int) -> Vocabulary:
+    """Read a `tokenizer.json`.
+
+    Args:
+        path: the file.
+        size: rows of the token table; those that no token has are filled up.
+
+    Raises:
+        UserError: llama.cpp has no tokenizer that does the same.
+    """
+    found = read_json(path)
+    kind = found["model"]["type"]
+    if kind == "WordPiece":
+        return _wordpiece(found, size)
+    if kind == "BPE" and found["model"].get("byte_fallback"):
+        return _merges(found, size)
+    raise _refusal(f"is {kind}")
+
+
+def _wordpiece(found: Mapping[str, Any], size: int) -> Vocabulary:
+    """BERT's, lower case: llama.cpp lowers all texts and strips their accents."""
+    normalizer, model = found["normalizer"] or {}, found["model"]
+    uncased = normalizer.get("type") == "BertNormalizer" and normalizer["lowercase"] and normalizer["strip_accents"] is not False
+    if (
+        not uncased
+        or (found["pre_tokenizer"] or {}).get("type") != "BertPreTokenizer"
+        or model["continuing_subword_prefix"] != "##"
+    ):
+        raise _refusal("is WordPiece, and not that of an uncased BERT")
+    before, after = _around(found)
+    if len(before) != 1 or len(after) != 1:
+        raise _refusal("does not put one special token before texts and one behind")
+    tokens, types = _tokens(found, size)
+    for index, token in enumerate(tokens):
+        if types[index] == "NORMAL":  # llama.cpp marks what begins a word, not what goes on with one
+            tokens[index] = token[2:] if token.startswith("##") else SPACE + token
+    ids = {"bos": before[0], "sep": after[0], "unk": model["vocab"][model["unk_token"]]}
+    for name, token in (("pad", "[PAD]"), ("mask", "[MASK]")):
+        if token in model["vocab"]:
+            ids[name] = model["vocab"][token]
+    return Vocabulary("bert", tokens, types, None, ids, 1, 1)
+
+
+def _merges(found: Mapping[str, Any], size: int) -> Vocabulary:
+    """Llama's: merges in the order of their tokens' scores, bytes for what is unknown."""
+    pre, normalizer = found["pre_tokenizer"], found["normalizer"]
+    space = {"type": "Metaspace", "replacement": SPACE, "split": False}
+    as_pre = pre is not None and normalizer is None and space.items() <= pre.items() and pre.get("prepend_scheme") != "never"
+    if not as_pre and (pre is not None or normalizer != PREPENDED):
+        raise _refusal("changes or cuts texts before it merges as Llama's does not")
+    before, after = _around(found)
+    if len(before) > 1 or len(after) > 1:
+        raise _refusal("puts several special tokens around texts")
+    tokens, types = _tokens(found, size)
+    if types.count("BYTE") < 256:
+        raise _refusal("has no token for each byte")
+    scores = [UNMERGED] * size
+    vocabulary = found["model"]["vocab"]
+    for rank, merge in enumerate(found["model"]["merges"]):
+        made = vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)]
+        scores[made] = max(scores[made], -float(rank))
+    ids = {name: numbers[0] for name, numbers in (("bos", before), ("eos", after)) if numbers}
+    if found["model"].get("unk_token") in vocabulary:
+        ids["unk"] = vocabulary[found["model"]["unk_token"]]
+    return Vocabulary("llama", tokens, types, scores, ids, len(before), len(after))
+
+
+def _tokens(found: Mapping[str, Any], size: int) -> tuple[list[str], list[str]]:
+    """Return tokens and their types by id."""
+    tokens, types = [f"[PAD{index}]" for index in range(size)], ["UNUSED"] * size
+    for token, index in found["model"]["vocab"].items():
+        byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        tokens[index], types[index] = token, "BYTE" if byte else "NORMAL"
+    for token in found["added_tokens"]:
+        if types[token["id"]] != "BYTE":
+            tokens[token["id"]] = token["content"]
+            types[token["id"]] = "CONTROL" if token["special"] else "USER_DEFINED"
+    unknown = found["model"]["vocab"].get(found["model"].get("unk_token"))
+    if unknown is not None and found["model"]["type"] == "BPE":
+        types[unknown] = "UNKNOWN"
+    return tokens, types
+
+
+def _around(found: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Return the special tokens that a tokenizer puts before and behind a text."""
+    template = found["post_processor"]
+    if template is None:
+        return [], []
+    if template["type"] == "BertProcessing":
+        return [template["cls"][1]], [template["sep"][1]]
+    if template["type"] != "TemplateProcessing":
+        raise _refusal(f"ends with a {template['type']}")
+    sides: tuple[list[int], list[int]] = [], []
+    behind = False
+    for piece in template["single"]:
+        if "Sequence" in piece:
+            behind = True
+        else:
+            sides[behind].extend(template["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
+    return sides
+
+
+def _refusal(why: str) -> UserError:
+    return UserError(
+        f"cannot be written as gguf: the tokenizer {why}, and llama.cpp has none that does the same",
+        "onnx and openvino come with the tokenizer as it is",
+    )
