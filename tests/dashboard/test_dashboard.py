@@ -22,7 +22,7 @@ from compress.record import Record
 
 pytest.importorskip("plotly", reason="the extra `dashboard` is not installed")
 RESULTS = Path(__file__).parents[2] / "results"
-RUNS = ("int8-openvino-minilm-4cafb257", "depth-50-minilm-ed852a53", "int4-gptq-minilm-80b5319a", "prune-int8-minilm-d7e971fc")
+RUNS = ("int8-openvino-minilm-4cafb257", "depth-50-minilm-ed852a53", "int4-gptq-only-minilm-83c44b29", "prune-int8-minilm-d7e971fc")
 NASTY = "</script><script>window.hurt = true</script><img src=x onerror='window.hurt = true'>{{CSS}}"
 
 
