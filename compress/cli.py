@@ -185,7 +185,7 @@ def export(
         typer.Option(
             "--format",
             metavar="F",
-            help="transformers, sentence-transformers, onnx, openvino, compressed-tensors, gptq, nv-embed.",
+            help="transformers, sentence-transformers, onnx, openvino, compressed-tensors, gptq, gguf, nv-embed.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to be written.")],

@@ -125,7 +125,9 @@ class Recipe(Section):
     measure: Measure = Measure()
     gates: Gates = Gates()
     export: tuple[
-        Literal["variant", "transformers", "sentence-transformers", "nv-embed", "onnx", "openvino", "compressed-tensors", "gptq"],
+        Literal[
+            "variant", "transformers", "sentence-transformers", "nv-embed", "onnx", "openvino", "compressed-tensors", "gptq", "gguf"
+        ],
         ...,
     ] = ("variant",)
     """What the run's folder keeps besides the record: `variant`, the model that was measured, and beside it the same weights in

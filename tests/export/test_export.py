@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from compress.methods.quantize.rtn import RTN
 from compress.models.nv_embed import MODEL_TYPE
 from compress.models.spec import read_spec
 from compress.models.variant import VariantInfo
+from compress.recipe import Recipe
 from compress.runtimes.torch_runtime import read_text_side
 
 INTEGERS, VALUES = ["compressed-tensors", "gptq"], ["transformers", "sentence-transformers"]
@@ -33,6 +35,14 @@ def change(path: Path, **changes: object) -> None:
 
 def test_every_format_can_be_imported() -> None:
     assert all(callable(writer(format)) for format in FORMATS)
+
+
+def test_every_format_is_named_where_users_look() -> None:
+    """`variant`, which a recipe may keep, is no format of the command's."""
+    (kept, _) = get_args(Recipe.model_fields["export"].annotation)
+    assert sorted(get_args(kept)) == sorted(["variant", *FORMATS])
+    (option,) = get_type_hints(cli.export, include_extras=True)["format"].__metadata__
+    assert sorted(option.help.removesuffix(".").split(", ")) == sorted(FORMATS)
 
 
 def test_what_is_no_export_is_refused(bert: Path, make_variant, tmp_path: Path) -> None:
