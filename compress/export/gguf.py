@@ -68,11 +68,13 @@ def write(source: Source, folder: Path) -> Reader:
         raise UserError(f"{LAYOUT} files want a package of their own", "pip install 'compress-embedders[gguf]'") from error
 
     opened = open_variant(source, LAYOUT, integers=False)
+    spec, config = opened.info.spec, read_json(opened.folder / "config.json")
+    architecture = architecture_of(config, source.name)
     check_integers(opened.linears, LAYOUT)
     for name, layer in opened.linears.items():
         check(name, layer, opened.shape(name)[1])
-    spec, config = opened.info.spec, read_json(opened.folder / "config.json")
-    architecture = architecture_of(config, source.name)
+    for name in opened.tables:
+        check(name, opened.info.quantized[name], opened.network.get_submodule(name).embedding_dim)  # type: ignore[arg-type]
     vocabulary = read_vocabulary(opened.folder / "tokenizer.json", int(config["vocab_size"]))
     # llama.cpp pools all tokens, the prompt's too; where these stay out, the mean is left to whoever calls it.
     by_token = spec.pooling is Pooling.MEAN and not spec.pool_prompt
@@ -172,7 +174,6 @@ def _tensors(opened: Opened, config: Mapping[str, Any]) -> Iterator[tuple[str, n
         for name, layer in layers.items():
             if isinstance(layer, QuantizedLinear | QuantizedEmbedding):
                 integers, scale, zero = layer.integers(), layer.weight_scale, layer.zeros()
-                check(name, layer.layer, integers.shape[1])
                 kind = block_kind(layer.layer)
                 scales = scale.view(len(scale), -1).numpy()
                 rows = blocks(kind, integers.numpy(), scales, zero.numpy(), layer.layer.group_size)

@@ -74,8 +74,8 @@ def test_blocks_stand_for_the_variant_s_values(
         expected = module.values()
         if inner.endswith(("q_proj", "k_proj")):
             expected = neighbours(expected, 4 if inner.endswith("q_proj") else 2)
-        step = expected.abs().amax().item() / 2 ** (bits - 1)  # scales and least values are rounded to half precision
-        np.testing.assert_allclose(values[found], expected.numpy(), rtol=1e-3, atol=5e-3 * step)
+        spacing = expected.abs().amax().item() / 2 ** (bits - 1)  # scales and least values are rounded to half precision
+        np.testing.assert_allclose(values[found], expected.numpy(), rtol=1e-3, atol=5e-3 * spacing)
         assert kinds[found] == kind
         compared += 1
     assert compared == (12 if bits == 2 else 14)
@@ -251,6 +251,11 @@ def test_what_it_cannot_hold_is_refused(decoder: Path, make_variant, tmp_path: P
     with pytest.raises(UserError, match=words) as refused:
         export(make_variant(decoder, step), "gguf", tmp_path / "out")
     assert refused.value.message.startswith("layers.")
+
+
+def test_a_table_that_it_cannot_hold_is_refused(decoder: Path, make_variant, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^embed_tokens: .*16 inputs a group"):
+        export(make_variant(decoder, Embeddings(bits=4, group_size=16)), "gguf", tmp_path / "out")
 
 
 def test_other_architectures_are_refused(make_model, make_variant, tmp_path: Path) -> None:
