@@ -85,16 +85,16 @@ def export(
 def _write(source: Source, info: VariantInfo, format: str, folder: Path, say: Say, python: Path | None, check: bool) -> None:
     """Write a variant, read it back and write its card."""
     from compress.export.card import CARD_FILE, EXAMPLE_FILE, card, example, record_of
-    from compress.export.reader import read_back, usual_prompt
+    from compress.export.reader import Checked, read_back, usual_prompt
 
     reader = writer(format)(source, folder)
     for note in reader.notes:
         say(note)
-    checked = read_back(source, folder, reader, python or Path(sys.executable)) if check else "Not read back."
-    say(checked + (" --python names an interpreter that has them." if "not installed" in checked else ""))
+    checked = read_back(source, folder, reader, python or Path(sys.executable)) if check else Checked("Not read back.")
+    say(f"{checked.outcome} {checked.advice}".strip())
     prompt = usual_prompt(source.folder)
     write_text_atomic(folder / EXAMPLE_FILE, example(reader, prompt))
-    write_text_atomic(folder / CARD_FILE, card(info, reader, prompt, checked, record_of(source.folder), folder))
+    write_text_atomic(folder / CARD_FILE, card(info, reader, prompt, checked.outcome, record_of(source.folder), folder))
 
 
 def licence_of(source: Path) -> str | None:

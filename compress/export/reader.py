@@ -111,7 +111,15 @@ def usual_prompt(variant: Path) -> str:
     return prompt if 2 * info.tokenizer(variant).prompt_length(prompt) < info.max_length else ""
 
 
-def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> str:
+@dataclass(frozen=True)
+class Checked:
+    """What reading back found: `outcome` for the card, `advice` for the one who exports where nothing could be read."""
+
+    outcome: str
+    advice: str = ""
+
+
+def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> Checked:
     """Let the reader give some texts' vectors, and say how like the variant's own they are.
 
     Args:
@@ -127,10 +135,15 @@ def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> str
     there = package_versions(reader, python)
     missing = [name for name in reader.packages if name not in there]
     if missing:
-        return f"Not read back: {', '.join(missing)} not installed where it was written."
+        return Checked(
+            f"Not read back: {', '.join(missing)} not installed where it was written.",
+            "--python names an interpreter that has them.",
+        )
     needed, free = _float32_bytes(source), available_memory_bytes()
     if needed > free:
-        return f"Not read back: that takes {gigabytes(needed)} of memory, {gigabytes(free)} were free where it was written."
+        return Checked(
+            f"Not read back: that takes {gigabytes(needed)} of memory, {gigabytes(free)} were free where it was written."
+        )
     texts = list(suite_texts()[:READ_BACK_TEXTS])
     prompt = usual_prompt(source.folder)
     expected = own(source, reader).encode(texts, prompt)  # and out of memory again
@@ -138,7 +151,7 @@ def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> str
     if worst < reader.lowest:
         raise UserError(f"{source.name}: {reader.library} gives other vectors: lowest cosine {worst:.6f} on {len(texts)} texts")
     versions = ", ".join(f"{name} {version}" for name, version in there.items())
-    return f"Read back with {versions}: lowest cosine {worst:.7f} to the variant's own vectors on {len(texts)} texts."
+    return Checked(f"Read back with {versions}: lowest cosine {worst:.7f} to the variant's own vectors on {len(texts)} texts.")
 
 
 def own(source: Source, reader: Reader) -> Embedder:
