@@ -25,17 +25,19 @@ def add_environments_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def python_of(name: str, requirements: Sequence[str], root: Path) -> Path:
+def python_of(name: str, requirements: Sequence[str], root: Path, *, torch: bool = True) -> Path:
     """Return the Python of an environment, made if it is not there or has other packages.
 
     Args:
         name: its folder under `root`.
-        requirements: what pip installs beside torch, all together.
+        requirements: what pip installs, all together.
         root: folder of the environments.
+        torch: whether torch is among it, installed first: some packages look for it while they are built.
     """
+    needed = [TORCH, *requirements] if torch else list(requirements)
     folder = root.resolve() / name
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    wanted = json.dumps([sys.version_info[:2], TORCH, *requirements])
+    wanted = json.dumps([sys.version_info[:2], *needed])
     stamp = folder / STAMP
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return python
@@ -43,7 +45,8 @@ def python_of(name: str, requirements: Sequence[str], root: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
     pip = [str(python), "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, TORCH, "setuptools", "wheel"], check=True)
-    subprocess.run([*pip, TORCH, *requirements], check=True)
+    if torch:
+        subprocess.run([*pip, TORCH, "setuptools", "wheel"], check=True)
+    subprocess.run([*pip, *needed], check=True)
     stamp.write_text(wanted, encoding="utf-8")
     return python

@@ -53,7 +53,9 @@ LOWEST = re.compile(r"Read back with (.*): lowest cosine ([\d.]+)")
 
 def outcome(variant: Path, format: str, target: Path, environments: Path) -> str:
     """Export, and say what came of it."""
-    python = python_of(*ENVIRONMENTS[format], environments) if format in ENVIRONMENTS else Path(sys.executable)
+    python = Path(sys.executable)
+    if format in ENVIRONMENTS:
+        python = python_of(*ENVIRONMENTS[format], environments, torch=format != "gguf")
     said: list[str] = []
     try:
         export(variant, format, target, said.append, python=python)
