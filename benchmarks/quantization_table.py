@@ -6,6 +6,7 @@
 
 Kept: mean of the main scores over the baseline's mean. Its interval: the mean difference's, over the baseline's mean. Bits: of the
 blocks' linear layers, scales and zeros counted, as the run's own step says; and of the whole model, from the size of its file.
+Faster: throughput over our own float32 in the same run; empty where the run did not measure speed.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def row(record: Record) -> str:
         str(record.overall.verdict),
         ", ".join(line.regressed) or "none",
         f"{record.fidelity['cosine_mean']:.4f}",
+        "" if line.speedup is None else f"{line.speedup:.2f}x",
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -49,7 +51,7 @@ def main() -> None:
     """Print the table, the best first."""
     records = [Record.read(Path(folder)) for folder in sys.argv[1:]]
     headings = ("recipe", "weights x activations", "bits, linear", "bits, all", "file", "kept", "95 % interval", "verdict",
-                "tasks regressed", "cosine")  # fmt: skip
+                "tasks regressed", "cosine", "faster")  # fmt: skip
     print("| " + " | ".join(headings) + " |")
     print("|" + "---|" * len(headings))
     for record in sorted(records, key=lambda record: -(record.retained or 0)):
