@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from environments import add_environments_option, python_of
@@ -33,9 +34,9 @@ from compress.record import Journal
 
 OF_LLAMA = ("llama-cpp-python==0.3.36", "numpy>=2")
 ENVIRONMENTS = {
-    "gptq": ("gptqmodel", OF_GPTQMODEL),
-    "compressed-tensors": ("compressed-tensors", OF_COMPRESSED),
-    "gguf": ("llama-cpp-python", OF_LLAMA),
+    "gptq": partial(python_of, "gptqmodel", OF_GPTQMODEL),
+    "compressed-tensors": partial(python_of, "compressed-tensors", OF_COMPRESSED),
+    "gguf": partial(python_of, "llama-cpp-python", OF_LLAMA, torch=False),
 }
 FOUR: tuple[Method, ...] = (RTN(bits=4, group_size=64, activations="none"),)
 GRAPH: tuple[Method, ...] = (*FOUR, Embeddings(bits=8))
@@ -53,9 +54,7 @@ LOWEST = re.compile(r"Read back with (.*): lowest cosine ([\d.]+)")
 
 def outcome(variant: Path, format: str, target: Path, environments: Path) -> str:
     """Export, and say what came of it."""
-    python = Path(sys.executable)
-    if format in ENVIRONMENTS:
-        python = python_of(*ENVIRONMENTS[format], environments, torch=format != "gguf")
+    python = ENVIRONMENTS[format](root=environments) if format in ENVIRONMENTS else Path(sys.executable)
     said: list[str] = []
     try:
         export(variant, format, target, said.append, python=python)

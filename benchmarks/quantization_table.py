@@ -13,49 +13,47 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from compress.compare import line_of
+from compress.compare import COLUMNS, line_of
 from compress.record import Record
 
 BITS = re.compile(r"([\d.]+) bits a weight")
 
 
-def row(record: Record) -> str:
-    """Return a record's row of the table."""
-    assert record.overall is not None
-    assert record.retained is not None
-    assert record.fidelity is not None
-    line = line_of(record)
-    assert line.low is not None
-    assert line.high is not None
-    bits = [found.group(1) for step in record.steps if (found := BITS.search(step.note))]
-    variant = record.row("variant")
-    cells = [
-        str(record.recipe["name"]),
-        f"{variant.weights} x {variant.activations}",
-        ", ".join(bits),
-        f"{8 * variant.size_bytes / record.model.parameters:.2f}",
-        f"{variant.size_bytes / 1e6:.1f} MB",
-        f"{100 * record.retained:.2f} %",
-        f"{100 * line.low:.2f} to {100 * line.high:.2f}",
-        str(record.overall.verdict),
-        ", ".join(line.regressed) or "none",
-        f"{record.fidelity['cosine_mean']:.4f}",
-        "" if line.speedup is None else f"{line.speedup:.2f}x",
-    ]
-    return "| " + " | ".join(cells) + " |"
+def bits_of_layers(record: Record) -> str:
+    """Return the bits a weight that the steps say."""
+    return ", ".join(found.group(1) for step in record.steps if (found := BITS.search(step.note)))
+
+
+def bits_of_all(record: Record) -> str:
+    """Return the file's bits over the baseline's parameters."""
+    return f"{8 * record.row('variant').size_bytes / record.model.parameters:.2f}"
+
+
+def from_line(column: str) -> Callable[[Record], str]:
+    """Return what `compress compare` shows in a column."""
+    return lambda record: COLUMNS[column](line_of(record))
+
+
+CELLS: dict[str, Callable[[Record], str]] = {
+    **{column: from_line(column) for column in ("recipe", "weights x activations")},
+    "bits, linear": bits_of_layers,
+    "bits, all": bits_of_all,
+    **{column: from_line(column) for column in ("file", "kept", "95 % interval", "verdict")},
+    "tasks regressed": lambda record: from_line("tasks regressed")(record) or "none",
+    **{column: from_line(column) for column in ("cosine", "faster")},
+}
 
 
 def main() -> None:
     """Print the table, the best first."""
     records = [Record.read(Path(folder)) for folder in sys.argv[1:]]
-    headings = ("recipe", "weights x activations", "bits, linear", "bits, all", "file", "kept", "95 % interval", "verdict",
-                "tasks regressed", "cosine", "faster")  # fmt: skip
-    print("| " + " | ".join(headings) + " |")
-    print("|" + "---|" * len(headings))
+    print("| " + " | ".join(CELLS) + " |")
+    print("|" + "---|" * len(CELLS))
     for record in sorted(records, key=lambda record: -(record.retained or 0)):
-        print(row(record))
+        print("| " + " | ".join(cell(record) for cell in CELLS.values()) + " |")
 
 
 if __name__ == "__main__":
