@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from compress.pipeline import run
-from compress.recipe import parse_recipe
+from compress.pipeline.recipe_file import parse_recipe
+from compress.pipeline.run import run
 
 HALF: dict[str, Any] = {"batch": 64, "learning_rate": 3e-4, "steps": 3400}
 NEW: dict[str, Any] = {"batch": 128, "learning_rate": 1e-3, "steps": 1500}

@@ -17,8 +17,8 @@ from statistics import median
 
 from selenium import webdriver
 
-from compress.dashboard import render
-from compress.record import RECORD_FILE
+from compress.measure.record import RECORD_FILE
+from compress.reports.dashboard import render
 
 RESULTS = Path(__file__).parents[1] / "results"
 FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run", "window-size=1440,900")

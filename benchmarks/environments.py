@@ -11,7 +11,7 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress.cache import cache_root
+from compress.common.cache import cache_root
 
 # The version that we run ourselves; pip prefers a local CPU build of it where it can find one.
 TORCH = "torch==2.13.0"

@@ -20,17 +20,17 @@ from pathlib import Path
 from environments import add_environments_option, python_of
 from readback import OF_COMPRESSED, OF_GPTQMODEL
 
-from compress.apply import make_variant
-from compress.errors import UserError
+from compress.common.errors import UserError
+from compress.common.journal import Journal
 from compress.export import FORMATS, export
-from compress.loading import find
 from compress.methods.base import Method
-from compress.methods.mean_pooling import MeanPooling
+from compress.methods.nv_embed.mean_pooling import MeanPooling
 from compress.methods.prune.depth import Depth
 from compress.methods.quantize.embeddings import Embeddings
 from compress.methods.quantize.rtn import RTN
 from compress.models.shape import read_shape
-from compress.record import Journal
+from compress.models.source import find
+from compress.pipeline.apply import make_variant
 
 OF_LLAMA = ("llama-cpp-python==0.3.36", "numpy>=2")
 ENVIRONMENTS = {

@@ -31,10 +31,10 @@ from compress.methods.base import Method
 from compress.methods.quantize.bitsandbytes import BitsAndBytes
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.rtn import RTN
-from compress.models.network import empty_network
-from compress.models.nv_embed import NVEmbedNetwork
+from compress.models.network.build import empty_network
+from compress.models.network.nv_embed import NVEmbedNetwork
+from compress.models.random_weights import random_std
 from compress.models.shape import known_config
-from compress.random_checkpoint import random_std
 
 MODEL = "nvidia/NV-Embed-v2"
 LENGTHS = (32, 128, 512)

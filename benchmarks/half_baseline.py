@@ -9,10 +9,10 @@ import argparse
 from pathlib import Path
 
 import compress
-from compress.measure.accuracy import evaluate
-from compress.measure.fidelity import fidelity
-from compress.measure.tasks import find_tasks
-from compress.texts import mixed_texts
+from compress.data.texts import mixed_texts
+from compress.measure.accuracy.score import evaluate
+from compress.measure.accuracy.tasks import find_tasks
+from compress.measure.vectors.fidelity import fidelity
 
 
 def main() -> None:

@@ -20,10 +20,10 @@ import mteb
 from sentence_transformers import SentenceTransformer
 
 import compress
-from compress.loading import find
-from compress.measure.accuracy import evaluate
-from compress.measure.tasks import Task, find_tasks
+from compress.measure.accuracy.score import evaluate
+from compress.measure.accuracy.tasks import Task, find_tasks
 from compress.models.embedder import Vectors
+from compress.models.source import find
 
 
 class Timed:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from compress.memory import PeakAnonymous, anonymous_bytes
+from compress.common.memory import PeakAnonymous, anonymous_bytes
 
 MODEL = (
     "random:nvidia/NV-Embed-v2,num_hidden_layers=2,hidden_size=512,intermediate_size=1024,num_attention_heads=8,"

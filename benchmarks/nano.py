@@ -9,10 +9,10 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
-from compress.evaluate import evaluate
-from compress.loading import find, spec_of
-from compress.measure.speed import Candidate, measure_speed, speed_ratio
-from compress.texts import mixed_texts
+from compress.data.texts import mixed_texts
+from compress.measure.evaluate import evaluate
+from compress.measure.speed.timing import Candidate, measure_speed, speed_ratio
+from compress.models.source import find, spec_of
 
 TEXTS, ROUNDS, REQUESTS = 256, 5, 100
 

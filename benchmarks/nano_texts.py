@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from compress.loading import find
-from compress.texts import read_jsonl
+from compress.data.texts import read_jsonl
+from compress.models.source import find
 
 SHORT, SWAPPED = 120_000, 100_000
 JOINED = range(2, 5)

@@ -15,9 +15,9 @@ from nv_original import OriginalStyle
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.loading import find
-from compress.models.network import empty_network, load_network
-from compress.models.nv_embed import LatentAttention, NVEmbedNetwork, fold, mean_of_rows
+from compress.models.network.build import empty_network, load_network
+from compress.models.network.nv_embed import LatentAttention, NVEmbedNetwork, fold, mean_of_rows
+from compress.models.source import find
 from compress.runtimes.torch_runtime import pick_device, pick_dtype, prepare
 
 LENGTHS = (16, 64, 256)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from compress.models.nv_embed import LatentAttention, NVEmbedNetwork
+from compress.models.network.nv_embed import LatentAttention, NVEmbedNetwork
 
 
 def original_head(head: LatentAttention, hidden: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:

@@ -179,21 +179,21 @@ def by_peer(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[st
 
 
 def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str, Any]]:
-    """Quantize a checkpoint by `compress.apply.make_variant`; the same."""
+    """Quantize a checkpoint by `compress.pipeline.apply.make_variant`; the same."""
     import numpy as np
     import torch
     from safetensors.torch import load_file
 
-    from compress.apply import CalibrationSource, make_variant
-    from compress.calibration import CalibrationTexts
+    from compress.calibration.texts import CalibrationSource, CalibrationTexts
+    from compress.common.journal import Journal
     from compress.layers.quantized_linear import QuantizedLinear
-    from compress.loading import find
     from compress.methods.prune.sparsegpt import SparseGPT
     from compress.methods.quantize.gptq import GPTQ
+    from compress.models.network.walk import Streamed, walk
+    from compress.models.opened import empty_model, weights_of
     from compress.models.shape import read_shape
-    from compress.record import Journal
-    from compress.runtimes.torch_runtime import empty_model, weights_of
-    from compress.walk import Streamed, walk
+    from compress.models.source import find
+    from compress.pipeline.apply import make_variant
 
     class Ids(CalibrationSource):
         def batches(self, *_: Any) -> CalibrationTexts:
@@ -285,7 +285,7 @@ def errors(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, f
     from safetensors.torch import load_file
     from transformers import AutoModel
 
-    from compress.calibration import Hessian
+    from compress.calibration.statistics import Hessian
     from compress.layers.float_layers import linear
 
     model = AutoModel.from_pretrained(folder, dtype=getattr(torch, arguments.dtype))
@@ -329,7 +329,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
     from compress.layers.float_layers import has_onednn_linear
 
-    # As `compress.apply` chooses for a checkpoint in bfloat16.
+    # As `compress.pipeline.apply` chooses for a checkpoint in bfloat16.
     arguments.dtype = "bfloat16" if has_onednn_linear(torch.bfloat16) else "float32"
     every = "ours,optimum,llm-compressor" if arguments.method == "gptq" else "ours,llm-compressor"
     tools = (arguments.tools or every).split(",")

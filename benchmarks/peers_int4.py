@@ -63,9 +63,9 @@ def equal_lengths(batches: Sequence[tuple[Any, Any]], rows: int = 32) -> dict[st
 def check(run: Path) -> None:
     """See that the run is what the peers are compared with: linear layers of blocks alone, at their bits."""
     from compress.layers.scheme import QuantizedLayer
-    from compress.loading import find
-    from compress.models.shape import is_block_linear
-    from compress.models.variant import VariantInfo
+    from compress.models.architectures import is_block_linear
+    from compress.models.files.variant import VariantInfo
+    from compress.models.source import find
 
     wanted = QuantizedLayer(bits=BITS, group_size=GROUP, symmetric=True)
     for name, layer in VariantInfo.read(find(str(run)).folder).quantized.items():
@@ -78,13 +78,13 @@ def write_peers(run: Path, output: Path, environments: Path) -> dict[str, Path]:
     from environments import python_of
     from safetensors.torch import load_file, save_file
 
-    from compress.apply import CalibrationSource
-    from compress.loading import find
-    from compress.models.spec import transformer_folder
-    from compress.models.variant import VariantInfo
-    from compress.recipe import read_recipe
-    from compress.runtimes.torch_runtime import read_text_side
-    from compress.texts import texts_to_calibrate
+    from compress.calibration.texts import CalibrationSource
+    from compress.data.texts import texts_to_calibrate
+    from compress.models.files.variant import VariantInfo
+    from compress.models.folder import transformer_folder
+    from compress.models.opened import read_text_side
+    from compress.models.source import find
+    from compress.pipeline.recipe_file import read_recipe
 
     base = find(VariantInfo.read(find(str(run)).folder).base).folder
     recipe = read_recipe(run / "recipe.yaml")
@@ -121,9 +121,9 @@ def write_peers(run: Path, output: Path, environments: Path) -> dict[str, Path]:
 
 def write_nf4(run: Path, output: Path) -> Path:
     """Compress the run's base to NF4 by our own method."""
-    from compress.loading import find
-    from compress.models.variant import VariantInfo
-    from compress.pipeline import run as run_recipe
+    from compress.models.files.variant import VariantInfo
+    from compress.models.source import find
+    from compress.pipeline.run import run as run_recipe
 
     recipe = output / "nf4.yaml"
     recipe.write_text("steps: [{method: bitsandbytes, format: nf4}]\nmeasure: {what: []}\n", encoding="utf-8")
@@ -142,9 +142,9 @@ def main() -> None:
 
     from environments import add_environments_option
 
-    from compress.cache import cache_root
-    from compress.evaluate import evaluate
-    from compress.measure.statistics import Interval
+    from compress.common.cache import cache_root
+    from compress.measure.accuracy.statistics import Interval
+    from compress.measure.evaluate import evaluate
 
     parser.add_argument("--run", type=Path, required=True, help="folder of our run, its variant kept")
     parser.add_argument("--tasks", default="mini")

@@ -33,18 +33,20 @@ import numpy as np
 from environments import TORCH, add_environments_option, python_of
 
 import compress
-from compress.cache import cache_root
-from compress.errors import UserError
-from compress.loading import find, spec_of, tokenizer_of
-from compress.models.checkpoint import write_text_atomic
+from compress.common.cache import cache_root
+from compress.common.errors import UserError
+from compress.common.files import write_text_atomic
+from compress.common.journal import Journal
+from compress.common.machine import machine, now
+from compress.data.texts import calibration_texts, measure_texts
+from compress.models.folder import transformer_folder
 from compress.models.shape import read_shape
-from compress.models.spec import EmbedderSpec, transformer_folder
-from compress.plot import Panel, Point, figure
-from compress.record import Journal, machine, now
-from compress.texts import calibration_texts, measure_texts
+from compress.models.source import find, spec_of, tokenizer_of
+from compress.models.text.spec import EmbedderSpec
+from compress.reports.plot import Panel, Point, figure
 
 if TYPE_CHECKING:
-    from compress.measure.tasks import Task
+    from compress.measure.accuracy.tasks import Task
 
 WORKER = Path(__file__).with_name("quantization_peer.py")
 OURS = "ours"  # this Python, with what it has
@@ -275,7 +277,7 @@ class Bench:
 
     def score(self, tasks: Sequence[Task]) -> None:
         """Score the rows on tasks, one process at a time; what was scored before is read."""
-        from compress.measure.accuracy import evaluate
+        from compress.measure.accuracy.score import evaluate
 
         journal = Journal(self.output / "scores")
         width = read_shape(self.source.name, self.source.folder).hidden_size
@@ -466,7 +468,7 @@ def main() -> None:
         texts = measure_texts(arguments.texts, arguments.count, arguments.seed)
         tasks: list[Task] = []
         if arguments.tasks:
-            from compress.measure.tasks import find_tasks
+            from compress.measure.accuracy.tasks import find_tasks
 
             tasks = find_tasks(arguments.tasks.split(","), arguments.data)
         bench = Bench(arguments.base, rows, arguments.output.resolve(), arguments.environments)

@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from compress.compare import line_of
-from compress.loading import find
-from compress.measure.speed import Candidate, measure_speed, speed_ratio
+from compress.data.texts import measure_texts
+from compress.measure.record import Record
+from compress.measure.speed.timing import Candidate, measure_speed, speed_ratio
+from compress.models.files.variant import VariantInfo
 from compress.models.shape import ModelShape, read_shape
-from compress.models.variant import VariantInfo
-from compress.record import Record
-from compress.texts import measure_texts
+from compress.models.source import find
+from compress.reports.compare import line_of
 
 
 def in_blocks(shape: ModelShape) -> int:

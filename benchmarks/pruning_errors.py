@@ -17,21 +17,22 @@ from typing import Any
 
 import torch
 
-from compress.apply import CalibrationSource
-from compress.calibration import Hessian, Inputs
+from compress.calibration.inputs import Inputs
+from compress.calibration.statistics import Hessian
+from compress.calibration.texts import CalibrationSource
+from compress.data.texts import calibration_texts, suite_texts
 from compress.layers.float_layers import linear
-from compress.loading import find
 from compress.methods.prune.base import PruneWeights
 from compress.methods.prune.magnitude import Magnitude
 from compress.methods.prune.sparsegpt import SparseGPT
 from compress.methods.prune.wanda import Wanda
-from compress.models.network import load_network
-from compress.models.segments import Kind, Parts, Segment, segments_of
-from compress.models.shape import is_block_linear, place_in_block
-from compress.models.spec import transformer_folder
-from compress.runtimes.torch_runtime import read_text_side
-from compress.texts import calibration_texts, suite_texts
-from compress.walk import Carry, Resident
+from compress.models.architectures import is_block_linear, place_in_block
+from compress.models.folder import transformer_folder
+from compress.models.network.build import load_network
+from compress.models.network.segments import Kind, Parts, Segment, segments_of
+from compress.models.network.walk import Carry, Resident
+from compress.models.opened import read_text_side
+from compress.models.source import find
 
 METHODS: tuple[type[PruneWeights], ...] = (SparseGPT, Wanda, Magnitude)
 PATTERNS = ("unstructured", "4:8", "2:4")

@@ -238,7 +238,8 @@ class Ours:
     def __init__(
         self, folder: Path, side: dict[str, Any], model: str | None = None, dtype: str | None = None, runtime: str | None = None
     ) -> None:
-        from compress.loading import find, load
+        from compress.models.source import find
+        from compress.runtimes.loading import load
 
         given = {"dtype": dtype, "runtime": runtime}
         self.model = load(model or str(folder), device="cpu", **{key: value for key, value in given.items() if value})

@@ -16,8 +16,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from compress.compare import COLUMNS, line_of
-from compress.record import Record
+from compress.measure.record import Record
+from compress.reports.compare import line_of
+from compress.reports.formats import COLUMNS
 
 BITS = re.compile(r"([\d.]+) bits a weight")
 

@@ -30,18 +30,20 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
-from compress.apply import make_variant
+from compress.common.journal import Journal
 from compress.export import export
 from compress.layers.scheme import ActivationScheme
-from compress.loading import find, load
 from compress.methods.base import Method
 from compress.methods.quantize.base import Override
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.rtn import RTN
+from compress.models.files.variant import VariantInfo
+from compress.models.opened import empty_model, weights_of
 from compress.models.shape import read_shape
-from compress.models.variant import VariantInfo
-from compress.record import Journal
-from compress.runtimes.torch_runtime import empty_model, prepare, weights_of
+from compress.models.source import find
+from compress.pipeline.apply import make_variant
+from compress.runtimes.loading import load
+from compress.runtimes.torch_runtime import prepare
 
 LOWEST = 0.9999
 VOCABULARY = 600

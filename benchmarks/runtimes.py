@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 import compress
-from compress.loading import find
-from compress.measure.fidelity import cosines
-from compress.measure.speed import Candidate, measure_speed, speed_ratio
-from compress.models.variant import VariantInfo
-from compress.texts import measure_texts
+from compress.data.texts import measure_texts
+from compress.measure.speed.timing import Candidate, measure_speed, speed_ratio
+from compress.measure.vectors.fidelity import cosines
+from compress.models.files.variant import VariantInfo
+from compress.models.source import find
 
 
 def main() -> None:

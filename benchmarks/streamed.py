@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from compress.memory import PeakAnonymous
-from compress.models.checkpoint import weight_bytes
+from compress.common.memory import PeakAnonymous
+from compress.models.files.headers import weight_bytes
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "int8.yaml"
 TOKENS = 64
@@ -28,14 +28,14 @@ TOKENS = 64
 
 def write(model: str, _: str, __: Path) -> str:
     """Write the checkpoint, or find it written."""
-    from compress.loading import find
+    from compress.models.source import find
 
     return str(find(model).folder)
 
 
 def compress(model: str, output: str, recipe: Path) -> str:
     """Fold and quantize it."""
-    from compress.pipeline import run
+    from compress.pipeline.run import run
 
     record = run(recipe, model=model, output=output, compress_only=True, device="cpu")
     return str(Path(output) / record.run / "variant")
@@ -43,7 +43,7 @@ def compress(model: str, output: str, recipe: Path) -> str:
 
 def encode(model: str, _: str, __: Path) -> str:
     """Encode one text of 64 tokens."""
-    from compress.loading import load
+    from compress.runtimes.loading import load
     from compress.runtimes.streamed import StreamedEmbedder
 
     embedder = load(model, device="cpu", stream=True)

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from compress.loading import find
-from compress.measure.speed import Candidate, measure_speed, speed_ratio
-from compress.models.variant import VariantInfo
-from compress.texts import measure_texts
+from compress.data.texts import measure_texts
+from compress.measure.speed.timing import Candidate, measure_speed, speed_ratio
+from compress.models.files.variant import VariantInfo
+from compress.models.source import find
 
 PEER_BATCH = 32
 

@@ -12,18 +12,18 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load", "run"]
 
 if TYPE_CHECKING:
-    from compress.loading import load
-    from compress.pipeline import run
+    from compress.pipeline.run import run
+    from compress.runtimes.loading import load
 
 
 def __getattr__(name: str) -> Any:
     # Lazily, because both import torch in the end and `compress --help` should not.
     if name == "load":
-        from compress.loading import load
+        from compress.runtimes.loading import load
 
         return load
     if name == "run":
-        from compress.pipeline import run
+        from compress.pipeline.run import run
 
         return run
     raise AttributeError(f"module 'compress' has no attribute {name!r}")

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from compress.errors import UserError
-from compress.models.checkpoint import write_text_atomic
+from compress.common.errors import UserError
+from compress.common.files import write_text_atomic
 
 app = typer.Typer(
     help="Makes text embedders smaller and faster, and measures what that cost.",
@@ -51,13 +51,13 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier run of the same name.")] = False,
 ) -> None:
     """Compress a model by a recipe and measure what that cost. A run that was stopped is continued."""
-    from compress.recipe import read_recipe
+    from compress.pipeline.recipe_file import read_recipe
 
     checked = read_recipe(recipe)  # before anything heavy is imported
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None
     with stoppable():
-        from compress.pipeline import run as run_recipe
-        from compress.report import print_record
+        from compress.pipeline.run import run as run_recipe
+        from compress.reports.terminal import print_record
 
         record = run_recipe(
             checked,
@@ -79,9 +79,9 @@ def run(
 @app.command()
 def plan(recipe: RecipeArgument, model: ModelOption = None, output: OutputOption = Path("results")) -> None:
     """Say what a recipe would do to a model: sizes, memory, time, and what does not fit. Loads no weight."""
-    from compress.loading import find_shape
-    from compress.plan import describe, make_plan
-    from compress.recipe import read_recipe
+    from compress.models.source import find_shape
+    from compress.pipeline.plan import describe, make_plan
+    from compress.pipeline.recipe_file import read_recipe
 
     checked = read_recipe(recipe)
     print(describe(make_plan(checked, find_shape(model or checked.model), output)))
@@ -98,12 +98,12 @@ def encode(
     stream: Annotated[bool, typer.Option("--stream", help="Read the model block by block; it need not fit in memory.")] = False,
 ) -> None:
     """Embed texts."""
-    from compress.texts import read_texts
+    from compress.data.texts import read_texts
 
     lines = read_texts(texts)
     with stoppable():
-        from compress.loading import load
-        from compress.models.checkpoint import save_array
+        from compress.common.files import save_array
+        from compress.runtimes.loading import load
 
         vectors = load(model, runtime=runtime, device=device, stream=stream).encode(lines, prompt)
         save_array(output, vectors)
@@ -130,9 +130,9 @@ def evaluate(
 ) -> None:
     """Score a model on tasks, alone or against another. With --against, a regression is exit code 1."""
     with stoppable():
-        from compress.evaluate import evaluate as evaluate_model
-        from compress.models.checkpoint import write_text_atomic
-        from compress.report import print_evaluation
+        from compress.common.files import write_text_atomic
+        from compress.measure.evaluate import evaluate as evaluate_model
+        from compress.reports.terminal import print_evaluation
 
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         told = partial(print, file=sys.stderr, flush=True)
@@ -168,8 +168,8 @@ def verify(
 ) -> None:
     """Run the example of a model's card and compare with the scores that the card prints; exit code 1 where they differ."""
     with stoppable():
-        from compress.verify import describe
-        from compress.verify import verify as verify_model
+        from compress.measure.verify import describe
+        from compress.measure.verify import verify as verify_model
 
         found = verify_model(model, device=device, dtype=dtype, stream=stream)
     print(describe(found))
@@ -226,8 +226,8 @@ def compare(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Written there, not printed.")] = None,
 ) -> None:
     """Show runs side by side, those apart that are not comparable; no other run beats those that are marked."""
-    from compress.compare import compare as compare_runs
-    from compress.compare import written
+    from compress.reports.compare import compare as compare_runs
+    from compress.reports.formats import written
 
     text = written(compare_runs(runs), format)
     if output is None:
@@ -244,8 +244,8 @@ def dashboard(
     port: Annotated[int, typer.Option(metavar="N", help="Of --serve; 0: any that is free.")] = 8765,
 ) -> None:
     """Write one page with every run: charts, tables, whole records; it needs no network and no other file."""
-    from compress.dashboard import render
-    from compress.dashboard import serve as serve_page
+    from compress.reports.dashboard import render
+    from compress.reports.dashboard import serve as serve_page
 
     if serve:
         with suppress(KeyboardInterrupt):
@@ -258,7 +258,7 @@ def dashboard(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from compress.recipe import schema as recipe_schema
+    from compress.pipeline.recipe_file import schema as recipe_schema
 
     print(json.dumps(recipe_schema(), indent=1))
 

@@ -14,8 +14,8 @@ from tests_support import GOLDEN, SHARED, golden_weights
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
-from compress.models.nv_embed import EOS
-from compress.texts import suite_texts
+from compress.data.texts import suite_texts
+from compress.models.network.nv_embed import EOS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -128,7 +128,7 @@ def nv_embed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny golden checkpoint in the published form, two shards, with a small tokenizer made here."""
     folder = tmp_path_factory.mktemp("nv-embed")
     shutil.copy(GOLDEN / "config.json", folder)
-    from compress.models.network import empty_network
+    from compress.models.network.build import empty_network
 
     empty = empty_network(folder)
     weights = golden_weights(7, {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()})

@@ -16,50 +16,15 @@ ROOT = Path(__file__).parents[1] / "compress"
 # From left to right; a room imports itself and rooms to its right.
 LEVELS = [
     ["cli"],
-    ["pipeline", "report", "verify", "dashboard"],
-    ["compare"],
-    ["evaluate", "export"],
-    ["scoring"],
-    ["apply", "assemble"],
-    ["plan"],
-    ["recipe"],
-    ["record"],
-    ["methods"],
-    ["measure"],
-    ["loading"],
-    ["random_checkpoint"],
+    ["pipeline"],
+    ["methods", "export", "reports"],
+    ["measure", "calibration"],
     ["runtimes"],
-    ["survey"],
-    ["calibration"],
-    ["walk"],
-    ["output"],
     ["models"],
-    ["layers"],
-    ["texts", "cache", "memory", "processor", "plot"],
-    ["errors", "data"],
+    ["layers", "data"],
+    ["common"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-NO_TORCH = [
-    "recipe",
-    "plan",
-    "record",
-    "errors",
-    "methods",
-    "loading",
-    "random_checkpoint",
-    "texts",
-    "report",
-    "compare",
-    "dashboard",
-    "cli",
-    "models/embedder.py",
-    "models/tokens.py",
-    "models/variant.py",
-    "runtimes/contract.py",
-    "runtimes/graph_embedder.py",
-    "runtimes/onnx_runtime.py",
-    "runtimes/openvino_runtime.py",
-]
 
 
 def room_of(path: Path) -> str:
@@ -98,11 +63,11 @@ def test_methods_do_not_import_each_other() -> None:
 
 LIGHT = """
 import sys
-from compress.errors import UserError
-from compress.recipe import read_recipe, schema
-from compress.loading import find_shape
-from compress.plan import describe, make_plan
-import compress.record, compress.models.embedder, compress.models.tokens, compress.models.variant, compress.layers.scheme
+from compress.common.errors import UserError
+from compress.pipeline.recipe_file import read_recipe, schema
+from compress.models.source import find_shape
+from compress.pipeline.plan import describe, make_plan
+import compress.measure.record, compress.models.embedder, compress.models.text.tokens, compress.models.files.variant, compress.layers.scheme
 import pathlib
 describe(make_plan(read_recipe({recipe!r}), find_shape("nvidia/NV-Embed-v2"), pathlib.Path("results")))
 schema()
@@ -127,5 +92,5 @@ def test_light_commands_answer_without_torch(tmp_path: Path, arguments: list[str
     assert time.perf_counter() - start < 5
     assert result.returncode == (2 if "TYPO" in arguments else 0)
     imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
-    assert "compress.errors" in imported
+    assert "compress.common.errors" in imported
     assert not imported & {"torch", "transformers", "mteb"}

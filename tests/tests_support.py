@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from compress.apply import CalibrationSource, make_variant
+from compress.calibration.texts import CalibrationSource
+from compress.common.journal import Journal
+from compress.data.texts import calibration_texts
 from compress.layers.scheme import QuantizedLayer
-from compress.loading import find
 from compress.methods.base import Method
-from compress.models.segments import segments_of
+from compress.models.network.segments import segments_of
+from compress.models.network.walk import Resident
 from compress.models.shape import read_shape
-from compress.record import Journal
-from compress.texts import calibration_texts
-from compress.walk import Resident
+from compress.models.source import find
+from compress.pipeline.apply import make_variant
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = Path(__file__).parent / "models" / "golden"

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.errors import UserError, nearest
-from compress.loading import Source, find
-from compress.models.checkpoint import write_text_atomic
-from compress.models.variant import VariantInfo
+from compress.common.errors import UserError, nearest
+from compress.common.files import write_text_atomic
+from compress.models.files.variant import VariantInfo
+from compress.models.source import Source, find
 
 if TYPE_CHECKING:
     from compress.export.reader import Reader

@@ -11,9 +11,9 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from compress.export.reader import Reader
-from compress.loading import PUBLISHED
-from compress.models.variant import VariantInfo
-from compress.record import RECORD_FILE, Record
+from compress.measure.record import RECORD_FILE, Record
+from compress.models.files.variant import VariantInfo
+from compress.models.source import PUBLISHED
 
 CHUNK = 1 << 20
 CARD_FILE, EXAMPLE_FILE = "README.md", "example.py"

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from compress.export.checkpoint import Opened, open_variant, refusal, table_notes, words, write_config, write_weights
+from compress.export.base import Opened, open_variant, refusal, table_notes, words, write_config, write_weights
+from compress.export.loader_files import write_modules, write_tokenizer
 from compress.export.reader import Reader, in_sentence_transformers, in_transformers
-from compress.export.text import write_modules, write_tokenizer
 from compress.layers.float8_linear import Float8Linear
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
-from compress.loading import Source
-from compress.models.spec import read_json
+from compress.models.folder import read_json
+from compress.models.source import Source
 
 LAYOUT = "compressed-tensors"
 # The release whose layout this is.

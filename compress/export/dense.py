@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compress.export.checkpoint import Opened, half_values, open_variant, table_notes, write_config, write_weights
+from compress.export.base import Opened, half_values, open_variant, table_notes, write_config, write_weights
+from compress.export.loader_files import write_modules, write_tokenizer
 from compress.export.reader import Reader, in_sentence_transformers, in_transformers
-from compress.export.text import write_modules, write_tokenizer
-from compress.loading import Source
+from compress.models.source import Source
 
 SENTENCE_TRANSFORMERS, TRANSFORMERS = "sentence-transformers", "transformers"
 

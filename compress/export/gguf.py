@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress.errors import UserError
-from compress.export.checkpoint import Opened, check_integers, open_variant, refusal, stored
+from compress.common.errors import UserError
+from compress.export.base import Opened, check_integers, open_variant, refusal, stored
 from compress.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from compress.export.reader import READ_BACK_COSINE, Reader
 from compress.layers.compressed import CompressedLinear
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
-from compress.loading import Source
-from compress.models.spec import Pooling, read_json
+from compress.models.folder import read_json
+from compress.models.source import Source
+from compress.models.text.spec import Pooling
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

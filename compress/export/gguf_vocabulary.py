@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import UserError
-from compress.models.spec import read_json
+from compress.common.errors import UserError
+from compress.models.folder import read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from compress.errors import UserError
-from compress.export.checkpoint import Opened, open_variant, refusal, table_notes, words, write_config, write_json, write_weights
+from compress.common.errors import UserError
+from compress.common.files import write_json
+from compress.export.base import Opened, open_variant, refusal, table_notes, words, write_config, write_weights
+from compress.export.loader_files import write_modules, write_tokenizer
 from compress.export.reader import Reader, in_sentence_transformers
-from compress.export.text import write_modules, write_tokenizer
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
-from compress.loading import Source
-from compress.models.shape import is_in_block
+from compress.models.architectures import is_in_block
+from compress.models.source import Source
 
 LAYOUT = "gptq"
 BITS = (2, 3, 4, 8)

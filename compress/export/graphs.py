@@ -8,12 +8,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from compress.export.checkpoint import write_json
+from compress.common.files import write_json
 from compress.export.reader import Reader
-from compress.loading import Source
-from compress.models.checkpoint import weight_files
+from compress.models.files.headers import weight_files
+from compress.models.files.variant import INDEX_FILE, VariantInfo
 from compress.models.shape import read_shape
-from compress.models.variant import INDEX_FILE, VariantInfo
+from compress.models.source import Source
 from compress.runtimes.contract import INPUTS, RuntimeName, graph_file, pick_runtime
 
 SETTINGS_FILE = "embedder.json"

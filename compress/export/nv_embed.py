@@ -5,14 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from compress.errors import UserError
-from compress.export.checkpoint import Opened, half_values, refusal, write_json, write_weights
+from compress.common.errors import UserError
+from compress.common.files import write_json
+from compress.export.base import Opened, half_values, refusal, write_weights
 from compress.export.reader import OURS, Reader
-from compress.loading import Source
-from compress.models.nv_embed import is_nv_embed
-from compress.models.spec import read_json
-from compress.models.variant import VariantInfo
-from compress.runtimes.torch_runtime import empty_model
+from compress.models.files.variant import VariantInfo
+from compress.models.folder import read_json
+from compress.models.network.nv_embed import is_nv_embed
+from compress.models.opened import empty_model
+from compress.models.source import Source
 
 LAYOUT = "nv-embed"
 EXAMPLE = """\

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.errors import UserError
-from compress.loading import Source, open_source
-from compress.measure.fidelity import cosines
-from compress.memory import available_memory_bytes, gigabytes
+from compress.common.errors import UserError
+from compress.common.memory import available_memory_bytes, gigabytes
+from compress.data.texts import suite_texts
+from compress.measure.vectors.fidelity import cosines
 from compress.models.embedder import Embedder
-from compress.models.spec import EmbedderSpec, Pooling
-from compress.models.variant import VariantInfo
+from compress.models.files.variant import VariantInfo
+from compress.models.source import Source
+from compress.models.text.spec import EmbedderSpec, Pooling
 from compress.runtimes.contract import RuntimeName
-from compress.texts import suite_texts
+from compress.runtimes.loading import open_source
 
 READ_BACK_TEXTS, READ_BACK_COSINE = 20, 0.9999
 OURS = "compress-embedders"
@@ -165,7 +166,7 @@ def own(source: Source, reader: Reader) -> Embedder:
 
 def _float32_bytes(source: Source) -> int:
     """Return what a variant's network takes with every weight in float32, as it may be while it is read back."""
-    from compress.models.network import empty_network
+    from compress.models.network.build import empty_network
 
     network = empty_network(source.folder, VariantInfo.read(source.folder).folded)
     return 4 * sum(parameter.numel() for parameter in network.parameters())

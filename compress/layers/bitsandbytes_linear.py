@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.errors import UserError
+from compress.common.errors import UserError
 from compress.layers.compressed import CompressedLinear
 from compress.layers.scheme import BLOCK, NESTED_BLOCK, Numbers, QuantizedLayer
 

@@ -7,7 +7,7 @@ import importlib
 from compress.methods.base import Method
 
 METHODS = {
-    "fold": "compress.methods.fold:Fold",
+    "fold": "compress.methods.nv_embed.fold:Fold",
     "rtn": "compress.methods.quantize.rtn:RTN",
     "gptq": "compress.methods.quantize.gptq:GPTQ",
     "awq": "compress.methods.quantize.awq:AWQ",
@@ -21,8 +21,8 @@ METHODS = {
     "width": "compress.methods.prune.width:Width",
     "distill": "compress.methods.distill.method:Distill",
     "vocabulary": "compress.methods.vocabulary:Vocabulary",
-    "latents": "compress.methods.latents:Latents",
-    "mean_pooling": "compress.methods.mean_pooling:MeanPooling",
+    "latents": "compress.methods.nv_embed.latents:Latents",
+    "mean_pooling": "compress.methods.nv_embed.mean_pooling:MeanPooling",
     "embeddings": "compress.methods.quantize.embeddings:Embeddings",
 }
 

@@ -15,10 +15,10 @@ from compress.layers.scheme import QuantizedLayer
 from compress.models.shape import ModelShape
 
 if TYPE_CHECKING:
-    from compress.calibration import Inputs
+    from compress.calibration.inputs import Inputs
+    from compress.calibration.sensitivity import Survey
+    from compress.models.network.segments import Parts
     from compress.models.opened import OpenModel
-    from compress.models.segments import Parts
-    from compress.survey import Survey
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Bench:
     say: Callable[[str], None]
     """Tells the user how it goes."""
     evaluated: Callable[[], frozenset[str]]
-    """Every text of the tasks that the result will be scored on, as `compress.texts.same_text` has it."""
+    """Every text of the tasks that the result will be scored on, as `compress.data.texts.same_text` has it."""
     report: Callable[[dict[str, Any]], None]
     """Puts something into the record beside the step's config; once, each time the step is prepared."""
 

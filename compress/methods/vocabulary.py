@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
+from compress.data.texts import read_texts
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Bench, Estimate, Method
-from compress.models.checkpoint import TensorInfo
-from compress.models.shape import ModelShape, is_in_block, with_backbone
-from compress.texts import read_texts
+from compress.models.architectures import is_in_block
+from compress.models.files.headers import TensorInfo
+from compress.models.shape import ModelShape, with_backbone
 
 if TYPE_CHECKING:
-    from compress.calibration import Inputs
+    from compress.calibration.inputs import Inputs
+    from compress.calibration.sensitivity import Survey
+    from compress.models.network.segments import Parts
     from compress.models.opened import OpenModel
-    from compress.models.segments import Parts
-    from compress.survey import Survey
 
 
 class Vocabulary(Method):
@@ -51,7 +52,7 @@ class Vocabulary(Method):
         Raises:
             ValueError: the texts need the whole table.
         """
-        from compress.models.vocabulary import with_tokens
+        from compress.models.text.vocabulary import with_tokens
 
         definition = model.tokenizer.definition()
         kept: list[int] = bench.once(lambda: {"kept": self.choose(model)})["kept"]
@@ -71,7 +72,7 @@ class Vocabulary(Method):
         Raises:
             ValueError: with them alone one of the texts would be spelled in another way.
         """
-        from compress.models.vocabulary import kept_tokens, with_tokens
+        from compress.models.text.vocabulary import kept_tokens, with_tokens
 
         texts, prompts = read_texts(Path(self.texts)), [*model.spec.prompts.values(), model.spec.default_prompt]
         rows = model.tokenizer(texts)
@@ -112,7 +113,7 @@ class Vocabulary(Method):
         import torch
         from torch import nn
 
-        from compress.models.segments import module_in, token_table
+        from compress.models.network.segments import module_in, token_table
 
         name = token_table(parts)
         if name is None or is_in_block(name):

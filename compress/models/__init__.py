@@ -1,1 +1,0 @@
-"""What a model is: how its texts become tokens, how its tokens become one vector, what its files hold."""

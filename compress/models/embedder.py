@@ -11,12 +11,10 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from compress.models.spec import EmbedderSpec
-from compress.models.tokens import Ids, TextTokenizer, batches_by_tokens, pad_batch
+from compress.models.text.spec import EmbedderSpec
+from compress.models.text.tokens import Batch, Ids, TextTokenizer, batches_by_tokens, pad_batch
 
 Vectors = npt.NDArray[np.float32]
-Batch = tuple[Ids, Ids]
-"""Padded ids and their mask, both int64 [texts, length]."""
 Item = TypeVar("Item")
 
 # Texts are taken from the iterable this many at a time: enough for sorting by length to pay, few enough to hold.

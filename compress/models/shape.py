@@ -16,44 +16,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from compress.models.anatomy import Anatomy, anatomy_of
-from compress.models.checkpoint import TensorInfo, read_headers
-from compress.models.spec import read_json, transformer_folder
+from compress.models.architectures import BLOCK, Anatomy, anatomy_of, is_block_linear, is_head_linear, place_in_block
+from compress.models.files.headers import TensorInfo, read_headers
+from compress.models.folder import read_json, transformer_folder
 
 HALF_BYTES = 2
-# Blocks as the common architectures name them: encoder.layer.3., layers.3., h.3., blocks.3., transformer.layer.3.
-_BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
-# Two-dimensional weights inside blocks that are looked up, not multiplied.
-_LOOKED_UP = re.compile(r"relative_attention_bias|embed|rotary")
 _TABLE = re.compile(r"(?:embed\w*|wte|wpe)\.weight$")
-HEAD_PREFIX = "latent_attention_model."
-"""What the tensors of NV-Embed's head begin with."""
-# Linear layers of the folded head; those of the published one are multiplied out by the fold.
-_HEAD_LINEARS = re.compile(rf"{re.escape(HEAD_PREFIX)}(?:scores|values|net\.\d+)\.weight")
-
-
-def is_block_linear(name: str, dimensions: int) -> bool:
-    """Whether a parameter is the weight of a linear layer inside a block: the layers that compression works on."""
-    block = _BLOCK.search(name)
-    return block is not None and name.endswith(".weight") and dimensions == 2 and not _LOOKED_UP.search(name, block.end())
-
-
-def is_in_block(name: str) -> bool:
-    """Whether a module or parameter of that name lies inside a block."""
-    return _BLOCK.search(f"{name}.") is not None
-
-
-def place_in_block(name: str) -> tuple[int, str] | None:
-    """Return the number of the block that a tensor lies in and its name from there on; None outside of blocks."""
-    block = _BLOCK.search(name)
-    return None if block is None else (int(block.group(1)), name[block.end() :])
-
-
-def renumbered(name: str, number: int) -> str:
-    """Return the name that a module or tensor of a block has in the block of another number."""
-    block = _BLOCK.search(f"{name}.")
-    assert block is not None, f"{name} lies in no block"
-    return f"{name[: block.start(1)]}{number}{name[block.end(1) :]}"
 
 
 def with_backbone(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
@@ -61,11 +29,6 @@ def with_backbone(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     if config.get("text_config"):
         return {**config, "text_config": {**config["text_config"], **changes}}
     return {**config, **changes}
-
-
-def is_head_linear(name: str) -> bool:
-    """Whether a parameter is the weight of a linear layer of NV-Embed's folded head."""
-    return _HEAD_LINEARS.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -135,7 +98,7 @@ class ModelShape:
         tables = {
             name.removesuffix(".weight"): info.shape[0]
             for name, info in self.tensors.items()
-            if _TABLE.search(name) and len(info.shape) == 2 and not _BLOCK.search(name)
+            if _TABLE.search(name) and len(info.shape) == 2 and not BLOCK.search(name)
         }
         return max(tables, key=tables.__getitem__) if tables else None
 
@@ -144,7 +107,7 @@ class ModelShape:
         """Bytes of the largest stretch in memory at once when the model is streamed: a block, the embeddings or the head."""
         sizes: dict[str, int] = {}
         for name, info in self.tensors.items():
-            block = _BLOCK.search(name)
+            block = BLOCK.search(name)
             # Outside of blocks embeddings, norm and head are segments of their own; their first names tell them apart.
             segment = block.group(0) if block else name.partition(".")[0]
             sizes[segment] = sizes.get(segment, 0) + info.parameters * HALF_BYTES

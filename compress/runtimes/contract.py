@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from compress.errors import UserError
+from compress.common.errors import UserError
+from compress.common.machine import BYTE_PRODUCTS, multiplies_bytes_exactly
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
-from compress.processor import BYTE_PRODUCTS, multiplies_bytes_exactly
 
 INPUTS = ("input_ids", "attention_mask", "pool_mask")
 """Of a lowered graph; the last one only where a prompt's tokens are not pooled."""

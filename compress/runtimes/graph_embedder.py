@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from compress.errors import UserError
-from compress.models.checkpoint import weight_bytes
-from compress.models.embedder import Batch, BatchedEmbedder, Vectors, watched
-from compress.models.tokens import Ids
-from compress.models.variant import VariantInfo
+from compress.common.errors import UserError
+from compress.models.embedder import BatchedEmbedder, Vectors, watched
+from compress.models.files.headers import weight_bytes
+from compress.models.files.variant import VariantInfo
+from compress.models.text.tokens import Batch, Ids
 from compress.runtimes.allocator import keep_freed_memory
 from compress.runtimes.contract import graph_file, pick_runtime
 

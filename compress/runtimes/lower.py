@@ -21,40 +21,21 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, CommonSubexpres
 from onnxscript.optimizer import optimize_ir
 from torch import nn
 
-from compress.errors import UserError
+from compress.common.errors import UserError
 from compress.layers.compressed import CompressedLayer
-from compress.models.checkpoint import MASK, TensorInfo, read_header, weight_files
-from compress.models.nv_embed import NVEmbedNetwork
-from compress.models.segments import backbone_of
-from compress.models.spec import EmbedderSpec
-from compress.models.torch_embedder import pool
-from compress.models.variant import VariantInfo
+from compress.models.files.headers import MASK, TensorInfo, read_header, weight_files
+from compress.models.files.variant import VariantInfo
+from compress.models.network.pooling import TextNetwork
+from compress.models.network.segments import backbone_of
+from compress.models.opened import empty_model
 from compress.runtimes.contract import GRAPH_RUNTIMES, INPUTS, RuntimeName, graph_file
 from compress.runtimes.lowered_layers import FOUR_BITS, OPSET, TracedLinear, TracedTable, traced, translations
-from compress.runtimes.torch_runtime import empty_model
 
 # The batch that is traced; its sizes are left free in the graph. Not 1, which tracing takes for a constant.
 TRACED_TEXTS, TRACED_TOKENS = 2, 5
 DTYPES = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "I64": ir.DataType.INT64, "I8": ir.DataType.INT8, "U8": ir.DataType.UINT8,
 }  # fmt: skip
-
-
-class TextNetwork(nn.Module):
-    """From token ids to vectors."""
-
-    def __init__(self, network: nn.Module, spec: EmbedderSpec) -> None:
-        super().__init__()
-        self.network = network
-        self.spec = spec
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pool_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed a batch: int64 [texts, length] each to float32 [texts, dimension]; `pool_mask`, where given: what is pooled."""
-        pooled = attention_mask if pool_mask is None else pool_mask
-        hidden = backbone_of(self.network)(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        if isinstance(self.network, NVEmbedNetwork):
-            return self.network.pool_padded(hidden, pooled)
-        return pool(hidden, pooled, self.spec)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import openvino
 
 from compress.models.embedder import Vectors
-from compress.models.tokens import Ids
+from compress.models.text.tokens import Ids
 from compress.runtimes.contract import RuntimeName
 from compress.runtimes.graph_embedder import GraphEmbedder, lowered, threads_and_streams
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from compress.cache import cache_root
-from compress.models.embedder import Batch, BatchedEmbedder, Vectors
-from compress.models.segments import Kind, Parts, Segment, replaced
-from compress.models.torch_embedder import TorchEmbedder
-from compress.walk import Carry, Streamed, walk
+from compress.common.cache import cache_root
+from compress.models.embedder import BatchedEmbedder, Vectors
+from compress.models.network.segments import Kind, Parts, Segment, replaced
+from compress.models.network.walk import Carry, Streamed, walk
+from compress.models.text.tokens import Batch
+from compress.runtimes.torch_embedder import TorchEmbedder
 
 # Hidden states beyond this lie in files.
 HIDDEN_BYTES = 2 * 10**9

@@ -11,7 +11,7 @@ from tests_support import compress_to
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from compress.methods.base import Method
-from compress.runtimes.torch_runtime import empty_model, weights_of
+from compress.models.opened import empty_model, weights_of
 
 MakeVariant = Callable[..., Path]
 

@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from compress import cli
-from compress.errors import UserError
+from compress.common.errors import UserError
 from compress.export import FORMATS, export, writer
 from compress.layers.quantized_linear import stored_zeros
 from compress.methods.quantize.embeddings import Embeddings
 from compress.methods.quantize.rtn import RTN
-from compress.models.nv_embed import MODEL_TYPE
-from compress.models.spec import read_spec
-from compress.models.variant import VariantInfo
-from compress.recipe import Recipe
-from compress.runtimes.torch_runtime import read_text_side
+from compress.models.files.variant import VariantInfo
+from compress.models.network.nv_embed import MODEL_TYPE
+from compress.models.opened import read_text_side
+from compress.models.text.spec import read_spec
+from compress.pipeline.recipe import Recipe
 
 INTEGERS, VALUES = ["compressed-tensors", "gptq"], ["transformers", "sentence-transformers"]
 """Layouts of a torch checkpoint; NV-Embed's own and graphs have tests of their own."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.errors import UserError
+from compress.common.errors import UserError
 from compress.export import export
 from compress.export.compressed_tensors import scheme_of, tensors_of
 from compress.layers.float8_linear import Float8Linear

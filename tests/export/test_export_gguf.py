@@ -13,7 +13,8 @@ import torch
 from tests_support import SHARED
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from compress.errors import UserError
+from compress.common.errors import UserError
+from compress.data.texts import suite_texts
 from compress.export import export
 from compress.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from compress.layers.compressed import CompressedLinear
@@ -23,7 +24,6 @@ from compress.methods.prune.depth import Depth
 from compress.methods.quantize.embeddings import Embeddings
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.rtn import RTN
-from compress.texts import suite_texts
 
 gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.errors import UserError
+from compress.common.errors import UserError
 from compress.export import export
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import QuantizedLayer

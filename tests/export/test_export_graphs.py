@@ -11,15 +11,15 @@ import pytest
 from tests_support import compress_to
 
 import compress
-from compress.errors import UserError
+from compress.common.errors import UserError
 from compress.export import export, graphs
 from compress.export.reader import Reader, run_example
-from compress.methods.fold import Fold
+from compress.methods.nv_embed.fold import Fold
 from compress.methods.prune.sparsegpt import SparseGPT
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.gptq import GPTQ
 from compress.methods.quantize.rtn import RTN
-from compress.models.variant import WEIGHTS_FILE
+from compress.models.files.variant import WEIGHTS_FILE
 
 TEXTS = ["", "a", "The Parcel never came", "of the many words " * 60, "🙂 日本語"]
 FOUR = GPTQ(bits=4, group_size=16)

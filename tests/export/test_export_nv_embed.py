@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import compress
-from compress.errors import UserError
+from compress.common.errors import UserError
 from compress.export import export
-from compress.loading import find
 from compress.methods.base import Method
-from compress.methods.fold import Fold
+from compress.methods.nv_embed.fold import Fold
 from compress.methods.prune.depth import Depth
 from compress.methods.prune.magnitude import Magnitude
 from compress.methods.quantize.rtn import RTN
-from compress.models.checkpoint import read_headers
+from compress.models.files.headers import read_headers
+from compress.models.source import find
 
 TEXTS = ["the parcel never came", "rain by the evening", "", "of the many words " * 40]
 

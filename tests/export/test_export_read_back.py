@@ -13,13 +13,13 @@ import pytest
 from ruamel.yaml import YAML
 
 import compress
-from compress.errors import UserError
+from compress.common.errors import UserError
 from compress.export import dense, export, reader
+from compress.measure.record import RECORD_FILE, Record
 from compress.methods.base import Method
-from compress.methods.mean_pooling import MeanPooling
+from compress.methods.nv_embed.mean_pooling import MeanPooling
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.rtn import RTN
-from compress.record import RECORD_FILE, Record
 from compress.runtimes.torch_runtime import open_variant
 
 RECORDED = Path(__file__).parents[2] / "results" / "int8-nano-d25c973e" / RECORD_FILE

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compress.errors import UserError
-from compress.measure.fidelity import cosines, fidelity, neighbours
-from compress.measure.speed import Candidate, Speed, measure_speed, speed_ratio
-from compress.memory import PeakAnonymous, anonymous_bytes
-from compress.texts import measure_texts, read_texts
+from compress.common.errors import UserError
+from compress.common.memory import PeakAnonymous, anonymous_bytes
+from compress.data.texts import measure_texts, read_texts
+from compress.measure.speed.timing import Candidate, Speed, measure_speed, speed_ratio
+from compress.measure.vectors.fidelity import cosines, fidelity, neighbours
 
 
 def vectors(seed: int = 0, rows: int = 60) -> np.ndarray:

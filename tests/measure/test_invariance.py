@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import compress
-from compress.measure.accuracy import evaluate
-from compress.measure.tasks import EMBEDDED, find_tasks
+from compress.measure.accuracy.score import evaluate
+from compress.measure.accuracy.tasks import EMBEDDED, find_tasks
 
 
 class Shuffled:

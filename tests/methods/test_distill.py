@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import compress
-from compress.apply import make_variant, stages_of
-from compress.errors import UserError
+from compress.common.errors import UserError
+from compress.common.journal import Journal
+from compress.data.texts import read_texts, suite_texts
 from compress.layers.grid import find_grid
 from compress.layers.quantized_linear import QuantizedLinear
-from compress.loading import find, find_shape
-from compress.measure.tasks import evaluated_texts, find_tasks
+from compress.measure.accuracy.tasks import evaluated_texts, find_tasks
 from compress.methods.distill import method, mining, objectives
 from compress.methods.distill.data import Lessons, Teacher, different, lessons
 from compress.methods.distill.hidden import HiddenStates, followed
@@ -53,16 +53,17 @@ from compress.methods.quantize.embeddings import Embeddings
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.gptq import GPTQ
 from compress.methods.quantize.rtn import RTN
-from compress.models.network import empty_network, load_network
-from compress.models.segments import blocks_of
-from compress.models.shape import is_block_linear, read_shape
-from compress.models.spec import EmbedderSpec
-from compress.models.variant import VariantInfo
-from compress.plan import describe, make_plan
-from compress.recipe import parse_recipe
-from compress.record import Journal
-from compress.runtimes.torch_runtime import empty_model, weights_of
-from compress.texts import read_texts, suite_texts
+from compress.models.architectures import is_block_linear
+from compress.models.files.variant import VariantInfo
+from compress.models.network.build import empty_network, load_network
+from compress.models.network.segments import blocks_of
+from compress.models.opened import empty_model, weights_of
+from compress.models.shape import read_shape
+from compress.models.source import find, find_shape
+from compress.models.text.spec import EmbedderSpec
+from compress.pipeline.apply import make_variant, stages_of
+from compress.pipeline.plan import describe, make_plan
+from compress.pipeline.recipe_file import parse_recipe
 
 TEXTS = ["the parcel never came", "rain by the evening", "who wrote it", "x", ""]
 SMALL = {"width": 16, "blocks": 2, "heads": 2, "mlp": 32, "latents": 4, "latent_heads": 2, "vocabulary": 600, "max_length": 64}

@@ -19,28 +19,28 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 import compress
-from compress.errors import UserError
+from compress.common.errors import UserError
+from compress.data.texts import calibration_texts, suite_texts
 from compress.export import export
 from compress.methods.base import Method
-from compress.methods.fold import Fold
-from compress.methods.latents import Latents
-from compress.methods.mean_pooling import MeanPooling
+from compress.methods.nv_embed.fold import Fold
+from compress.methods.nv_embed.latents import Latents
+from compress.methods.nv_embed.mean_pooling import MeanPooling
 from compress.methods.prune.depth import Depth
 from compress.methods.prune.groups import by_error, damped, refitted
 from compress.methods.prune.width import Width
 from compress.methods.quantize.rtn import RTN
 from compress.methods.vocabulary import Vocabulary
-from compress.models.checkpoint import read_headers
-from compress.models.network import load_network
-from compress.models.nv_embed import read_nv_config
-from compress.models.segments import blocks_of
+from compress.models.files.headers import read_headers
+from compress.models.files.variant import VariantInfo
+from compress.models.network.build import load_network
+from compress.models.network.nv_embed import read_nv_config
+from compress.models.network.segments import blocks_of
+from compress.models.network.surgery import without
 from compress.models.shape import read_shape
-from compress.models.surgery import without
-from compress.models.variant import VariantInfo
-from compress.recipe import parse_recipe
+from compress.pipeline.recipe_file import parse_recipe
 from compress.runtimes.lower import lower
 from compress.runtimes.torch_runtime import open_checkpoint
-from compress.texts import calibration_texts, suite_texts
 
 TEXTS = ["the parcel never came", "rain by the evening, they said", "who wrote it", "x", ""]
 KINDS = ["bert", "mistral", "qwen3", "modernbert", "gemma3_text", "nv_embed"]
@@ -175,7 +175,7 @@ def test_a_head_pruned_attention_is_the_dense_one_with_those_heads_zeroed(model_
 
 
 def load_variant(folder: Path) -> nn.Module:
-    from compress.runtimes.torch_runtime import empty_model, weights_of
+    from compress.models.opened import empty_model, weights_of
 
     network = empty_model(folder)
     weights_of(folder, network).fill(network, dtype=torch.float32)

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 import compress
-from compress.loading import find
-from compress.measure.accuracy import evaluate
-from compress.measure.tasks import find_tasks
+from compress.measure.accuracy.score import evaluate
+from compress.measure.accuracy.tasks import find_tasks
 from compress.methods.distill.student import Student
-from compress.models.checkpoint import read_headers
 from compress.models.embedder import Embedder
-from compress.models.nv_embed import is_nv_embed
+from compress.models.files.headers import read_headers
+from compress.models.network.nv_embed import is_nv_embed
 from compress.models.shape import read_shape
-from compress.models.tokens import open_tokenizer
-from compress.recipe import read_recipe
+from compress.models.source import find
+from compress.models.text.tokens import open_tokenizer
+from compress.pipeline.recipe_file import read_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "distill-nano.yaml"
 PROMPT = "Instruct: Retrieve semantically similar text\nQuery: "

@@ -16,21 +16,21 @@ from safetensors import safe_open
 from tests_support import compress_to
 
 import compress
-import compress.processor
-from compress.errors import UserError
+import compress.common.machine
+from compress.common.errors import UserError
+from compress.data.texts import mixed_texts as mixed_texts_of
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
-from compress.measure.fidelity import cosines
+from compress.measure.vectors.fidelity import cosines
 from compress.methods.base import Method
-from compress.methods.fold import Fold
+from compress.methods.nv_embed.fold import Fold
 from compress.methods.quantize.embeddings import Embeddings
 from compress.methods.quantize.gptq import GPTQ
 from compress.methods.quantize.rtn import RTN
 from compress.methods.quantize.smoothquant import SmoothQuant
-from compress.models.variant import VariantInfo
+from compress.models.files.variant import VariantInfo
 from compress.runtimes import contract
 from compress.runtimes.contract import GRAPH_RUNTIMES, RUNTIMES, RuntimeName, graph_file, pick_runtime
 from compress.runtimes.lower import lower
-from compress.texts import mixed_texts as mixed_texts_of
 
 BOTH = [str(name) for name in GRAPH_RUNTIMES]
 TEXTS = ["", "a", "one two", "the parcel never came, and nobody at the depot knew of it", "🙂 日本語", "rain by the evening"]
@@ -229,7 +229,7 @@ def test_bfloat16_in_openvino(bert: Path, tmp_path: Path) -> None:
     exact, rounded = (opened(tmp_path / "variant", "openvino", dtype=dtype).encode(TEXTS) for dtype in ("float32", "bfloat16"))
     cosine = (exact * rounded).sum(axis=1)
     assert cosine.min() > 0.999
-    if "avx512_bf16" in compress.processor.cpu_flags():
+    if "avx512_bf16" in compress.common.machine.cpu_flags():
         assert cosine.min() < 1 - 1e-7
 
 

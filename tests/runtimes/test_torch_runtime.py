@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 from tests_support import apply_in_memory, compress_to
 
 import compress
-from compress.errors import UserError
+from compress.common.errors import UserError
 from compress.methods.quantize.rtn import RTN
-from compress.models.checkpoint import read_headers
-from compress.models.network import load_network
+from compress.models.files.headers import read_headers
+from compress.models.files.variant import VariantInfo
+from compress.models.network.build import load_network
+from compress.models.opened import read_text_side
 from compress.models.shape import read_shape
-from compress.models.torch_embedder import BATCH_TOKENS, TorchEmbedder
-from compress.models.variant import VariantInfo
-from compress.plan import CPU_BATCH_TOKENS
-from compress.runtimes.torch_runtime import prepare, read_text_side
+from compress.pipeline.plan import CPU_BATCH_TOKENS
+from compress.runtimes.torch_embedder import BATCH_TOKENS, TorchEmbedder
+from compress.runtimes.torch_runtime import prepare
 
 SCHEMES = ["none", "dynamic_per_tensor", "dynamic_per_token"]
 
@@ -117,9 +118,9 @@ def test_the_plan_knows_the_runtime_s_batches() -> None:
 
 MEMORY = """
 import json, sys
-from compress.loading import load, preload
-from compress.memory import PeakAnonymous, anonymous_bytes, release_free_pages
-from compress.texts import mixed_texts
+from compress.runtimes.loading import load, preload
+from compress.common.memory import PeakAnonymous, anonymous_bytes, release_free_pages
+from compress.data.texts import mixed_texts
 texts = mixed_texts(200, 0)
 preload(sys.argv[1])
 release_free_pages()
@@ -135,8 +136,8 @@ print(json.dumps({"loaded": loaded, "peak": peak.bytes - before}))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not tell anonymous memory")
 def test_a_loaded_variant_takes_no_more_than_its_file_and_activations(minilm: Path, tmp_path: Path) -> None:
-    from compress.plan import make_plan
-    from compress.recipe import parse_recipe
+    from compress.pipeline.plan import make_plan
+    from compress.pipeline.recipe_file import parse_recipe
 
     compress_to(minilm, tmp_path / "variant", RTN())
     stored = (tmp_path / "variant" / "model.safetensors").stat().st_size

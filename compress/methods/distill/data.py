@@ -8,12 +8,13 @@ from functools import partial
 
 import numpy as np
 
-from compress.cache import use
-from compress.loading import Source, open_source, spec_of
-from compress.measure.vectors import StoredEmbedder, VectorStore
+from compress.common.cache import use
+from compress.data.texts import read_texts, same_text
 from compress.models.embedder import Vectors
 from compress.models.shape import read_shape
-from compress.texts import read_texts, same_text
+from compress.models.source import Source, spec_of
+from compress.runtimes.loading import open_source
+from compress.runtimes.stored_vectors import StoredEmbedder, VectorStore
 
 
 @dataclass(frozen=True)

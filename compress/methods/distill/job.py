@@ -22,11 +22,11 @@ from compress.methods.distill.hidden import HiddenStates, followed
 from compress.methods.distill.objectives import OBJECTIVES, matryoshka
 from compress.methods.distill.trainable import trainable
 from compress.methods.distill.training import WHOLE, Schedule, TokenTexts, read_curve, train
-from compress.models.network import load_network
+from compress.models.files.shards import write_tensors
+from compress.models.folder import transformer_folder
+from compress.models.network.build import load_network
+from compress.models.network.segments import blocks_of
 from compress.models.opened import OpenModel
-from compress.models.segments import blocks_of
-from compress.models.shards import write_tensors
-from compress.models.spec import transformer_folder
 
 if TYPE_CHECKING:
     from compress.methods.distill.method import Distill

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from compress.errors import nearest
+from compress.common.errors import nearest
+from compress.data.texts import is_hub
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Bench, Estimate, Method
 from compress.methods.distill.student import Student
-from compress.models.checkpoint import TensorInfo
+from compress.models.files.headers import TensorInfo
 from compress.models.shape import ModelShape
-from compress.texts import is_hub
 
 if TYPE_CHECKING:
-    from compress.calibration import Inputs
+    from compress.calibration.inputs import Inputs
+    from compress.calibration.sensitivity import Survey
     from compress.methods.distill.data import Lessons, Teacher
+    from compress.models.network.segments import Parts
     from compress.models.opened import OpenModel
-    from compress.models.segments import Parts
-    from compress.survey import Survey
 
 # Those of `compress.methods.distill.objectives`, named here so that a recipe is checked without torch; a test compares them.
 OBJECTIVES = ("cosine", "mse", "similarity", "ranking_kl", "margin")
@@ -141,10 +141,10 @@ class Distill(Method):
         Raises:
             ValueError: there are too few texts, or the student does not allow it.
         """
-        from compress.loading import find
         from compress.methods.distill.data import Teacher
         from compress.methods.distill.job import WEIGHTS
-        from compress.models.weights import Weights
+        from compress.models.files.weights import Weights
+        from compress.models.source import find
 
         device = str(survey.device)
         teacher = Teacher(find(self.teacher or str(bench.published)), device)
@@ -166,9 +166,9 @@ class Distill(Method):
         """Open what is to be trained; a new student is written first, its weights as training begins with them."""
         from safetensors.torch import save_file
 
-        from compress.loading import find
         from compress.methods.distill.student import initial_weights
-        from compress.runtimes.torch_runtime import open_model
+        from compress.models.opened import open_model
+        from compress.models.source import find
 
         if self.student is None:
             return model
@@ -230,7 +230,7 @@ class Distill(Method):
         Raises:
             ValueError: they do not.
         """
-        from compress.runtimes.torch_runtime import read_text_side
+        from compress.models.opened import read_text_side
 
         if read_text_side(bench.published)[1].definition()["model"] != student.tokenizer.definition()["model"]:
             raise ValueError("`hidden` wants the student to take the teacher's tokens; put vocabulary behind it, or leave one out")
@@ -283,7 +283,7 @@ class Distill(Method):
     def _teacher_shape(self, shape: ModelShape) -> ModelShape:
         if self.teacher is None:
             return shape
-        from compress.loading import find_shape
+        from compress.models.source import find_shape
 
         return find_shape(self.teacher)
 
@@ -292,7 +292,7 @@ class Distill(Method):
         if self.student is None:
             return shape.as_stored()
         if isinstance(self.student, str):
-            from compress.loading import find_shape
+            from compress.models.source import find_shape
 
             return find_shape(self.student).as_stored()
         tensors = {name: TensorInfo("F16", size) for name, size in self.student.tensors().items()}

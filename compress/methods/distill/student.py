@@ -231,8 +231,8 @@ def table_from(vectors: Vectors, width: int) -> Vectors:
 def initial_weights(folder: Path, embed: Callable[[list[str]], Vectors] | None, seed: int) -> dict[str, torch.Tensor]:
     """Return weights to start from, float32.
 
-    Matrices as `compress.random_checkpoint` draws them; those that write into the residual stream zero, so that the student begins
-    as the mean of its tokens' vectors, and those are the teacher's.
+    Matrices are drawn as in `compress.models.random_weights`; those that write into the residual stream are zero. So the student
+    begins as the mean of its tokens' vectors, which are the teacher's.
 
     Args:
         folder: config and tokenizer.
@@ -242,9 +242,9 @@ def initial_weights(folder: Path, embed: Callable[[list[str]], Vectors] | None, 
     import torch
     from tokenizers import Tokenizer
 
-    from compress.models.network import empty_network
-    from compress.models.segments import token_table
-    from compress.random_checkpoint import is_residual, random_tensor
+    from compress.models.network.build import empty_network
+    from compress.models.network.segments import token_table
+    from compress.models.random_weights import is_residual, random_tensor
 
     network = empty_network(folder)
     blocks = int(network.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]

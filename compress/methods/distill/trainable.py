@@ -14,8 +14,8 @@ from compress.layers.compressed import CompressedLayer
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.methods.distill.rounding import learned, learning
-from compress.methods.linears import zeros_of
-from compress.models.segments import blocks_of
+from compress.methods.linear_layers import zeros_of
+from compress.models.network.segments import blocks_of
 
 
 @contextmanager

@@ -22,13 +22,13 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from compress.common.files import write_text_atomic
 from compress.methods.distill.hidden import HiddenStates
 from compress.methods.distill.objectives import Objective
-from compress.models.checkpoint import write_text_atomic
-from compress.models.forward import vectors_of
-from compress.models.segments import blocks_of
-from compress.models.spec import EmbedderSpec
-from compress.models.tokens import Ids, TextTokenizer
+from compress.models.network.pooling import vectors_of
+from compress.models.network.segments import blocks_of
+from compress.models.text.spec import EmbedderSpec
+from compress.models.text.tokens import Ids, TextTokenizer
 
 # Batches are sorted by length within runs of so many, and then shuffled: little padding, and still any text beside any other.
 SORTED_BATCHES = 32

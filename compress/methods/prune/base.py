@@ -10,16 +10,16 @@ from pydantic import Field, model_validator
 
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Estimate
-from compress.methods.linears import LinearsMethod
-from compress.models.checkpoint import TensorInfo
+from compress.methods.linear_layers import LinearsMethod
+from compress.models.files.headers import TensorInfo
 from compress.models.shape import HALF_BYTES, ModelShape
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from compress.calibration import Inputs
-    from compress.models.segments import Parts
+    from compress.calibration.inputs import Inputs
+    from compress.models.network.segments import Parts
 
 GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
 """Weights that go of how many neighbours in a row."""

@@ -10,13 +10,14 @@ from pydantic import Field, model_validator
 
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Bench, Estimate, Method, share_of
-from compress.models.shape import ModelShape, place_in_block, renumbered, with_backbone
+from compress.models.architectures import place_in_block, renumbered
+from compress.models.shape import ModelShape, with_backbone
 
 if TYPE_CHECKING:
-    from compress.calibration import Inputs
+    from compress.calibration.inputs import Inputs
+    from compress.calibration.sensitivity import Left, Survey
+    from compress.models.network.segments import Parts
     from compress.models.opened import OpenModel
-    from compress.models.segments import Parts
-    from compress.survey import Left, Survey
 
 
 class Depth(Method):
@@ -61,8 +62,8 @@ class Depth(Method):
         Raises:
             ValueError: a block is named that is not there, or one that no other can stand in for.
         """
-        from compress.models.segments import blocks_of
-        from compress.models.surgery import drop_blocks, drop_sublayer
+        from compress.models.network.segments import blocks_of
+        from compress.models.network.surgery import drop_blocks, drop_sublayer
 
         if self.drop is None:
             chosen = bench.once(lambda: {"drop": self.choose(survey)})["drop"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from compress.calibration import Hessian
+from compress.calibration.statistics import Hessian
 
 # Groups go in so many rounds; within a round they are judged apart from one another.
 ROUNDS = 32

@@ -9,8 +9,8 @@ from compress.methods.prune.base import PruneWeights, lowest, lowest_in_groups
 if TYPE_CHECKING:
     from torch import nn
 
-    from compress.calibration import Inputs
-    from compress.models.segments import Parts
+    from compress.calibration.inputs import Inputs
+    from compress.models.network.segments import Parts
 
 
 class Magnitude(PruneWeights):

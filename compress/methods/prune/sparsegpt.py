@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from compress.methods.feedback import FeedbackMethod
+from compress.methods.error_feedback import FeedbackMethod
 from compress.methods.prune.base import PruneWeights, lowest, lowest_in_groups
-from compress.models.checkpoint import TensorInfo
+from compress.models.files.headers import TensorInfo
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from compress.calibration import Inputs
-    from compress.methods.feedback import Feedback
-    from compress.models.segments import Parts
+    from compress.calibration.inputs import Inputs
+    from compress.methods.error_feedback import Feedback
+    from compress.models.network.segments import Parts
 
 # Input channels among which the weights that go are chosen together (the paper's B_s), and output channels worked on at once.
 BLOCK, ROWS = 128, 4_096

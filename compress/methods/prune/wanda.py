@@ -9,8 +9,8 @@ from compress.methods.prune.base import PruneWeights, lowest_in_groups, lowest_i
 if TYPE_CHECKING:
     from torch import nn
 
-    from compress.calibration import Inputs
-    from compress.models.segments import Parts
+    from compress.calibration.inputs import Inputs
+    from compress.models.network.segments import Parts
 
 
 class Wanda(PruneWeights):
@@ -28,7 +28,7 @@ class Wanda(PruneWeights):
 
     def prune(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> None:
         """See `PruneWeights.prune`."""
-        from compress.calibration import Moments
+        from compress.calibration.statistics import Moments
 
         assert inputs is not None  # the step said that it calibrates
         groups, moments = inputs.gather(parts, linears, Moments)

@@ -10,18 +10,19 @@ from pydantic import Field, model_validator
 
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Bench, Estimate, Method, share_of
-from compress.models.checkpoint import TensorInfo
-from compress.models.shape import ModelShape, is_in_block, place_in_block, with_backbone
+from compress.models.architectures import is_in_block, place_in_block
+from compress.models.files.headers import TensorInfo
+from compress.models.shape import ModelShape, with_backbone
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from compress.calibration import Inputs
-    from compress.models.anatomy import Anatomy
+    from compress.calibration.inputs import Inputs
+    from compress.calibration.sensitivity import Survey
+    from compress.models.architectures import Anatomy
+    from compress.models.network.segments import Parts
     from compress.models.opened import OpenModel
-    from compress.models.segments import Parts
-    from compress.survey import Survey
 
 # What kernels and groups of weights like the number of channels to be a multiple of.
 MULTIPLE = 8
@@ -162,7 +163,7 @@ def _narrow(step: Width, path: str, block: nn.Module, parts: Parts, inputs: Inpu
     """Narrow a block, heads first."""
     import torch
 
-    from compress.models.surgery import block_anatomy, count_heads, head_width, take
+    from compress.models.network.surgery import block_anatomy, count_heads, head_width, take
 
     anatomy, state = block_anatomy(block), block.state_dict()
     layers: Mapping[str, nn.Linear] = dict(block.named_modules())  # type: ignore[assignment]
@@ -224,7 +225,7 @@ def _choose_and_refit(
     import torch
 
     from compress.methods.prune.groups import Spread, by_error, damped, highest, refitted
-    from compress.models.surgery import take
+    from compress.models.network.surgery import take
 
     weight, groups = reader.weight.data.float(), groups.to(reader.weight.device)
     if keep == len(groups):

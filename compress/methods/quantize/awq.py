@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.quantize.base import Bits, IntegerWeights, replace_module
+from compress.methods.quantize.base import Bits, IntegerWeights
+from compress.models.network.segments import replace_module
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.calibration import Inputs, Moments
-    from compress.models.segments import Parts
+    from compress.calibration.inputs import Inputs
+    from compress.calibration.statistics import Moments
+    from compress.models.network.segments import Parts
 
 # Tokens that the search compares outputs on, and the exponents that it tries.
 SAMPLE_ROWS, STEPS = 512, 20
@@ -57,7 +59,8 @@ class AWQ(IntegerWeights):
         Raises:
             ValueError: a weight is NaN or infinite.
         """
-        from compress.calibration import Moments, scale_inputs
+        from compress.calibration.input_factors import scale_inputs
+        from compress.calibration.statistics import Moments
         from compress.layers.grid import find_grid
         from compress.layers.quantized_linear import QuantizedLinear
 
@@ -89,7 +92,7 @@ class AWQ(IntegerWeights):
         """Return the factor of the exponent with the least relative error of the outputs: float32 [in]."""
         import torch
 
-        from compress.calibration import relative_error
+        from compress.calibration.statistics import relative_error
         from compress.layers.float_layers import linear
         from compress.layers.grid import find_grid
 

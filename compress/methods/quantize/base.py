@@ -13,14 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from compress.layers.packing import packed_width
 from compress.layers.scheme import BLOCK, NESTED_BLOCK, ActivationScheme, Numbers, QuantizedLayer
 from compress.methods.base import Estimate
-from compress.methods.linears import LinearsMethod
-from compress.models.checkpoint import TensorInfo
+from compress.methods.linear_layers import LinearsMethod
+from compress.models.files.headers import TensorInfo
 from compress.models.shape import HALF_BYTES, ModelShape
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from compress.models.segments import Parts
+    pass
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 
@@ -137,12 +135,3 @@ def overridden(name: str, overrides: Mapping[str, Override]) -> dict[str, object
         if fnmatchcase(name, pattern):
             found |= override.model_dump(exclude_unset=True)
     return found
-
-
-def replace_module(parts: Parts, name: str, module: nn.Module) -> None:
-    """Put a module in the place of a part of a segment, or of one inside a part."""
-    if name in parts:
-        parts[name] = module
-        return
-    path = next(path for path in parts if name.startswith(f"{path}."))
-    parts[path].set_submodule(name.removeprefix(f"{path}."), module)

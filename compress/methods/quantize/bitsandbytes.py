@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from compress.layers.scheme import BLOCK, ActivationScheme, Numbers, QuantizedLayer
-from compress.methods.quantize.base import QuantizeLinears, replace_module
+from compress.methods.quantize.base import QuantizeLinears
+from compress.models.network.segments import replace_module
 
 if TYPE_CHECKING:
-    from compress.calibration import Inputs
-    from compress.models.segments import Parts
+    from compress.calibration.inputs import Inputs
+    from compress.models.network.segments import Parts
 
 
 class BitsAndBytes(QuantizeLinears):

@@ -9,12 +9,14 @@ from pydantic import Field
 
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Estimate, Method
-from compress.methods.quantize.base import Bits, replace_module, stored_tensors
-from compress.models.shape import ModelShape, is_in_block
+from compress.methods.quantize.base import Bits, stored_tensors
+from compress.models.architectures import is_in_block
+from compress.models.network.segments import replace_module
+from compress.models.shape import ModelShape
 
 if TYPE_CHECKING:
-    from compress.calibration import Inputs
-    from compress.models.segments import Parts
+    from compress.calibration.inputs import Inputs
+    from compress.models.network.segments import Parts
 
 
 class Embeddings(Method):
@@ -67,7 +69,7 @@ class Embeddings(Method):
 
         from compress.layers.grid import find_grid
         from compress.layers.quantized_embedding import QuantizedEmbedding
-        from compress.models.segments import module_in, token_table
+        from compress.models.network.segments import module_in, token_table
 
         name = token_table(parts)
         if name is None or is_in_block(name):

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.feedback import FeedbackMethod, loss_of
-from compress.methods.linears import zeros_of
-from compress.methods.quantize.base import Bits, IntegerWeights, replace_module
-from compress.models.checkpoint import TensorInfo
+from compress.methods.error_feedback import FeedbackMethod, loss_of
+from compress.methods.linear_layers import zeros_of
+from compress.methods.quantize.base import Bits, IntegerWeights
+from compress.models.files.headers import TensorInfo
+from compress.models.network.segments import replace_module
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.calibration import Inputs
+    from compress.calibration.inputs import Inputs
     from compress.layers.grid import Grid
-    from compress.methods.feedback import Feedback
-    from compress.models.segments import Parts
+    from compress.methods.error_feedback import Feedback
+    from compress.models.network.segments import Parts
 
 # Input channels whose errors are fed forward together, and output channels that are worked on at once (none depends on another).
 BLOCK, ROWS = 128, 4_096

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import model_validator
 
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
-from compress.methods.quantize.base import IntegerWeights, replace_module
+from compress.methods.quantize.base import IntegerWeights
+from compress.models.network.segments import replace_module
 
 if TYPE_CHECKING:
-    from compress.calibration import Inputs
-    from compress.models.segments import Parts
+    from compress.calibration.inputs import Inputs
+    from compress.models.network.segments import Parts
 
 
 class RTN(IntegerWeights):

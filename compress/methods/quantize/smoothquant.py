@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
-from compress.methods.quantize.base import QuantizeLinears, replace_module
+from compress.methods.quantize.base import QuantizeLinears
+from compress.models.network.segments import replace_module
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from compress.calibration import Inputs, Moments
-    from compress.models.segments import Parts
+    from compress.calibration.inputs import Inputs
+    from compress.calibration.statistics import Moments
+    from compress.models.network.segments import Parts
 
 # Tokens that the search compares outputs on, and the exponents that it tries.
 SAMPLE_ROWS, ALPHAS = 512, (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -62,7 +64,8 @@ class SmoothQuant(QuantizeLinears):
         """
         import torch
 
-        from compress.calibration import Moments, scale_inputs
+        from compress.calibration.input_factors import scale_inputs
+        from compress.calibration.statistics import Moments
         from compress.layers.grid import find_grid
         from compress.layers.quantized_linear import QMAX, QuantizedLinear
 
@@ -111,7 +114,7 @@ class SmoothQuant(QuantizeLinears):
 
     def _error(self, rows: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor) -> float:
         """Return the relative squared error of the outputs of rows [n, in], both sides rounded to int8 after the smoothing."""
-        from compress.calibration import Magnitudes, relative_error
+        from compress.calibration.statistics import Magnitudes, relative_error
         from compress.layers.float_layers import linear
         from compress.layers.grid import find_grid
         from compress.layers.quantized_linear import QMAX, quantize_symmetric
@@ -136,7 +139,7 @@ class SmoothQuant(QuantizeLinears):
         largest: dict[str, torch.Tensor],
     ) -> dict[str, float]:
         """Return where the static scale of each group's input ends, its channels divided by their factors."""
-        from compress.calibration import Magnitudes
+        from compress.calibration.statistics import Magnitudes
         from compress.layers.quantized_linear import QMAX
 
         if self.range == "minmax":

@@ -1,0 +1,161 @@
+"""A model looked at whole before anything of it is changed: what becomes of texts where parts of it are left out.
+
+Streamed like everything else. What several cases have in common up to a block is computed once: each block is read once, and run
+once for every different history that arrives at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from compress.calibration.texts import CalibrationTexts
+from compress.models.architectures import Sublayer
+from compress.models.network.pooling import pooled_vectors
+from compress.models.network.segments import Kind, Parts, begin, blocks_of, replaced, run_block, segments_of
+from compress.models.network.surgery import signature, without
+from compress.models.network.walk import Streamed
+from compress.models.opened import OpenModel
+
+Part = tuple[int, Literal["block"] | Sublayer]
+"""A block by its number, or one of its sublayers."""
+Left = frozenset[Part]
+"""Parts that are left out together."""
+
+# Tokens of which hidden states are kept behind every block, spread over the texts.
+SAMPLED_TOKENS = 1_024
+
+
+class Survey:
+    """A model and texts to run through it."""
+
+    def __init__(self, model: OpenModel, texts: Callable[[], CalibrationTexts], device: torch.device, dtype: torch.dtype) -> None:
+        """Take a model whose buffers are on `device`; `texts` makes its batches, `dtype` is what is computed in."""
+        self.model = model
+        self._make_texts = texts
+        self.device = device
+        self._segments = segments_of(model.network)
+        self._source = Streamed(model.network, model.weights, lambda part: part.to(device, dtype))
+
+    @cached_property
+    def texts(self) -> CalibrationTexts:
+        """The texts as batches."""
+        return self._make_texts()
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return len(blocks_of(self.model.network)[1])
+
+    @property
+    def droppable(self) -> list[int]:
+        """Blocks that have the same tensors as the last, so that others of them can stand in their place."""
+        blocks = blocks_of(self.model.network)[1]
+        return [number for number, block in enumerate(blocks) if signature(block) == signature(blocks[-1])]
+
+    @torch.no_grad()
+    def vectors(self, cases: Sequence[Left]) -> list[torch.Tensor]:
+        """Embed all texts with parts left out: for each case float32 [texts, dimension], texts in the order of the batches."""
+
+        def wanted(number: int) -> set[Left]:
+            return {frozenset(part for part in case if part[0] <= number) for case in cases}
+
+        found: dict[Left, list[torch.Tensor]] = {}
+        for _, states in self._through(wanted):
+            found = states
+        last = self._after_blocks()
+        return [torch.cat([last(hidden, batch) for batch, hidden in enumerate(found[case])]) for case in cases]
+
+    @torch.no_grad()
+    def influence(self, parts: Sequence[Part]) -> list[float]:
+        """Return of each part 1 - cosine between what its block gives with and without it, mean over tokens (Men et al. 2024)."""
+        nothing: Left = frozenset()
+
+        def wanted(number: int) -> set[Left]:
+            return {nothing, *(frozenset([part]) for part in parts if part[0] == number)}
+
+        found: dict[Part, float] = {}
+        for number, states in self._through(wanted):
+            for part in parts:
+                if part[0] == number:
+                    turned = [
+                        1 - torch.cosine_similarity(self._tokens(whole, batch), self._tokens(left, batch), dim=1)
+                        for batch, (whole, left) in enumerate(zip(states[nothing], states[frozenset([part])], strict=True))
+                    ]
+                    found[part] = float(torch.cat(turned).mean())
+        return [found[part] for part in parts]
+
+    @torch.no_grad()
+    def angles(self, span: int) -> list[float]:
+        """Return the angular distance, arccos(cosine) / pi, that each run of `span` blocks takes tokens (Gromov et al. 2024)."""
+        nothing: Left = frozenset()
+        sampled: list[torch.Tensor] = []
+        for _, states in self._through(lambda _: {nothing}, before=True):
+            tokens = torch.cat([self._tokens(hidden, batch) for batch, hidden in enumerate(states[nothing])])
+            sampled.append(tokens[:: max(1, len(tokens) // SAMPLED_TOKENS)].clone())
+        return [
+            float(torch.cosine_similarity(a, b, dim=1).clamp(-1, 1).arccos().mean() / torch.pi)
+            for a, b in zip(sampled, sampled[span:], strict=False)
+        ]
+
+    def _tokens(self, hidden: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return the hidden states of a batch without its padding: float32 [tokens, width]."""
+        return hidden[torch.from_numpy(self.texts.batches[batch][1]).to(hidden.device).bool()].float()
+
+    def _through(
+        self, wanted: Callable[[int], Iterable[Left]], before: bool = False
+    ) -> Iterator[tuple[int, dict[Left, list[torch.Tensor]]]]:
+        """Take the texts through the blocks in every way that is wanted.
+
+        Args:
+            wanted: given a block's number, which parts up to and with this block are left out in the cases that still count.
+            before: whether what enters the first block is told too, under number -1.
+
+        Yields:
+            A block's number and the hidden states behind it, batch by batch, by what was left out so far.
+        """
+        blocks = [segment for segment in self._segments if segment.kind is Kind.BLOCK]
+        first = next(segment for segment in self._segments if segment.kind is Kind.EMBEDDINGS)
+        embeddings = self._source.load(first)
+        entered = [
+            begin(self.model.network, self._segments, embeddings, *(torch.from_numpy(x).to(self.device) for x in batch))
+            for batch in self.texts.batches
+        ]
+        del embeddings
+        states: dict[Left, list[torch.Tensor]] = {frozenset(): [hidden for hidden, _ in entered]}
+        if before:
+            yield -1, states
+        for number, segment in enumerate(blocks):
+            (block,) = self._source.load(segment).values()
+            made: dict[Left, list[torch.Tensor]] = {}
+            for case in wanted(number):
+                here = [name for at, name in case if at == number]
+                arriving = states[frozenset(part for part in case if part[0] < number)]
+                if "block" in here:
+                    made[case] = arriving
+                    continue
+                with without(block, [name for name in here if name != "block"]):
+                    made[case] = [
+                        run_block(block, hidden, arguments[number])
+                        for hidden, (_, arguments) in zip(arriving, entered, strict=True)
+                    ]
+            states = made
+            yield number, states
+
+    def _after_blocks(self) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """Return what makes vectors [texts, dimension] of a batch's hidden states behind the last block, given its number."""
+        network, spec = self.model.network, self.model.spec
+        loaded = {segment.kind: self._source.load(segment) for segment in self._segments if segment.kind in (Kind.NORM, Kind.HEAD)}
+        norms: Parts = loaded.get(Kind.NORM, {})
+
+        def finish(hidden: torch.Tensor, batch: int) -> torch.Tensor:
+            for norm in norms.values():
+                hidden = norm(hidden)
+            masks = (torch.from_numpy(x).to(hidden.device) for x in (self.texts.batches[batch][1], self.texts.pooled[batch]))
+            with replaced(network, loaded.get(Kind.HEAD, {})):
+                return pooled_vectors(network, spec, hidden, *masks)
+
+        return finish

@@ -1,0 +1,173 @@
+"""Rows and texts from files: JSON lines (gzipped or not) and plain text, with faults named by file and line. No torch here."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress.common.errors import UserError, nearest
+
+SUITE = Path(str(resources.files("compress.data"))) / "suite"
+CALIBRATION = SUITE.with_name("calibration.jsonl")
+# Longest text of `mixed_texts` in words: some 250 tokens, where a MiniLM cuts.
+LONGEST_WORDS = 190
+HUB = "hub:"
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text file, gzipped or not, with their numbers from 1; empty lines are passed over.
+
+    Raises:
+        UserError: the file is missing, is not UTF-8, or is a broken gzip.
+    """
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def read_jsonl(path: Path, required: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Read JSON lines.
+
+    Raises:
+        UserError: a line is not a JSON object or lacks a required key; names file and line.
+    """
+    rows = []
+    for number, line in read_lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: a JSON object is wanted, this is {type(row).__name__}")
+        missing = [key for key in required if key not in row]
+        if missing:
+            raise UserError(f"{path}, line {number}: lacks {missing[0]!r}; it has {', '.join(sorted(row))}")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: holds no rows")
+    return rows
+
+
+def is_hub(source: Path | str) -> bool:
+    """Whether texts are named by a dataset of the hub and not by a file."""
+    return str(source).startswith(HUB)
+
+
+def read_texts(source: Path | str) -> list[str]:
+    """Read texts: the `text` of a JSONL file's rows (`.jsonl`, `.jsonl.gz`), the lines of any other text file, or a hub dataset.
+
+    Args:
+        source: a path, or `hub:OWNER/NAME:COLUMN[:SPLIT]`, the split being `train` where none is named.
+
+    Raises:
+        UserError: it cannot be read, or what it holds there is not text.
+    """
+    if is_hub(source):
+        return _hub_texts(str(source))
+    path = Path(source)
+    if ".jsonl" in path.suffixes:
+        texts = []
+        for number, row in enumerate(read_jsonl(path, ("text",)), start=1):
+            if not isinstance(row["text"], str):
+                raise UserError(f"{path}, row {number}: 'text' is {type(row['text']).__name__}, not a string")
+            texts.append(row["text"])
+        return texts
+    return [line for _, line in read_lines(path)]
+
+
+def _hub_texts(source: str) -> list[str]:
+    from datasets import load_dataset
+
+    name, _, rest = source.removeprefix(HUB).partition(":")
+    column, _, split = rest.partition(":")
+    if not name or not column:
+        raise UserError(f"{source}: a dataset of the hub is named as {HUB}OWNER/NAME:COLUMN, or with :SPLIT behind")
+    try:
+        rows = load_dataset(name, split=split or "train")
+    except Exception as error:  # of many kinds, from many libraries: whatever it is, the user is told and the run ends
+        raise UserError(f"{source}: cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    if column not in rows.column_names:
+        raise UserError(f"{source}: has no column {column!r}", nearest(column, rows.column_names))
+    texts = list(rows[column])
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{source}: the column {column!r} does not hold one string a row")
+    return texts
+
+
+def same_text(text: str) -> str:
+    """Return what texts have in common that differ in case and white space alone."""
+    return " ".join(text.lower().split())
+
+
+@cache
+def suite_texts() -> tuple[str, ...]:
+    """Return the distinct texts of the embedded suite, in a fixed order."""
+    found: dict[str, None] = {}
+    for path in sorted(SUITE.rglob("*.jsonl")):
+        for row in read_jsonl(path):
+            for key in ("sentence1", "sentence2", "title", "text", "sentences", "query", "positive", "negative"):
+                texts = row.get(key) or ()
+                found |= dict.fromkeys([texts] if isinstance(texts, str) else texts)
+    return tuple(found)
+
+
+@cache
+def calibration_texts() -> tuple[str, ...]:
+    """Return the embedded calibration texts: 512 of many kinds, none of them in the embedded suite."""
+    return tuple(row["text"] for row in read_jsonl(CALIBRATION, ("text",)))
+
+
+def mixed_texts(count: int, seed: int) -> list[str]:
+    """Make texts of mixed lengths, 3 to some 250 tokens, from the embedded suite: sentences, and several documents joined.
+
+    Word counts are drawn log-uniformly, which gives the many short and few long texts that requests to an embedder are.
+    """
+    generator = np.random.default_rng(seed)
+    pool = suite_texts()
+    made = []
+    for wanted in np.exp(generator.uniform(np.log(3), np.log(LONGEST_WORDS), size=count)):
+        words: list[str] = []
+        while len(words) < wanted:
+            words += pool[int(generator.integers(len(pool)))].split()
+        made.append(" ".join(words[: max(3, int(wanted))]))
+    return made
+
+
+def measure_texts(source: str, count: int, seed: int) -> list[str]:
+    """Return `count` texts to measure on: made from the embedded suite (`mini`), or drawn with a seed from a file.
+
+    Raises:
+        UserError: the file holds fewer.
+    """
+    return mixed_texts(count, seed) if source == "mini" else _drawn(read_texts(source), source, count, seed, "measure.count")
+
+
+def texts_to_calibrate(source: str, count: int, seed: int) -> list[str]:
+    """Return `count` texts to calibrate on, drawn with a seed from the embedded ones (`embedded`) or from a file.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    texts = calibration_texts() if source == "embedded" else read_texts(source)
+    return _drawn(texts, source, count, seed, "calibration.count")
+
+
+def _drawn(texts: Sequence[str], source: str, count: int, seed: int, key: str) -> list[str]:
+    if len(texts) < count:
+        raise UserError(f"{source}: holds {len(texts)} texts, {count} are wanted", f"lower {key}")
+    chosen = np.random.default_rng(seed).choice(len(texts), size=count, replace=False)
+    return [texts[index] for index in chosen]

@@ -1,0 +1,200 @@
+"""What every layout of a torch checkpoint shares: a variant opened, its layers told apart, its tensors and config written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from compress.common.errors import UserError
+from compress.common.files import write_json
+from compress.layers.compressed import CompressedLayer, CompressedLinear
+from compress.layers.quantized_embedding import QuantizedEmbedding
+from compress.layers.scheme import BITSANDBYTES, QuantizedLayer
+from compress.layers.torch_packing import pack
+from compress.models.files.shards import join_shards, shard, write_tensors
+from compress.models.files.variant import VariantInfo
+from compress.models.folder import read_json
+from compress.models.network.build import read_config
+from compress.models.network.nv_embed import is_nv_embed
+from compress.models.network.segments import Kind, segments_of
+from compress.models.network.walk import Streamed
+from compress.models.opened import empty_model, weights_of
+from compress.models.source import Source
+
+Convert = Callable[[Any], dict[str, torch.Tensor]]
+"""From a quantized linear layer to its tensors in a layout, without its bias."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A variant whose weights are still in its files."""
+
+    info: VariantInfo
+    folder: Path
+    network: nn.Module
+    """Without values."""
+    linears: dict[str, QuantizedLayer]
+    """Quantized linear layers by name."""
+    tables: list[str]
+    """Names of quantized embedding tables."""
+    plain: list[str]
+    """Names of linear layers that are not quantized; those that readers' network has and the variant lacks (BERT's pooler) too."""
+    blocks: str
+    """Name of the list of blocks."""
+    prefix: str
+    """What stands before every name in the checkpoint of a model with a task's head: `model.`, `bert.`."""
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Return outputs and inputs of a quantized linear layer."""
+        layer = self.network.get_submodule(name)
+        return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+def open_variant(source: Source, layout: str, *, integers: bool = True) -> Opened:
+    """Open a variant to be written in a layout of integers, or (`integers` False) of half-precision values.
+
+    Raises:
+        UserError: NV-Embed's architecture, which only its own code runs; numbers that the layout does not hold; a layer that
+            divides its input; blocks that the architecture's config cannot describe; texts that end in a token of their own.
+    """
+    folder = source.folder
+    if is_nv_embed(folder):
+        raise UserError(
+            f"{source.name}: NV-Embed's latent-attention head has no home in {layout} files",
+            "onnx and openvino hold it; or leave it out and heal: the steps mean_pooling and distill",
+        )
+    info = VariantInfo.read(folder)
+    network = empty_model(folder)
+    tables = [name for name in info.quantized if isinstance(network.get_submodule(name), QuantizedEmbedding)]
+    linears = {name: layer for name, layer in info.quantized.items() if name not in tables}
+    if integers:
+        check_integers(linears, layout)
+    if not linears and integers:
+        raise UserError(f"{source.name}: no linear layer is quantized", "sentence-transformers is the layout of such a model")
+    if info.heads is not None or info.dropped:
+        lacks = f"{info.heads} heads a block" if info.heads is not None else f"{len(info.dropped)} blocks without a sublayer"
+        kind = read_json(folder / "config.json")["model_type"]
+        raise UserError(
+            f"{source.name}: cannot be written as {layout}: it has {lacks}, which a {kind} config cannot say",
+            "use the variant as it is, or prune whole blocks and MLP channels alone",
+        )
+    if info.spec.suffix:
+        raise UserError(
+            f"{source.name}: cannot be written as {layout}: texts end in {info.spec.suffix!r}, which readers would not add",
+            "use the variant as it is (compress encode)",
+        )
+    with torch.device("meta"):
+        full = AutoModel.from_config(read_config(folder))
+    plain = [name for name, module in full.named_modules() if isinstance(module, nn.Linear) and name not in linears]
+    block = next(segment for segment in segments_of(network) if segment.kind is Kind.BLOCK)
+    prefix = str(getattr(network, "base_model_prefix", "") or "")
+    return Opened(info, folder, network, linears, tables, plain, block.paths[0].rpartition(".")[0], f"{prefix}." if prefix else "")
+
+
+def check_integers(linears: Mapping[str, QuantizedLayer], layout: str) -> None:
+    """See that linear layers are integers of ours, for the input as it comes.
+
+    Raises:
+        UserError: one is stored by another package, or divides its input.
+    """
+    for name, layer in linears.items():
+        if layer.numbers in BITSANDBYTES:
+            raise refusal(name, layout, f"are stored by the bitsandbytes package ({layer.numbers})", "use rtn, gptq or awq")
+        if layer.input_factor:
+            raise refusal(
+                name,
+                layout,
+                "want their input divided channel by channel first",
+                "awq and smoothquant make none under `keep_factors: false`; rtn and gptq never do",
+            )
+
+
+def refusal(name: str, layout: str, why: str, hint: str) -> UserError:
+    """Say that a layout cannot hold a layer: `why` goes on after "its weights"."""
+    return UserError(f"{name}: cannot be written as {layout}: its weights {why}", hint)
+
+
+def write_weights(opened: Opened, folder: Path, convert: Convert, prefix: str = "") -> None:
+    """Write a variant's tensors, segment by segment: quantized linear layers converted, tables in half precision, others as stored.
+
+    `prefix`: put before every name.
+    """
+    parts = len(segments_of(opened.network))
+    for index, (layers, tensors) in enumerate(stored(opened)):
+        for name, layer in layers.items():
+            converted = {"weight": _half_table(layer)} if isinstance(layer, QuantizedEmbedding) else convert(layer)
+            tensors |= {f"{name}.{key}": tensor for key, tensor in converted.items()}
+        write_tensors(shard(folder, index, parts), {f"{prefix}{name}": tensor for name, tensor in tensors.items()})
+    join_shards(folder, parts)
+
+
+def stored(opened: Opened) -> Iterator[tuple[dict[str, CompressedLayer], dict[str, torch.Tensor]]]:
+    """Read a variant, segment by segment: its compressed layers by name, and all other tensors, the biases of these layers too."""
+    source = Streamed(opened.network, weights_of(opened.folder, opened.network))
+    for segment in segments_of(opened.network):
+        layers: dict[str, CompressedLayer] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for path, part in source.load(segment).items():
+            inside = {
+                f"{path}.{inner}" if inner else path: module
+                for inner, module in part.named_modules()
+                if isinstance(module, CompressedLayer)
+            }
+            layers |= inside
+            for key, tensor in part.state_dict().items():
+                layer, _, kind = f"{path}.{key}".rpartition(".")
+                if layer not in inside or kind == "bias":
+                    tensors[f"{layer}.{kind}"] = tensor
+        yield layers, tensors
+
+
+def half_values(layer: CompressedLinear) -> dict[str, torch.Tensor]:
+    """Return a quantized linear layer's weight as the values that it stands for, in half precision."""
+    return {"weight": layer.values().half()}
+
+
+def words(integers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack rows without gaps into 32-bit words: uint8 [rows, n] to int32 [rows, ceil(n x bits / 32)], the first value lowest.
+
+    Our own packing is the same in bytes, so this is it, filled up to whole words.
+    """
+    packed = pack(integers, bits)
+    # Copied into a tensor of its own: a single row may come with strides that no view as words takes.
+    filled = packed.new_zeros(packed.shape[0], -(-packed.shape[1] // 4) * 4)
+    filled[:, : packed.shape[1]] = packed
+    return filled.view(torch.int32)
+
+
+def write_config(
+    opened: Opened, folder: Path, quantization: Mapping[str, Any] | None, dtype: str, changes: Mapping[str, Any]
+) -> None:
+    """Write the model's `config.json` with its quantization, if any.
+
+    `dtype`: what readers compute in unless they are told otherwise, under its name of today and that of transformers 4.
+    """
+    config = read_json(opened.folder / "config.json")
+    rope = config.get("rope_parameters")
+    if rope and "rope_theta" in rope:  # where transformers 4 looks for it
+        config.setdefault("rope_theta", rope["rope_theta"])
+    config |= {**changes, "dtype": dtype, "torch_dtype": dtype}
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    write_json(folder / "config.json", config)
+
+
+def table_notes(opened: Opened) -> tuple[str, ...]:
+    """Say that tables are written in half precision, where there are quantized ones."""
+    if not opened.tables:
+        return ()
+    return (f"{', '.join(opened.tables)}: in half precision here; readers of this layout look up no quantized tables.",)
+
+
+def _half_table(table: QuantizedEmbedding) -> torch.Tensor:
+    table.dtype = torch.float16
+    return table(torch.arange(len(table.weight)))  # type: ignore[no-any-return]

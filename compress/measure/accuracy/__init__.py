@@ -1,0 +1,1 @@
+"""Accuracy: MTEB tasks, their data, scores, and paired statistics."""

@@ -1,0 +1,148 @@
+"""Accuracy by the mteb package's own tasks and scorers: an Embedder in, the task's main score out."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partialmethod
+from typing import Any
+
+import mteb
+import numpy as np
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta
+from mteb.models.search_wrappers import SearchEncoderWrapper
+from mteb.types import PromptType
+from pydantic import BaseModel, ConfigDict
+from tqdm.std import tqdm  # type: ignore[import-untyped]
+
+from compress.common.errors import UserError
+from compress.measure.accuracy.examples import Examples, catching
+from compress.measure.accuracy.tasks import Task
+from compress.models.embedder import Embedder, Vectors
+
+
+class TaskScore(BaseModel):
+    """What one model scored on one task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    type: str
+    metric: str
+    score: float
+    """Main score as mteb gives it, mostly 0 to 1."""
+    prompts: dict[str, str]
+    """Prompts put before the texts, by role (`query`, `document`, or `text` where a task has no roles)."""
+    seconds: float
+    data: str
+    """Fingerprint of the data."""
+    examples: Examples
+    """What the score is made of."""
+    mteb: dict[str, Any]
+    """The result in mteb's own format."""
+
+
+class MtebEncoder(AbsEncoder):  # type: ignore[misc]
+    """An Embedder as mteb's tasks call it."""
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        batch_tokens: int | None = None,
+        prompts: Mapping[str, str] | None = None,
+        documents: Embedder | None = None,
+    ) -> None:
+        """`documents`: embeds what is searched; None: the same embedder as queries and all else."""
+        self.embedder = embedder
+        self.documents = documents or embedder
+        self.batch_tokens = batch_tokens
+        self.model_prompts = {**embedder.spec.prompts, **(prompts or {})} or None
+        # mteb files results under owner/name; ours go into the record.
+        self.mteb_model_meta = ModelMeta.create_empty({"name": f"compress/{embedder.name.replace('/', '--')}", "revision": "local"})
+        self.prompts_used: dict[str, str] = {}
+
+    def encode(
+        self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any
+    ) -> Vectors:
+        """Embed the texts of a data loader with the prompt for the task and role, if there is one."""
+        name = self.get_prompt_name(task_metadata, prompt_type)
+        prompt = self.model_prompts[name] if name and self.model_prompts else self.embedder.spec.default_prompt
+        self.prompts_used[prompt_type.value if prompt_type else "text"] = prompt
+        texts = [text for batch in inputs for text in batch["text"]]
+        # mteb passes the same text many times over in some tasks; each is embedded once.
+        unique = list(dict.fromkeys(texts))
+        embedder = self.documents if prompt_type == PromptType.document else self.embedder
+        vectors = embedder.encode(unique, prompt, batch_tokens=self.batch_tokens)
+        row = {text: index for index, text in enumerate(unique)}
+        return vectors[np.fromiter((row[text] for text in texts), dtype=np.intp, count=len(texts))]
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep mteb's scorers from drawing bars, which they do whatever they are told."""
+    own = tqdm.__init__
+    tqdm.__init__ = partialmethod(own, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = own
+
+
+def evaluate(
+    embedder: Embedder,
+    task: Task,
+    batch_tokens: int | None = None,
+    prompts: Mapping[str, str] | None = None,
+    documents: Embedder | None = None,
+    index: Any = None,
+) -> TaskScore:
+    """Score an embedder on a task.
+
+    Args:
+        embedder: embeds the texts.
+        task: the task.
+        batch_tokens: padded tokens a batch may hold; None: the embedder's own default.
+        prompts: go before the model's own of the same name.
+        documents: embeds the documents of retrieval in the place of `embedder`: may its queries search another's index?
+        index: stores and searches the documents of retrieval, as mteb's index backends do; None: all vectors as they are.
+
+    Raises:
+        UserError: the task's data is not local and the hub cannot be reached.
+    """
+    encoder = MtebEncoder(embedder, batch_tokens, prompts, documents)
+    model = encoder if index is None else SearchEncoderWrapper(encoder, index_backend=index)
+    start = time.perf_counter()
+    try:
+        with catching(task.mteb) as caught, _without_bars(), tempfile.TemporaryDirectory() as folder:
+            result = mteb.evaluate(
+                model,
+                task.mteb,
+                cache=None,
+                co2_tracker=False,
+                overwrite_strategy="always",
+                show_progress_bar=False,
+                prediction_folder=folder,
+            )
+    except (ConnectionError, OSError) as error:
+        if task.folder is not None:
+            raise
+        raise UserError(
+            f"task {task.name!r}: its data could not be fetched from the hub ({str(error).splitlines()[0]})",
+            "give a folder that holds it (--data), or use the embedded suite (--tasks mini)",
+        ) from error
+    scores = next(scores for scores in result.task_results if scores.task_name == task.name)
+    return TaskScore(
+        task=task.name,
+        type=task.mteb.metadata.type,
+        metric=task.mteb.metadata.main_score,
+        score=float(scores.get_score()),
+        prompts=encoder.prompts_used,
+        seconds=time.perf_counter() - start,
+        data=task.fingerprint,
+        examples=caught.examples(),
+        mteb=json.loads(scores.model_dump_json()),
+    )

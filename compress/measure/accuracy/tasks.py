@@ -1,0 +1,213 @@
+"""Tasks to measure accuracy on: the mteb package's own, with data from the hub, from a local folder or from the embedded suite."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mteb
+from datasets import disable_progress_bars
+from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskPairClassification, AbsTaskRetrieval, AbsTaskSTS
+from mteb.abstasks.task_metadata import TaskMetadata
+
+from compress.common.errors import UserError, nearest
+from compress.data.texts import SUITE, same_text
+from compress.measure.accuracy.local_data import load_local, published_splits
+
+MINI = "mini"
+# Of each of the seven types the cheapest public tasks that still tell models apart: some 3 M tokens together.
+LITE = (
+    "STSBenchmark",
+    "BIOSSES",
+    "Banking77Classification",
+    "SciFact",
+    "AskUbuntuDupQuestions",
+    "TwitterSemEval2015",
+    "TwentyNewsgroupsClustering.v2",
+    "SummEvalSummarization.v2",
+)
+# Names of our own for mteb's benchmarks; any other is found by mteb's own name.
+BENCHMARKS = {"mteb-eng-v1": "MTEB(eng, v1)", "mteb-eng-v2": "MTEB(eng, v2)"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of mteb, and where its data lies (None: on the hub)."""
+
+    mteb: Any
+    folder: Path | None
+
+    @property
+    def name(self) -> str:
+        """Name in mteb."""
+        return str(self.mteb.metadata.name)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identify the data: a hash of the local files, or the hub's revision."""
+        if self.folder is None:
+            return str(self.mteb.metadata.revision)
+        digest = hashlib.sha256()
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            digest.update(str(path.relative_to(self.folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()[:16]
+
+
+def evaluated_texts(tasks: Iterable[Task]) -> frozenset[str]:
+    """Return every text of some tasks' data, training splits included, as `same_text` has it; loads what lies on the hub."""
+    found: set[str] = set()
+    for task in tasks:
+        if task.folder is None:
+            task.mteb.load_data()
+        found.update(same_text(text) for text in _strings(task.mteb.dataset))
+    return frozenset(found)
+
+
+def _strings(data: Any) -> Iterator[str]:
+    """Yield every string in nested containers and tables."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, Mapping):
+        for value in data.values():
+            yield from _strings(value)
+    elif isinstance(data, Iterable):
+        for value in data:
+            yield from _strings(value)
+
+
+def _metadata(name: str, kind: str, main_score: str, description: str) -> TaskMetadata:
+    return TaskMetadata(
+        name=name,
+        dataset={"path": f"embedded/{name}", "revision": "1"},
+        description=description,
+        type=kind,
+        category="t2t" if kind != "Classification" else "t2c",
+        modalities=["text"],
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score=main_score,
+        license="apache-2.0",
+        annotations_creators="LM-generated and reviewed",
+        sample_creation="created",
+    )
+
+
+class MiniSTS(AbsTaskSTS):  # type: ignore[misc]
+    """Sentence pairs over the whole range of similarity; word overlap misleads."""
+
+    metadata = _metadata("MiniSTS", "STS", "cosine_spearman", "Sentence pairs of the embedded suite.")
+
+
+class MiniRetrieval(AbsTaskRetrieval):  # type: ignore[misc]
+    """Short documents in families of near misses: numbers, names, negation."""
+
+    metadata = _metadata("MiniRetrieval", "Retrieval", "ndcg_at_10", "Near-miss retrieval of the embedded suite.")
+
+
+class MiniIntentClassification(AbsTaskClassification):  # type: ignore[misc]
+    """Intents of a shop's help desk, several of them close to each other."""
+
+    metadata = _metadata("MiniIntentClassification", "Classification", "accuracy", "Help-desk intents of the embedded suite.")
+
+
+class MiniClustering(AbsTaskClustering):  # type: ignore[misc]
+    """Messages about ten close subjects, whose words turn up in each other's senses."""
+
+    metadata = _metadata("MiniClustering", "Clustering", "v_measure", "Messages by subject, of the embedded suite.")
+    max_fraction_of_documents_to_embed = None  # all of them: mteb's default of 4 % would be twelve
+
+
+class MiniPairClassification(AbsTaskPairClassification):  # type: ignore[misc]
+    """Do two sentences say the same: paraphrases without common words against near misses."""
+
+    metadata = _metadata("MiniPairClassification", "PairClassification", "max_ap", "Paraphrases of the embedded suite.")
+
+
+class MiniReranking(AbsTaskRetrieval):  # type: ignore[misc]
+    """Which of some ten passages answers the question; the others were written to look as if."""
+
+    metadata = _metadata("MiniReranking", "Reranking", "map_at_1000", "Answers among near misses, of the embedded suite.")
+
+
+EMBEDDED = {
+    task.metadata.name: task
+    for task in (MiniSTS, MiniRetrieval, MiniIntentClassification, MiniClustering, MiniPairClassification, MiniReranking)
+}
+
+
+def find_tasks(names: Iterable[str], data: Path | None) -> list[Task]:
+    """Find tasks by name, with their data loaded where it is local, so that a fault in it is seen before any work is done.
+
+    Args:
+        names: names of mteb's tasks or benchmarks; `mini` for the embedded suite; `lite`, `mteb-eng-v1`, `mteb-eng-v2`.
+        data: a folder `<task>[/<subset>]/<split>.jsonl[.gz]` (retrieval in BEIR's layout); None: the hub.
+
+    Raises:
+        UserError: an unknown task, a task that the folder lacks, or a fault in its files (with file and line).
+    """
+    # Superseded tasks are asked for on purpose (published figures are of them), and bars over tiny data sets tell nobody anything.
+    warnings.filterwarnings("ignore", message=".*superseded.*")
+    disable_progress_bars()
+    logging.getLogger("mteb").setLevel(logging.ERROR)
+    if data is not None and not data.is_dir():
+        raise UserError(f"data folder {data}: not a folder")
+    wanted: dict[str, Any] = {}
+    for name in names:
+        wanted |= _expand(name)
+    if not wanted:
+        raise UserError("no tasks are named", "evaluate.tasks or --tasks: mini, lite, or names of mteb's tasks or benchmarks")
+    return [_with_data(name, found, data) for name, found in wanted.items()]
+
+
+def _expand(name: str) -> dict[str, Any]:
+    """Return the mteb tasks that a name stands for, by their own names."""
+    if name == MINI:
+        return {own: kind() for own, kind in EMBEDDED.items()}
+    if name in EMBEDDED:
+        return {name: EMBEDDED[name]()}
+    if name == "lite":
+        return {own: _task(own) for own in LITE}
+    benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
+    if BENCHMARKS.get(name, name) in benchmarks:
+        tasks = benchmarks[BENCHMARKS.get(name, name)].tasks
+        return {task.metadata.name: copy.deepcopy(task) for task in tasks}  # with the languages and splits that it is about
+    try:
+        return {name: _task(name)}
+    except KeyError as error:
+        tasks = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
+        known = {MINI, "lite", *BENCHMARKS, *EMBEDDED, *benchmarks, *tasks}
+        raise UserError(f"unknown task {name!r}", nearest(name, known)) from error
+
+
+def _task(name: str) -> Any:
+    task = mteb.get_task(name)
+    task.filter_eval_splits(published_splits(list(task.eval_splits)))
+    return task
+
+
+def _with_data(name: str, found: Any, data: Path | None) -> Task:
+    """Give a task its data where that is local."""
+    if name in EMBEDDED:
+        folder: Path | None = SUITE / name
+    elif data is None:
+        return Task(found, None)
+    else:
+        folder = next((data / known for known in _names(name) if (data / known).is_dir()), None)
+        if folder is None:
+            there = sorted(path.name for path in data.iterdir() if path.is_dir())
+            raise UserError(f"task {name!r}: the data folder {data} has no folder of that name", nearest(name, there))
+    assert folder is not None
+    load_local(found, folder)
+    return Task(found, folder)
+
+
+def _names(name: str) -> list[str]:
+    """Return a task's name, and those of the tasks that it supersedes: the same data under an older name."""
+    superseded = (task.metadata.name for task in mteb.get_tasks(exclude_superseded=False) if task.superseded_by == name)
+    return [name, *sorted(superseded)]

@@ -1,0 +1,171 @@
+"""What a run leaves behind: one versioned JSON record, and the journal of a run that is under way. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from compress.common.errors import UserError
+from compress.common.files import write_text_atomic
+from compress.common.machine import Machine
+from compress.measure.accuracy.statistics import Interval
+
+if TYPE_CHECKING:
+    from compress.measure.accuracy.score import TaskScore
+
+RECORD_FILE = "record.json"
+
+
+class Part(BaseModel):
+    """A part of a record."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Part):
+    """The model that a run started from."""
+
+    name: str
+    fingerprint: str
+    architecture: str
+    licence: str | None
+    weights: Literal["pretrained", "random"]
+    """`random`: only sizes, speed and memory mean anything."""
+    parameters: int
+    dimension: int
+    max_length: int
+
+
+class Step(Part):
+    """A method as it was applied."""
+
+    config: dict[str, Any]
+    seconds: float
+    note: str
+    found: dict[str, Any] = {}
+    """What it found on its way: of a training the curve, and how many texts it saw and left out."""
+
+
+class Row(Part):
+    """One embedder as it was measured: a variant or a baseline, in one runtime."""
+
+    name: str
+    role: Literal["baseline", "variant"]
+    runtime: str
+    device: str
+    compute: str
+    """Dtype of the floating-point arithmetic."""
+    weights: str
+    activations: str
+    size_bytes: int
+    """Bytes of the weights on disk at this precision."""
+    speed: dict[str, Any] | None = None
+    speedup: dict[str, float] = {}
+    """Throughput relative to each baseline, median of the rounds' ratios."""
+
+
+class TaskRow(Part):
+    """A task's scores."""
+
+    task: str
+    type: str
+    metric: str
+    baseline: float
+    variant: float
+    prompts: dict[str, str]
+    data: str
+    seconds: dict[str, float]
+    """Of scoring, encoding included; small where vectors or scores were at hand already."""
+    interval: Interval | None = None
+    """Of the difference; None where the examples of such a task are not told apart."""
+    verdict: str | None = None
+    """`kept`, `regressed` or `inconclusive`, against the recipe's margin."""
+    index: dict[str, float] = {}
+    """Scores where one model's queries search the other's documents, by which."""
+
+    @property
+    def delta(self) -> float:
+        """Variant minus baseline."""
+        return self.variant - self.baseline
+
+
+class GateResult(Part):
+    """A bound of the recipe, and whether it was kept."""
+
+    name: str
+    bound: float
+    value: float
+    kept: bool
+
+
+class Record(Part):
+    """A run, whole."""
+
+    schema_version: Literal[1] = 1
+    run: str
+    created: str
+    command: str
+    recipe: dict[str, Any]
+    """As resolved: every default filled in."""
+    model: Model
+    steps: tuple[Step, ...]
+    baseline: str
+    """Precision of the baseline's vectors, and why; or why nothing was compared with it."""
+    tasks: tuple[TaskRow, ...]
+    retained: float | None
+    """Mean score of the variant over that of the baseline; None where accuracy was not measured."""
+    overall: Interval | None = None
+    """Of the difference of the mean over the tasks that have an interval."""
+    fidelity: dict[str, Any] | None
+    rows: tuple[Row, ...]
+    measured_on: str
+    gates: tuple[GateResult, ...]
+    verdict: str
+    machine: Machine
+    versions: dict[str, str]
+    seed: int
+
+    def write(self, folder: Path) -> None:
+        """Write `record.json`, whole or not at all."""
+        write_text_atomic(folder / RECORD_FILE, json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Record:
+        """Read a run's record.
+
+        Raises:
+            UserError: there is none, or it is not of this schema.
+        """
+        path = folder / RECORD_FILE
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+    def row(self, name: str) -> Row:
+        """Return the row of that name."""
+        return next(row for row in self.rows if row.name == name)
+
+
+def task_row(baseline: TaskScore, variant: TaskScore, interval: Interval | None, index: Mapping[str, float]) -> TaskRow:
+    """Put a task's row together."""
+    return TaskRow(
+        task=variant.task,
+        type=baseline.type,
+        metric=baseline.metric,
+        baseline=baseline.score,
+        variant=variant.score,
+        prompts=baseline.prompts,
+        data=baseline.data,
+        seconds={"baseline": baseline.seconds, "variant": variant.seconds},
+        interval=interval,
+        verdict=interval.verdict if interval else None,
+        index=dict(index),
+    )

@@ -1,0 +1,99 @@
+"""A model as tasks see it: its vectors and its scores, made once for everything that decides them and read again after that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.common.cache import use
+from compress.common.journal import Journal
+from compress.common.machine import gpu_name, machine, versions
+from compress.measure.vectors.codec import OutputScheme
+from compress.models.shape import read_shape
+from compress.models.source import Source, spec_of
+from compress.runtimes.stored_vectors import Mapped, StoredEmbedder, VectorStore
+
+if TYPE_CHECKING:
+    from compress.measure.accuracy.score import TaskScore
+    from compress.measure.accuracy.tasks import Task
+    from compress.measure.vectors.index import OutputRow
+    from compress.models.embedder import Embedder, Vectors
+
+
+class Scored:
+    """A model with a store of its vectors, and of its scores where they outlive the run."""
+
+    def __init__(
+        self,
+        source: Source,
+        open_embedder: Callable[[], Embedder],
+        key: str | Path,
+        *,
+        batch_tokens: int | None = None,
+        prompts: Mapping[str, str] | None = None,
+    ) -> None:
+        """Take a model and how it is opened.
+
+        Args:
+            source: the model.
+            open_embedder: called when a text comes that was never embedded under this key.
+            key: names all that decides the vectors (`baseline_key`), then vectors and scores are kept in the cache; or a folder for
+                vectors that last as long as it does.
+            batch_tokens: padded tokens a batch may hold.
+            prompts: go before the model's own of the same name.
+        """
+        folder = key if isinstance(key, Path) else use("vectors", key)
+        self._scores = None if isinstance(key, Path) else Journal(use("scores", key))
+        self._prompts = dict(prompts or {})
+        width = read_shape(source.name, source.folder).hidden_size
+        self.embedder = StoredEmbedder(source.name, spec_of(source), width, open_embedder, VectorStore(folder), batch_tokens)
+
+    def score(self, task: Task) -> TaskScore:
+        """Score the model on a task, or read what it scored on the same data with the same prompts."""
+        from compress.measure.accuracy.score import TaskScore, evaluate
+
+        if self._scores is None:
+            return evaluate(self.embedder, task, None, self._prompts)
+        decided = json.dumps([task.name, task.fingerprint, self._prompts], sort_keys=True)
+        name = f"{task.name}-{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
+        return TaskScore(
+            **self._scores.once(name, lambda: evaluate(self.embedder, task, None, self._prompts).model_dump(mode="json"))
+        )
+
+    def score_on(self, task: Task, documents: Scored, rotation: Vectors | None = None) -> float:
+        """Score a retrieval task with this model's queries, rotated or as they are, on another's documents."""
+        from compress.measure.accuracy.score import evaluate
+
+        queries = self.embedder if rotation is None else Mapped(self.embedder, lambda vectors: vectors @ rotation)
+        return evaluate(queries, task, None, self._prompts, documents.embedder).score
+
+    def outputs(
+        self, schemes: Sequence[OutputScheme], tasks: Sequence[Task], texts: Sequence[str], margin: float
+    ) -> list[OutputRow]:
+        """Score retrieval with the documents' vectors stored in each of several ways, fitted on calibration texts."""
+        from compress.measure.accuracy.score import evaluate
+        from compress.measure.vectors.index import score_outputs
+
+        searched = {task.name: task for task in tasks if task.mteb.metadata.type == "Retrieval"}
+        return score_outputs(
+            schemes,
+            self.embedder.encode(texts),
+            {name: self.score(task) for name, task in searched.items()},
+            lambda name, index: evaluate(self.embedder, searched[name], None, self._prompts, index=index),
+            margin=margin,
+        )
+
+
+def baseline_key(fingerprint: str, dtype: str | None, device: str, batch_tokens: int | None, runtime: str = "torch") -> str:
+    """Name everything that decides a model's vectors: files, precision, batches, runtime, packages, machine."""
+    decided = [fingerprint, dtype, device, batch_tokens, runtime, versions_and_machine(device)]
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def versions_and_machine(device: str) -> list[Any]:
+    """Name the packages and the processor that numbers may depend on in their last digits."""
+    here = machine(gpu_name(device))
+    return [versions(), here.cpu, here.cores, here.gpu]

@@ -1,0 +1,1 @@
+"""Throughput, latency and memory, each model in a process of its own."""

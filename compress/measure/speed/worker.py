@@ -1,0 +1,110 @@
+"""A process that holds one embedder and measures it on request: JSON lines in, JSON lines out.
+
+Each measured embedder lives in a fresh process of its own, so that its memory is its own and nothing is shared.
+`compress.measure.speed.timing` starts it (`python -m compress.measure.speed.worker`); nobody calls it by hand.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from compress.common.memory import PeakAnonymous, anonymous_bytes, release_free_pages
+
+
+class Worker:
+    """Answers requests about one embedder."""
+
+    def __init__(self) -> None:
+        self.embedder: Any = None
+        self.imports_bytes: int | None = None
+        self.gpu: Any = None
+        self._warm: set[tuple[int, int]] = set()
+
+    def load(self, loader: str, arguments: dict[str, Any], threads: int | None) -> dict[str, Any]:
+        """Load the embedder by calling `loader` ("module:function") with `arguments`, and say what memory that took."""
+        module = importlib.import_module(loader.partition(":")[0])
+        # Memory counts from here: what the runtime's own imports take is no model's doing.
+        if hasattr(module, "preload"):
+            module.preload(**arguments)
+        load = getattr(module, loader.partition(":")[2])
+        torch: Any = sys.modules.get("torch")  # not imported here: a runtime without it is measured without it
+        self.gpu = torch.cuda if torch and torch.cuda.is_available() else None
+        release_free_pages()
+        self.imports_bytes = anonymous_bytes()
+        self.embedder = load(**arguments, **({"threads": threads} if threads else {}))
+        release_free_pages()
+        return {"loaded_bytes": self._above_imports(anonymous_bytes()), "threads": getattr(self.embedder, "threads", None)}
+
+    def memory(self, texts: list[str], batch_tokens: int | None) -> dict[str, Any]:
+        """Encode all texts once and watch the memory; not timed, because watching takes a share of a core."""
+        if self.gpu:
+            self.gpu.reset_peak_memory_stats()
+        with PeakAnonymous() as peak:
+            self.embedder.encode(texts, batch_tokens=batch_tokens)
+        gpu_bytes = self.gpu.max_memory_allocated() if self.gpu else None
+        return {"peak_bytes": self._above_imports(peak.bytes), "gpu_peak_bytes": gpu_bytes}
+
+    def throughput(self, texts: list[str], batch_tokens: int | None) -> dict[str, Any]:
+        """Encode all texts once; seconds."""
+        start = time.perf_counter()
+        self.embedder.encode(texts, batch_tokens=batch_tokens)
+        return {"seconds": time.perf_counter() - start}
+
+    def latency(self, texts: list[str]) -> dict[str, Any]:
+        """Encode the texts one by one; seconds of each."""
+        seconds = []
+        for text in texts:
+            start = time.perf_counter()
+            self.embedder.encode([text])
+            seconds.append(time.perf_counter() - start)
+        return {"seconds": seconds}
+
+    def cell(self, batch: int, length: int) -> dict[str, Any]:
+        """Encode a batch of texts of so many tokens, special tokens counted; seconds, None where such texts are cut."""
+        text = self._text_of(length)
+        if text is None:
+            return {"seconds": None}
+        budget = batch * length  # so that it is one batch
+        if (batch, length) not in self._warm:
+            self.embedder.encode([text] * batch, batch_tokens=budget)
+            self._warm.add((batch, length))
+        start = time.perf_counter()
+        self.embedder.encode([text] * batch, batch_tokens=budget)
+        return {"seconds": time.perf_counter() - start}
+
+    def _text_of(self, length: int) -> str | None:
+        """Return a text of so many tokens; None where the embedder takes none so long."""
+
+        def tokens(words: int) -> int:
+            return len(self.embedder.tokenizer([" ".join(["a"] * words)])[0])
+
+        words = length - tokens(0)
+        return " ".join(["a"] * words) if words > 0 and tokens(words) == length else None
+
+    def count(self, texts: list[str]) -> dict[str, Any]:
+        """Count the tokens of all texts, special tokens included, after truncation."""
+        return {"tokens": sum(len(row) for row in self.embedder.tokenizer(texts))}
+
+    def _above_imports(self, total: int | None) -> int | None:
+        return None if total is None or self.imports_bytes is None else total - self.imports_bytes
+
+
+def main() -> None:
+    """Serve requests until standard input closes."""
+    # Libraries print; the answers go to the original standard output, everything else to standard error.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    worker = Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(worker, request.pop("do"))(**request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

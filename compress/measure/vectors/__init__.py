@@ -1,0 +1,1 @@
+"""How close two models' vectors are, and how vectors can be stored."""

@@ -1,0 +1,1 @@
+"""Methods for NV-Embed's latent-attention head."""

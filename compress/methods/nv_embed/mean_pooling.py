@@ -1,0 +1,72 @@
+"""Leave NV-Embed's head out: its Mistral, still without a causal mask, and the plain mean of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from compress.layers.scheme import QuantizedLayer
+from compress.methods.base import Bench, Estimate, Method
+from compress.models.architectures import HEAD_PREFIX
+from compress.models.shape import ModelShape
+
+if TYPE_CHECKING:
+    from compress.calibration.inputs import Inputs
+    from compress.calibration.sensitivity import Survey
+    from compress.models.network.segments import Parts
+    from compress.models.opened import OpenModel
+
+BACKBONE_PREFIX = "embedding_model."
+
+
+class MeanPooling(Method):
+    """Drop the latent-attention head. The vectors are others: the model is worth something again once it has been distilled.
+
+    What is left is a model that other libraries know, a Mistral whose config says that it is not causal, pooled by the mean, whose
+    tokenizer puts the token that ends a text there itself.
+    """
+
+    method: Literal["mean_pooling"] = "mean_pooling"
+    whole: ClassVar[bool] = True
+
+    def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
+        """Leave the backbone alone, under its own names."""
+        from compress.models.network.nv_embed import NVEmbedNetwork
+
+        assert isinstance(model.network, NVEmbedNetwork)  # `estimate` refuses other models
+        weights = model.weights.renamed(_backbone_name)
+        config = _plain(model.config)
+        tokenizer = model.tokenizer.ending_itself()
+        backbone = model.network.embedding_model
+        return self, replace(model, network=backbone, weights=weights, config=config, tokenizer=tokenizer, spec=tokenizer.spec)
+
+    def estimate(self, shape: ModelShape) -> Estimate:
+        """Size after: the backbone's.
+
+        Raises:
+            ValueError: the model has no such head.
+        """
+        if not any(name.startswith(HEAD_PREFIX) for name in shape.tensors):
+            raise ValueError(f"{shape.name} has no latent-attention head to leave out")
+        tensors = {new: info for name, info in shape.tensors.items() if (new := _backbone_name(name)) is not None}
+        after = replace(shape, tensors=tensors, config=_plain(shape.config)).as_stored()
+        saved = shape.parameters - after.parameters
+        return Estimate(
+            after=after, memory_bytes=0, bytes_touched=0, note=f"latent head left out, {saved / 1e6:,.1f} M parameters fewer"
+        )
+
+    def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
+        """Do nothing: the head is gone before the walk."""
+        return {}
+
+
+def _backbone_name(name: str) -> str | None:
+    return name.removeprefix(BACKBONE_PREFIX) if name.startswith(BACKBONE_PREFIX) else None
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the backbone's config as one of transformers' own that runs without a causal mask."""
+    # The sliding window stands in the published file and is not applied by the original code.
+    own = {"model_type": "mistral", "architectures": ["MistralModel"], "is_causal": False, "sliding_window": None}
+    return {**{key: value for key, value in config["text_config"].items() if key != "_name_or_path"}, **own}

@@ -1,0 +1,75 @@
+"""Writing a variant's weights: a file a segment, each whole or not there, and one file in the end where that is small."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from compress.common.files import write_text_atomic
+from compress.layers.bitmask import encode
+from compress.models.architectures import is_block_linear
+from compress.models.files.headers import MASK, read_header
+from compress.models.files.variant import INDEX_FILE, WEIGHTS_FILE
+
+# A variant up to this size becomes one file.
+SINGLE_FILE_BYTES = 2 * 10**9
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file under a temporary name beside it and rename it."""
+    temporary = path.with_name(f".{path.name}.writing")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+def sparse(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take the matrices of linear layers apart where their zeros are so many that it makes them smaller.
+
+    The values keep the name, `weight`; the bits lie beside them, `weight_mask`.
+    """
+    made = dict(tensors)
+    for name, tensor in tensors.items():
+        if not is_block_linear(name, tensor.dim()) or tensor.dtype not in (torch.float16, torch.int8):
+            continue
+        bits, values = encode(tensor)
+        if bits.nbytes + values.nbytes < tensor.nbytes:
+            made[name], made[name + MASK] = values, bits
+    return made
+
+
+def shard(folder: Path, index: int, count: int) -> Path:
+    """Return the path of shard number `index`, from 0, of `count`, as the hub names it."""
+    return folder / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def join_shards(folder: Path, count: int, single_file_bytes: int = SINGLE_FILE_BYTES) -> None:
+    """Make the shards of a folder loadable: one file where they are small, else an index beside them.
+
+    Can be called again after it was killed.
+    """
+    paths = [shard(folder, index, count) for index in range(count)]
+    whole = folder / WEIGHTS_FILE
+    if not whole.exists():
+        headers = {path: read_header(path) for path in paths}
+        total = sum(info.bytes for header in headers.values() for info in header.values())
+        if total > single_file_bytes:
+            places = {name: path.name for path, header in headers.items() for name in header}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            write_text_atomic(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
+        write_tensors(whole, tensors)
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,115 @@
+"""Weights from safetensors files, read a part at a time: mapped while a part is in use, closed after it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from compress.common.errors import UserError
+from compress.layers.bitmask import decode
+from compress.models.files.headers import MASK, read_header
+
+# How checkpoints of older libraries name the parameters of a layer norm.
+_LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
+
+
+class Weights:
+    """The tensors of a checkpoint by the names that its network uses."""
+
+    def __init__(self, paths: Sequence[Path], network: nn.Module, *, exact: bool) -> None:
+        """Match the files' tensors with the network's, by names and shapes alone; no tensor is read.
+
+        Args:
+            paths: the safetensors files of one checkpoint.
+            network: its parameters need no values.
+            exact: whether the files must hold nothing else. Otherwise a task's head and a pooler are passed over, and the name
+                under which such a head keeps the network (`model.`, `bert.`) may stand before every name.
+
+        Raises:
+            UserError: a tensor is missing, is left over or has another shape.
+        """
+        self._wanted = network.state_dict(keep_vars=True)
+        found: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
+        for path in paths:
+            for stored, info in read_header(path).items():
+                found[stored if exact else _network_name(stored, network)] = (path, stored, info.shape, info.dtype)
+        self._masks = {name: found.pop(name + MASK)[:2] for name in self._wanted if name + MASK in found}
+        missing = sorted(self._wanted.keys() - found.keys())
+        extra = sorted(found.keys() - self._wanted.keys()) if exact else []
+        if missing or extra:
+            raise UserError(
+                f"{paths[0].parent}: does not fit its network: {len(missing) + len(extra)} tensors differ, "
+                f"such as {(missing or extra)[0]!r} ({'missing' if missing else 'not wanted'})"
+            )
+        self._place: dict[str, tuple[Path, str]] = {}
+        self._dtypes: set[str] = set()
+        for name, tensor in self._wanted.items():
+            path, stored, shape, dtype = found[name]
+            self._dtypes.add(dtype)
+            if name in self._masks:
+                if len(shape) != 1:
+                    raise UserError(f"{path}: {stored} has a mask beside it and is {list(shape)}; its values are to lie in a row")
+            elif shape != tuple(tensor.shape):
+                raise UserError(f"{path}: {stored} is {list(shape)}, its network wants {list(tensor.shape)}")
+            self._place[name] = (path, stored)
+
+    def dtypes(self) -> set[torch.dtype]:
+        """Return the dtypes that the floating-point tensors are stored in."""
+        names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+        return {names[dtype] for dtype in self._dtypes if dtype in names}
+
+    def renamed(self, rename: Callable[[str], str | None]) -> Weights:
+        """Return the same weights by other names: `rename` gives a tensor's new name, or None where it is left out."""
+        made = copy.copy(self)
+        names = {name: new for name in self._wanted if (new := rename(name)) is not None}
+        made._wanted = {new: self._wanted[name] for name, new in names.items()}
+        made._place = {new: self._place[name] for name, new in names.items()}
+        made._masks = {new: self._masks[name] for name, new in names.items() if name in self._masks}
+        return made
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors as they are stored; each is mapped from its file for as long as it lives."""
+        by_path: dict[Path, list[str]] = {}
+        for name in names:
+            by_path.setdefault(self._place[name][0], []).append(name)
+        for path, inside in by_path.items():
+            with safe_open(path, framework="pt") as file:
+                for name in inside:
+                    tensor = file.get_tensor(self._place[name][1])
+                    yield name, tensor if name not in self._masks else self._dense(name, tensor)
+
+    def _dense(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return a matrix that is stored as its values and a mask."""
+        path, stored = self._masks[name]
+        with safe_open(path, framework="pt") as file:
+            bits = file.get_tensor(stored)
+        try:
+            return decode(bits, values, self._wanted[name].shape[1])
+        except ValueError as error:
+            raise UserError(f"{path}: {name}: {error}", "compress the model again") from error
+
+    def fill(self, module: nn.Module, prefix: str = "", dtype: torch.dtype | None = None) -> None:
+        """Put values into `module`, whose name in the network is `prefix`: as they are stored, or floating ones cast to `dtype`."""
+        start = f"{prefix}." if prefix else ""
+        for name, tensor in self.read(name for name in self._wanted if name.startswith(start)):
+            owner, _, attribute = name.removeprefix(start).rpartition(".")
+            if isinstance(self._wanted[name], nn.Parameter):
+                tensor = nn.Parameter(tensor.to(dtype or tensor.dtype), requires_grad=False)
+            setattr(module.get_submodule(owner), attribute, tensor)
+        left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+        assert not left, f"left without values: {left[:3]}"
+
+
+def _network_name(stored: str, network: nn.Module) -> str:
+    """Return the name that the base model uses for a tensor stored by a model with a task's head."""
+    prefix = getattr(network, "base_model_prefix", "")
+    name = stored.removeprefix(f"{prefix}.") if prefix else stored
+    for pattern, replacement in _LEGACY:
+        name = pattern.sub(replacement, name)
+    return name

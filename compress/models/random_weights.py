@@ -1,0 +1,231 @@
+"""Checkpoints with random weights: a model's shape, memory and speed without the model. What they embed means nothing.
+
+`random:nvidia/NV-Embed-v2` is that model at full size; `random:nvidia/NV-Embed-v2,num_hidden_layers=8` overrides fields of its
+config. Written once under the cache root and used from there.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import math
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.common.cache import cache_root
+from compress.common.errors import UserError, nearest
+from compress.data.texts import suite_texts
+from compress.models.files.headers import TensorInfo
+from compress.models.folder import read_json, transformer_folder
+from compress.models.shape import ModelShape, known_config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+PREFIX = "random:"
+MARK = "random.json"
+# Weights that write into the residual stream, as the common architectures name them.
+_RESIDUAL = re.compile(r"(?:o_proj|down_proj|output\.dense|attn\.Wo|mlp\.Wo|to_out|net\.2)\.weight$")
+# Weights that are looked up, not multiplied.
+_TABLE = re.compile(r"(?:embed\w*|wte|wpe)\.weight$|latents$")
+_CONFIGS = ("", "text_config", "latent_attention_config")
+STAND_IN_VOCABULARY = 8_000
+
+
+@dataclass(frozen=True)
+class RandomSpec:
+    """What `random:MODEL[,field=value...]` asks for."""
+
+    model: str
+    overrides: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> RandomSpec:
+        """Read the name.
+
+        Raises:
+            UserError: a part is not `field=value`.
+        """
+        model, *settings = text.removeprefix(PREFIX).split(",")
+        overrides = {}
+        for setting in settings:
+            field, sign, value = setting.partition("=")
+            if not field or not sign:
+                raise UserError(f"model {text!r}: {setting!r} is not field=value", f"such as {PREFIX}{model},num_hidden_layers=8")
+            try:
+                overrides[field.strip()] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                overrides[field.strip()] = value
+        return cls(model, overrides)
+
+    @property
+    def name(self) -> str:
+        """Return how results speak of it."""
+        return PREFIX + ",".join([self.model, *(f"{field}={value}" for field, value in self.overrides.items())])
+
+
+def is_random(folder: Path) -> bool:
+    """Whether a folder's weights are random."""
+    return (folder / MARK).exists()
+
+
+def random_config(spec: RandomSpec, folder: Path | None) -> dict[str, Any]:
+    """Return the config: of `folder`, or of a model whose shape the project lists, with the overrides in their places.
+
+    Raises:
+        UserError: the config has no such field, or the project does not list the model.
+    """
+    config = known_config(spec.model) if folder is None else read_json(transformer_folder(folder) / "config.json")
+    if config is None:
+        raise UserError(f"model {spec.name!r}: the shape of {spec.model!r} is not listed here, and it is no folder")
+    sections = [section for section in (config.get(name) if name else config for name in reversed(_CONFIGS)) if section]
+    for field, value in spec.overrides.items():
+        holders = [section for section in sections if field in section]
+        if not holders:
+            fields = sorted({name for section in sections for name in section})
+            raise UserError(f"model {spec.name!r}: its config has no field {field!r}", nearest(field, fields))
+        for section in holders:
+            section[field] = value
+        if field == "hidden_size" and "latent_attention_config" in config:
+            config["latent_attention_config"] |= {"hidden_dim": value, "latent_dim": value}
+    return config
+
+
+def random_shape(spec: RandomSpec, folder: Path | None) -> ModelShape:
+    """Return the shape that a random checkpoint would have, writing nothing."""
+    import tempfile
+
+    from compress.models.network.build import empty_network
+
+    config = random_config(spec, folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        tensors = empty_network(Path(temporary)).state_dict()
+    return ModelShape(spec.name, {name: TensorInfo("BF16", tuple(tensor.shape)) for name, tensor in tensors.items()}, config)
+
+
+def random_checkpoint(spec: RandomSpec, folder: Path | None, seed: int = 0) -> Path:
+    """Write a checkpoint with random bfloat16 weights, or return where it was written before; a killed writing is continued.
+
+    Matrices are drawn from N(0, 1 / inputs), those that write into the residual stream divided by sqrt(2 x blocks) besides (as in
+    GPT-2: Radford et al. 2019, section 2.3), so that activations keep their scale through any depth; tables from N(0, 1); norms are
+    one, biases zero. Each tensor follows from the seed and its name.
+
+    Args:
+        spec: which model.
+        folder: its files, for config and tokenizer; None for a model whose shape the project lists, which gets a stand-in tokenizer
+            (BPE, learned from the embedded suite): about as many tokens a text, other ids.
+        seed: of the weights.
+
+    Raises:
+        UserError: as `random_config`; or the disk has no room.
+    """
+    from compress.models.files.shards import join_shards, shard, write_tensors
+    from compress.models.network.build import empty_network
+    from compress.models.network.segments import segments_of
+
+    config = random_config(spec, folder)
+    digest = hashlib.sha256(json.dumps([config, seed], sort_keys=True).encode()).hexdigest()[:8]
+    target = cache_root() / "random" / f"{spec.model.rstrip('/').rpartition('/')[2]}-{digest}"
+    if target.exists():
+        return target
+    partial = target.with_name(f"{target.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    _copy_text_side(folder, partial, config)
+    network = empty_network(partial)
+    segments = segments_of(network)
+    state = network.state_dict()
+    needed = 2 * sum(tensor.numel() for tensor in state.values())
+    written = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+    free = shutil.disk_usage(partial).free
+    if needed - written > free:
+        raise UserError(f"model {spec.name!r}: {needed / 1e9:,.2f} GB to write, {free / 1e9:,.2f} GB free in {partial}")
+    print(f"writing random weights, {needed / 1e9:,.2f} GB, to {target}", file=sys.stderr, flush=True)
+    blocks = _blocks(network)
+    for index, segment in enumerate(segments):
+        path = shard(partial, index, len(segments))
+        if not path.exists():
+            names = [name for name in state if segment.owns(name)]
+            write_tensors(path, {name: random_tensor(name, tuple(state[name].shape), blocks, seed) for name in names})
+    join_shards(partial, len(segments))
+    (partial / MARK).write_text(json.dumps({"of": spec.model, "overrides": spec.overrides, "seed": seed}) + "\n", encoding="utf-8")
+    partial.rename(target)
+    return target
+
+
+def _blocks(network: nn.Module) -> int:
+    from compress.models.network.segments import backbone_of
+
+    return int(backbone_of(network).config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+
+
+def is_residual(name: str) -> bool:
+    """Whether a tensor is a weight that writes into the residual stream."""
+    return _RESIDUAL.search(name) is not None
+
+
+def random_std(name: str, shape: tuple[int, ...], blocks: int) -> float | None:
+    """Return the standard deviation of a tensor; None for norms (ones) and biases (zeros)."""
+    if len(shape) < 2:
+        return None
+    std = 1.0 if _TABLE.search(name) else 1 / math.sqrt(shape[-1])
+    return std / math.sqrt(2 * blocks) if is_residual(name) else std
+
+
+def random_tensor(name: str, shape: tuple[int, ...], blocks: int, seed: int) -> torch.Tensor:
+    """Draw one tensor, bfloat16; see `random_checkpoint`."""
+    import torch
+
+    std = random_std(name, shape, blocks)
+    if std is None:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, std, generator=generator)
+
+
+def _copy_text_side(folder: Path | None, target: Path, config: Mapping[str, Any]) -> None:
+    """Give a random checkpoint the tokenizer, pooling and prompts of the model's folder, or a stand-in tokenizer."""
+    if folder is None:
+        _stand_in_tokenizer(int((config.get("text_config") or config)["vocab_size"]), target / "tokenizer.json")
+        return
+    inner = transformer_folder(folder)
+    for path in inner.iterdir():
+        if path.suffix in (".json", ".txt", ".model") and path.name != "config.json" and "safetensors" not in path.name:
+            shutil.copy(path, target / path.name)
+    modules = folder / "modules.json"
+    if not modules.exists():
+        return
+    entries = read_json(modules)
+    for entry in entries:
+        if str(entry["type"]).endswith(".Transformer"):
+            entry["path"] = ""
+        elif entry["path"] and (folder / entry["path"]).is_dir():
+            shutil.copytree(folder / entry["path"], target / entry["path"], dirs_exist_ok=True)
+    (target / "modules.json").write_text(json.dumps(entries), encoding="utf-8")
+    prompts = folder / "config_sentence_transformers.json"
+    if prompts.exists():
+        shutil.copy(prompts, target / prompts.name)
+
+
+def _stand_in_tokenizer(vocabulary: int, path: Path) -> None:
+    """Write a BPE tokenizer in the manner of Mistral's, learned from the embedded suite."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Replace("▁", " ")
+    special = [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")]
+    size = min(vocabulary, STAND_IN_VOCABULARY)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, max_token_length=16, show_progress=False)
+    tokenizer.train_from_iterator(suite_texts(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(path))

@@ -1,0 +1,181 @@
+"""What a recipe would do to a model: sizes, memory, time, and what does not fit. Loads no weight and imports no torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from compress.common.errors import UserError
+from compress.common.memory import available_memory_bytes, gigabytes
+from compress.layers.scheme import QuantizedLayer
+from compress.methods.base import Estimate
+from compress.models.shape import ModelShape
+from compress.pipeline.recipe import Recipe, steps_for
+from compress.runtimes.contract import pick_runtime
+
+# What the estimates of time rest on; rough by nature, and said to be so where they are printed.
+MEMORY_BYTES_PER_SECOND = 2e9  # elementwise passes over weights and reading files
+DISK_BYTES_PER_SECOND = 2.5e8  # writing, safe from power cuts
+EMBEDDED_TASK_TOKENS = 45_000  # the embedded suite, once
+GPU_OPERATIONS_PER_SECOND = 1.25e14  # 40 % of an A100's 312 TFLOPS in bfloat16, as its data sheet has it
+PROCESS_SECONDS = 8  # starting a process that measures
+TYPICAL_LENGTH = 64  # tokens, of the texts that speed is measured on
+CALIBRATION_BATCH_TOKENS = 2_048  # `calibration.BATCH_TOKENS`
+CPU_BATCH_TOKENS = 1_024  # `torch_embedder.BATCH_TOKENS`, which cannot be read without torch
+# Beside weights and live arrays: compiled kernels, the threads' buffers, and freed blocks that the allocator keeps, measured as
+# much again as the arrays that live at once.
+RUNTIME_BYTES = 96e6
+ALLOCATOR_FACTOR = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would happen."""
+
+    model: str
+    parameters: int
+    steps: tuple[str, ...]
+    half_bytes: int
+    variant_bytes: int
+    apply_memory_bytes: int
+    """Most memory while compressing: one segment of the model as it becomes, what a step adds, and the runtime's own."""
+    run_memory_bytes: int
+    """Most anonymous memory above the imports while the variant encodes: stored bytes, activations, the runtime's own."""
+    apply_seconds: float
+    evaluate_seconds: float | None
+    """None where the tasks' sizes are not known before they are read."""
+    measure_seconds: float
+    runtime: str
+    """What is to execute the variant."""
+    quantized: Mapping[str, QuantizedLayer]
+    """How layers and tables would be stored, by name."""
+    gpus: Mapping[str, str]
+    """What a step would take of GPUs that share it, by its method."""
+    problems: tuple[str, ...]
+    """What does not fit, in sentences."""
+
+
+def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
+    """Plan a recipe for a model's shape.
+
+    Raises:
+        UserError: a step does not fit the model (a pattern that matches none of its layers, say).
+    """
+    after, step_memory, touched, operations, notes = shape.as_stored(), 0, 0, 0.0, []
+    quantized: dict[str, QuantizedLayer] = {}
+    gpus: dict[str, str] = {}
+    calibration_tokens = recipe.calibration.count * TYPICAL_LENGTH
+    for index, step in enumerate(steps_for(recipe, shape)):
+        try:
+            estimate = step.estimate(after)
+        except ValueError as error:
+            raise UserError(f"recipe {recipe.name}: steps.{index}: {error}") from error
+        after = estimate.after
+        step_memory = max(step_memory, estimate.memory_bytes)
+        touched += estimate.bytes_touched
+        operations += estimate.flops
+        quantized |= estimate.quantized
+        if estimate.passes:
+            operations += estimate.passes * calibration_tokens * shape.flops_per_token(TYPICAL_LENGTH)
+            held = int(4 * estimate.copies * calibration_tokens * shape.hidden_size)
+            step_memory = max(step_memory, held + shape.activation_bytes(CALIBRATION_BATCH_TOKENS) + shape.largest_segment_bytes)
+        if step.calibrates:
+            # Once to see the inputs, once to pass them on; a batch's activations beside the segment, which is in float32 then.
+            operations += 2 * calibration_tokens * shape.flops_per_token(TYPICAL_LENGTH)
+            running = shape.activation_bytes(CALIBRATION_BATCH_TOKENS) + shape.largest_segment_bytes
+            step_memory = max(step_memory, estimate.memory_bytes + running)
+        notes.append(f"{step.method}: {estimate.note}")
+        gpus |= {step.method: _on_gpus(estimate)} if estimate.gpus else {}
+    variant_bytes = after.bytes
+    activations = ALLOCATOR_FACTOR * shape.activation_bytes(recipe.measure.batch_tokens or CPU_BATCH_TOKENS) + int(RUNTIME_BYTES)
+    rate = _float_operations_per_second()
+    encode = shape.flops_per_token(TYPICAL_LENGTH) / rate
+    texts_tokens = recipe.measure.count * TYPICAL_LENGTH
+    mini_only = set(recipe.evaluate.tasks) <= {"mini"}
+    plan = Plan(
+        model=shape.name,
+        parameters=shape.parameters,
+        steps=tuple(notes),
+        half_bytes=shape.half_bytes,
+        variant_bytes=variant_bytes,
+        apply_memory_bytes=shape.largest_segment_bytes + step_memory + int(RUNTIME_BYTES),
+        run_memory_bytes=variant_bytes + activations,
+        apply_seconds=(touched + shape.bytes) / MEMORY_BYTES_PER_SECOND + variant_bytes / DISK_BYTES_PER_SECOND + operations / rate,
+        evaluate_seconds=2 * EMBEDDED_TASK_TOKENS * encode if mini_only else None,
+        measure_seconds=3 * (PROCESS_SECONDS + (recipe.measure.rounds + 1) * texts_tokens * encode),
+        runtime=recipe.runtime,
+        quantized=quantized,
+        gpus=gpus,
+        problems=(),
+    )
+    problems = _problems(plan, output)
+    try:
+        plan = replace(plan, runtime=pick_runtime(recipe.runtime, quantized, dtype=recipe.dtype))
+    except UserError as error:
+        problems.append(error.message)
+    return replace(plan, problems=tuple(problems))
+
+
+def _on_gpus(estimate: Estimate) -> str:
+    costs = (
+        f"{count}: {gigabytes(each)}{' each' if count > 1 else ''}, {duration(operations / GPU_OPERATIONS_PER_SECOND)}"
+        for count, (each, operations) in estimate.gpus.items()
+    )
+    return f"{'; '.join(costs)} (rough, at {GPU_OPERATIONS_PER_SECOND / 1e12:.0f} TFLOPS a GPU)"
+
+
+def _problems(plan: Plan, output: Path) -> list[str]:
+    problems = []
+    memory = available_memory_bytes()
+    for what, needed in (("compressing", plan.apply_memory_bytes), ("running the variant", plan.run_memory_bytes)):
+        if needed > memory:
+            problems.append(f"{what} takes {gigabytes(needed)} of memory, {gigabytes(memory)} are free")
+    existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if plan.variant_bytes > free:
+        problems.append(f"the variant takes {gigabytes(plan.variant_bytes)} on disk, {gigabytes(free)} are free in {existing}")
+    return problems
+
+
+def _float_operations_per_second() -> float:
+    """Time a small float32 product with numpy: what this CPU does, to within a factor that estimates may be off by."""
+    a = np.ones((512, 512), dtype=np.float32)
+    a @ a
+    start = time.perf_counter()
+    a @ a
+    a @ a
+    return 2 * 2 * 512**3 / max(time.perf_counter() - start, 1e-6)
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people."""
+    if seconds < 120:
+        return f"{seconds:,.0f} s" if seconds >= 1 else "under 1 s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def describe(plan: Plan) -> str:
+    """Write a plan for people."""
+    lines = [
+        f"model     {plan.model}: {plan.parameters / 1e6:,.1f} M parameters",
+        *(f"step      {note}" for note in plan.steps or ("none: the model is measured as it is",)),
+        *(f"on GPUs   {method}: {costs}" for method, costs in plan.gpus.items()),
+        f"runtime   {plan.runtime}",
+        f"size      {gigabytes(plan.half_bytes)} in half precision -> {gigabytes(plan.variant_bytes)} "
+        f"({plan.variant_bytes / plan.half_bytes:.2f}x, {8 * plan.variant_bytes / plan.parameters:.2f} bits a parameter)",
+        f"memory    {gigabytes(plan.apply_memory_bytes)} while compressing, "
+        f"{gigabytes(plan.run_memory_bytes)} while the variant runs",
+        f"time      about {duration(plan.apply_seconds)} to compress, "
+        + (f"{duration(plan.evaluate_seconds)} to evaluate, " if plan.evaluate_seconds is not None else "")
+        + f"{duration(plan.measure_seconds)} to measure, on {os.cpu_count()} cores (rough)",
+    ]
+    if plan.evaluate_seconds is None:
+        lines.append("          evaluating takes as long as the tasks are large; they are not read for a plan")
+    lines += [f"too big   {problem}" for problem in plan.problems] or ["fits      yes"]
+    return "\n".join(lines)

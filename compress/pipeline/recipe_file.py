@@ -1,0 +1,181 @@
+"""Reads recipes; a wrong one is refused with file, line, key and the nearest right name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from compress.common.errors import UserError, nearest
+from compress.methods import METHODS, method_class
+from compress.methods.base import Method
+from compress.pipeline.recipe import Recipe
+
+Fault = tuple[int, str]
+"""A line, from 1 (0 where there is no file), and what is wrong there."""
+
+
+def read_recipe(path: Path | str) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or says what a recipe may not say; every fault is named with its line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        beside = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = nearest(str(path), beside) if beside else ""
+        raise UserError(f"recipe {path}: cannot be read ({error.strerror})", hint) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path}: not a text file ({error.reason} at byte {error.start})") from error
+    try:
+        data = YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML: {' '.join(str(error.problem or error.context).split())}") from error
+    except YAMLError as error:  # the reader's own (control characters) carry no mark
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, Mapping):
+        raise UserError(
+            f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}", "see recipes/int8.yaml"
+        )
+    recipe = parse_recipe(data, str(path))
+    return recipe if "name" in recipe.model_fields_set else recipe.model_copy(update={"name": path.stem})
+
+
+def parse_recipe(data: Mapping[str, Any], place: str = "recipe") -> Recipe:
+    """Check a recipe's content; `place` names it in errors.
+
+    Raises:
+        UserError: naming every fault.
+    """
+    plain = _plain(data)
+    faults: list[Fault] = []
+    steps: list[Method] = []
+    raw_steps = plain.pop("steps", ())
+    if not isinstance(raw_steps, tuple):
+        faults.append(_fault(data, ("steps",), "must be a list of steps, each with a 'method'"))
+        raw_steps = ()
+    for index, raw in enumerate(raw_steps):
+        step = _parse_step(raw, data, index, faults)
+        if step is not None:
+            steps.append(step)
+    try:
+        recipe = Recipe.model_validate({**plain, "steps": tuple(steps)})
+    except ValidationError as error:
+        faults += _describe(error, Recipe, data, ())
+    if faults:
+        lines = [f"{place}{f', line {line}' if line else ''}: {message}" for line, message in sorted(faults)]
+        raise UserError(lines[0], "\n".join(lines[1:]))
+    return recipe
+
+
+def _parse_step(raw: Any, data: Any, index: int, faults: list[Fault]) -> Method | None:
+    where = ("steps", index)
+    if not isinstance(raw, dict) or "method" not in raw:
+        faults.append(_fault(data, where, f"a step is a mapping with a 'method'; {nearest('', METHODS)}"))
+        return None
+    name = raw["method"]
+    if not isinstance(name, str) or name not in METHODS:
+        faults.append(_fault(data, (*where, "method"), f"unknown method {name!r}; {nearest(str(name), METHODS)}"))
+        return None
+    kind = method_class(name)
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        faults += _describe(error, kind, data, where)
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """Turn the YAML reader's own containers and scalars into Python's."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_plain(item) for item in value)
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _describe(error: ValidationError, model: type[BaseModel], data: Any, prefix: tuple[str | int, ...]) -> list[Fault]:
+    """Say each fault that pydantic found in a line of its own."""
+    faults: list[Fault] = []
+    for fault in error.errors():
+        location = (*prefix, *fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = _fields_at(model, fault["loc"][:-1])
+            message = f"unknown key {fault['loc'][-1]!r}; {nearest(str(fault['loc'][-1]), known)}"
+        elif fault["type"] == "literal_error":
+            options = [str(option) for option in _options_at(model, fault["loc"])]
+            message = f"{fault['input']!r} is not allowed here; {nearest(str(fault['input']), options)}"
+        else:
+            said = fault["msg"].replace("valid tuple", "list").replace("valid dictionary or instance of", "mapping:")
+            message = f"{said[0].lower()}{said[1:]}, got {fault['input']!r}"
+        faults.append(_fault(data, location, message))
+    return faults
+
+
+def _fault(data: Any, location: Sequence[str | int], message: str) -> Fault:
+    return _line(data, location), f"{'.'.join(str(part) for part in location)}: {message}"
+
+
+def _line(data: Any, location: Sequence[str | int]) -> int:
+    """Return the line, from 1, of the deepest part of `location` that the file has; 0 for a recipe that is not from a file."""
+    line = 0
+    for part in location:
+        marks = getattr(data, "lc", None)
+        if marks is None or marks.data is None or (part not in data if isinstance(data, Mapping) else not isinstance(part, int)):
+            break
+        position = marks.key(part) if isinstance(data, Mapping) else marks.item(part)
+        line = position[0] + 1
+        data = data[part]
+    return line
+
+
+def _model_at(model: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        model = field.annotation
+    return model
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    return list(_model_at(model, location).model_fields)
+
+
+def _options_at(model: type[BaseModel], location: Sequence[str | int]) -> list[Any]:
+    """Return the values that a Literal field allows, looking through tuples."""
+    names = [part for part in location if isinstance(part, str)]
+    field: FieldInfo | None = _model_at(model, names[:-1]).model_fields.get(names[-1])
+    annotation: Any = field.annotation if field else None
+    while get_args(annotation) and isinstance(get_args(annotation)[0], type(Literal["x"])):
+        annotation = get_args(annotation)[0]
+    return list(get_args(annotation))
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of recipes, every method's keys included, so that editors complete and check them."""
+    described = Recipe.model_json_schema()
+    definitions = described.setdefault("$defs", {})
+    definitions.pop("Method", None)
+    references = []
+    for name in METHODS:
+        definition = method_class(name).model_json_schema()
+        definitions |= definition.pop("$defs", {})
+        definition["required"] = ["method"]  # it has a default, which only Python callers may rely on
+        definitions[name] = definition
+        references.append({"$ref": f"#/$defs/{name}"})
+    described["properties"]["steps"]["items"] = {"oneOf": references}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}

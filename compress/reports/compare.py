@@ -1,0 +1,214 @@
+"""Runs side by side: what is comparable in one table, the rest in others, and which runs no other beats. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from compress.common.errors import UserError
+from compress.measure.record import RECORD_FILE, Record
+
+# Of the packages that a record lists, those that scores and speed in torch depend on.
+DECISIVE = ("torch", "transformers", "mteb", "sentence-transformers", "scikit-learn", "numpy")
+# Ratios of throughput that differ by less are not told apart: the same model, measured twice, does.
+SAME_SPEED = 0.03
+WIDTH = 140  # fixed, so that what is quoted looks the same wherever it was printed
+
+
+@dataclass(frozen=True)
+class Line:
+    """A run as it is compared. Shares are of the baseline; None where the run did not measure it."""
+
+    run: str
+    recipe: str
+    weights: str
+    activations: str
+    runtime: str
+    bytes: int
+    size: float
+    """Of the half-precision baseline's bytes."""
+    kept: float | None
+    """Mean score over the baseline's."""
+    low: float | None
+    high: float | None
+    """The 95 % interval of `kept`."""
+    verdict: str | None
+    regressed: tuple[str, ...]
+    """Tasks whose verdict that is."""
+    cosine: float | None
+    overlap: float | None
+    """Of ten nearest neighbours."""
+    speedup: float | None
+    """Throughput over that of the first baseline: float32 on a CPU, float16 on a GPU."""
+    texts_per_second: float | None
+    latency_ms: float | None
+    peak_bytes: int | None
+    optimal: bool = False
+    """Whether no other run of the group keeps as much, is as small and as fast, and better in one of these."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs whose numbers may stand side by side."""
+
+    model: str
+    tasks: tuple[str, ...]
+    machine: str
+    versions: Mapping[str, str]
+    measured_on: str
+    lines: tuple[Line, ...]
+    """What keeps most comes first."""
+
+    @property
+    def title(self) -> str:
+        """Say what they have in common."""
+        tasks = ", ".join(self.tasks) if self.tasks else "no accuracy"
+        packages = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"{self.model}; {tasks}; {self.machine}; {packages}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs in groups, and what could not be read."""
+
+    groups: tuple[Group, ...]
+    broken: Mapping[str, str]
+    """Reasons by folder."""
+
+
+def find_runs(places: Iterable[Path]) -> tuple[list[Path], dict[str, str]]:
+    """Return the folders of runs: each place that holds a record, and of others every folder inside that does.
+
+    Returns:
+        The folders, and reasons by place where there is none.
+    """
+    found: dict[Path, None] = {}
+    broken = {}
+    for place in places:
+        inside = [place] if (place / RECORD_FILE).exists() else sorted(path.parent for path in place.glob(f"*/{RECORD_FILE}"))
+        if not inside:
+            broken[str(place)] = f"no {RECORD_FILE} here, nor in a folder of it" if place.is_dir() else "no such folder"
+        found |= dict.fromkeys(inside)
+    return list(found), broken
+
+
+def read_records(places: Sequence[Path]) -> tuple[dict[Path, Record], dict[str, str]]:
+    """Read the records of runs, or of all runs in folders.
+
+    Returns:
+        The records by folder, and by place why others could not be read.
+
+    Raises:
+        UserError: there is not one readable record.
+    """
+    folders, broken = find_runs(places)
+    records = {}
+    for folder in folders:
+        try:
+            records[folder] = Record.read(folder)
+        except UserError as error:
+            broken[str(folder)] = error.message
+    if not records:
+        reasons = "; ".join(f"{place}: {reason}" for place, reason in broken.items())
+        raise UserError(f"nothing to compare: {reasons}", "compress run RECIPE writes a record under results/")
+    return records, broken
+
+
+def compare(places: Sequence[Path]) -> Comparison:
+    """Compare runs, given their folders or folders that hold these; raises as `read_records` does."""
+    records, broken = read_records(places)
+    return Comparison(grouped(records.values()), broken)
+
+
+def grouped(records: Iterable[Record]) -> tuple[Group, ...]:
+    """Put runs that may be compared together, largest group first."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(json.dumps(_key(record)), []).append(record)
+    made = []
+    for together in groups.values():
+        lines = optimal([line_of(record) for record in together])
+        lines.sort(key=lambda line: (-(line.kept if line.kept is not None else -1), line.bytes))
+        first = together[0]
+        made.append(
+            Group(
+                model=first.model.name,
+                tasks=tuple(task.task for task in first.tasks),
+                machine=_machine(first),
+                versions=_versions(first),
+                measured_on=first.measured_on,
+                lines=tuple(lines),
+            )
+        )
+    return tuple(sorted(made, key=lambda group: (-len(group.lines), group.title)))
+
+
+def _key(record: Record) -> list[Any]:
+    """Return what has to be the same for two runs' numbers to stand side by side."""
+    tasks = [[task.task, task.data, task.prompts] for task in record.tasks]
+    return [record.model.name, record.model.fingerprint, tasks, _machine(record), _versions(record), record.measured_on]
+
+
+def _machine(record: Record) -> str:
+    machine = record.machine
+    special = [name for name in machine.instructions if name != "avx2"]
+    return machine.gpu or f"{machine.cores} cores of {machine.cpu}" + (f" ({', '.join(special)})" if special else "")
+
+
+def _versions(record: Record) -> dict[str, str]:
+    return {name: record.versions[name] for name in DECISIVE if name in record.versions}
+
+
+def line_of(record: Record) -> Line:
+    """Return what is compared of a record."""
+    variant = record.row("variant")
+    fidelity, speed = record.fidelity or {}, variant.speed
+    low = high = None
+    if record.overall is not None:
+        baseline = mean(task.baseline for task in record.tasks)
+        low, high = (1 + end / baseline for end in (record.overall.low, record.overall.high))
+    return Line(
+        run=record.run,
+        recipe=str(record.recipe["name"]),
+        weights=variant.weights,
+        activations=variant.activations,
+        runtime=variant.runtime,
+        bytes=variant.size_bytes,
+        size=variant.size_bytes / (2 * record.model.parameters),
+        kept=record.retained,
+        low=low,
+        high=high,
+        verdict=record.overall.verdict if record.overall else None,
+        regressed=tuple(task.task for task in record.tasks if task.verdict == "regressed"),
+        cosine=fidelity.get("cosine_mean"),
+        overlap=fidelity.get("overlap_at_10"),
+        speedup=next(iter(variant.speedup.values()), None),
+        texts_per_second=speed["texts_per_second"] if speed else None,
+        latency_ms=speed["latency_p50_ms"] if speed else None,
+        peak_bytes=(speed["gpu_peak_bytes"] if record.machine.gpu else speed["peak_bytes"]) if speed else None,
+    )
+
+
+def optimal(lines: Sequence[Line]) -> list[Line]:
+    """Mark the Pareto-optimal ones: among runs that were scored, those that no other equals in everything and beats in something.
+
+    A run that was not timed is beaten by what keeps more and is smaller; it beats none that was.
+    """
+
+    def beats(one: Line, other: Line) -> bool:
+        if one.kept is None or other.kept is None or (one.speedup is None and other.speedup is not None):
+            return False
+        pairs: list[tuple[float, float]] = [(one.kept, other.kept), (-one.bytes, -other.bytes)]
+        if one.speedup is not None and other.speedup is not None:
+            same = abs(one.speedup / other.speedup - 1) < SAME_SPEED
+            pairs.append((0, 0) if same else (one.speedup, other.speedup))
+        return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+    return [
+        Line(**{**asdict(line), "optimal": line.kept is not None and not any(beats(other, line) for other in lines)})
+        for line in lines
+    ]

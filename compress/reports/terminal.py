@@ -1,0 +1,196 @@
+"""A record on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from compress.common.memory import gigabytes
+from compress.measure.accuracy.statistics import Interval
+from compress.measure.record import Record, TaskRow
+
+if TYPE_CHECKING:
+    from compress.measure.evaluate import Evaluation
+
+WIDTH = 120  # fixed, so that what is quoted looks the same wherever it was printed
+NAME_WIDTH = 28  # of a row, which wraps: what else a row says is numbers, and these do not
+
+
+def print_record(record: Record, console: Console | None = None) -> None:
+    """Print tasks, fidelity, speed, memory, size and verdict."""
+    console = console or Console(width=WIDTH, highlight=False)
+    if record.model.weights == "random":
+        console.print(f"{record.run}: random weights, so nothing is said of accuracy", soft_wrap=True)
+    if record.tasks:
+        console.print(_tasks(record))
+        if any(task.index for task in record.tasks):
+            console.print(_index(record))
+    if record.fidelity:
+        console.print(_fidelity(record.fidelity), soft_wrap=True)
+    console.print(_rows(record))
+    for gate in record.gates:
+        bound = "at most" if gate.name == "size_ratio" else "at least"
+        console.print(f"gate {gate.name}: {gate.value:.4f}, {bound} {gate.bound:g} wanted: {'kept' if gate.kept else 'MISSED'}")
+    console.print(f"verdict: {record.verdict}", soft_wrap=True)
+
+
+def _tasks(record: Record) -> Table:
+    title = f"{record.run}\naccuracy against {record.baseline.split(':')[0]}, scores x 100"
+    return tasks_table(title, record.tasks, record.overall)
+
+
+def tasks_table(
+    title: str, tasks: Sequence[TaskRow], overall: Interval | None, names: tuple[str, str] = ("baseline", "variant")
+) -> Table:
+    """Show two models' scores on tasks, with the difference, its interval and the verdict."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("task")
+    table.add_column("metric")
+    for heading in (*names, "delta", "95 % interval"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for task in tasks:
+        scores = (f"{100 * score:.2f}" for score in (task.baseline, task.variant))
+        table.add_row(task.task, task.metric, *scores, f"{100 * task.delta:+.2f}", *_judged(task.interval))
+    means = [float(np.mean(scores)) for scores in zip(*((task.baseline, task.variant) for task in tasks), strict=True)]
+    table.add_section()
+    table.add_row("mean", "", *(f"{100 * mean:.2f}" for mean in means), f"{100 * (means[1] - means[0]):+.2f}", *_judged(overall))
+    return table
+
+
+def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
+    """Print what a model scored, alone or beside another."""
+    console = console or Console(width=WIDTH, highlight=False)
+    if found.against is not None:
+        title = f"{found.model} against {found.against}, scores x 100"
+        console.print(tasks_table(title, found.tasks, found.overall, ("other", "model")))
+    else:
+        console.print(_alone(found))
+    _print_details(found, console)
+
+
+def _alone(found: Evaluation) -> Table:
+    table = Table(title=f"{found.model}, scores x 100", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("task", "type", "metric"):
+        table.add_column(heading)
+    table.add_column("score", justify="right")
+    for task in found.tasks:
+        table.add_row(task.task, task.type, task.metric, f"{100 * task.variant:.2f}")
+    table.add_section()
+    table.add_row("mean", "", "", f"{100 * float(np.mean([task.variant for task in found.tasks])):.2f}")
+    return table
+
+
+def _print_details(found: Evaluation, console: Console) -> None:
+    for task, buckets in found.lengths.items():
+        console.print(f"{task} by the tokens of the document (scores x 100):")
+        for bucket in buckets:
+            span = f"up to {bucket.up_to:,}" if bucket.up_to else "longer"
+            console.print(f"  {span:14} {100 * bucket.score:6.2f}  {bucket.queries:,} queries")
+    if found.outputs:
+        console.print(_outputs(found))
+
+
+def _outputs(found: Evaluation) -> Table:
+    """Show what retrieval loses with vectors stored in fewer bytes."""
+    table = Table(title=f"vectors of {found.model} stored in fewer bytes, scores x 100", title_justify="left", box=SIMPLE_HEAD)
+    tasks = list(found.outputs[0].scores)
+    table.add_column("output")
+    for heading in ("dimensions", "GB per million", *(part for task in tasks for part in (task, "delta", "95 % interval"))):
+        table.add_column(heading, justify="right")
+    whole = {task.task: task.variant for task in found.tasks}
+    for row in found.outputs:
+        cells = []
+        for task in tasks:
+            interval = row.intervals.get(task)
+            span = str(interval or "-")
+            cells += [f"{100 * row.scores[task]:.2f}", f"{100 * (row.scores[task] - whole[task]):+.2f}", span]
+        table.add_row(row.output, str(row.dimensions), f"{row.bytes_per_million / 1e9:.3f}", *cells)
+    return table
+
+
+def _judged(interval: Interval | None) -> tuple[str, str]:
+    """Write an interval and its verdict."""
+    if interval is None:
+        return "-", ""
+    more = f", {interval.more_examples:,} more examples would tell" if interval.more_examples else ""
+    return str(interval), f"{interval.verdict}{more}"
+
+
+def _index(record: Record) -> Table:
+    """Show retrieval across models: may the variant's queries search the vectors that the baseline wrote, and the reverse."""
+    pairs = [pair for task in record.tasks for pair in task.index]
+    table = Table(
+        title="queries of one model on the other's index, scores x 100", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("task")
+    headings = ["baseline alone", "variant alone", *dict.fromkeys(pairs)]
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for task in record.tasks:
+        if task.index:
+            scores = (task.baseline, task.variant, *(task.index[pair] for pair in headings[2:]))
+            table.add_row(task.task, *(f"{100 * score:.2f}" for score in scores))
+    return table
+
+
+def _fidelity(agreement: Mapping[str, Any]) -> str:
+    cosines = "vectors of another width"
+    if agreement["cosine_mean"] is not None:
+        mean, low, least = (agreement[f"cosine_{name}"] for name in ("mean", "p1", "min"))
+        cosines = f"cosine mean {mean:.5f}, p1 {low:.5f}, min {least:.5f}"
+    return (
+        f"fidelity on {agreement['texts']} texts: {cosines}; neighbour overlap@10 {agreement['overlap_at_10']:.3f}"
+        + (f", @100 {agreement['overlap_at_100']:.3f}" if agreement.get("overlap_at_100") is not None else "")
+        + (
+            f"; rank correlation of similarities {agreement['similarity_spearman']:.4f}"
+            if agreement.get("similarity_spearman")
+            else ""
+        )
+    )
+
+
+def _rows(record: Record) -> Table:
+    threads = record.rows[0].speed["threads"] if record.rows[0].speed else None
+    measured = f"{record.measured_on}; {record.machine.gpu or record.machine.cpu}, {threads} threads" if threads else None
+    table = Table(
+        title=measured,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    baselines = [row.name for row in record.rows if row.role == "baseline"]
+    table.add_column("", max_width=NAME_WIDTH)
+    for heading in (
+        "texts/s",
+        "tokens/s",
+        *(f"vs {name}" for name in baselines),
+        "p50 ms",
+        "p99 ms",
+        "peak memory",
+        "on disk",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in record.rows:
+        name = row.name if row.role == "baseline" else f"{row.weights} x {row.activations}"
+        if row.speed is None:
+            table.add_row(name, *("-" for _ in table.columns[2:]), gigabytes(row.size_bytes))
+            continue
+        speed = row.speed
+        peak = speed["gpu_peak_bytes"] if record.machine.gpu else speed["peak_bytes"]
+        table.add_row(
+            name,
+            f"{speed['texts_per_second']:.0f}",
+            f"{speed['tokens_per_second']:,.0f}",
+            *(f"{row.speedup[name]:.2f}x" if name in row.speedup else "1" for name in baselines),
+            f"{speed['latency_p50_ms']:.1f}",
+            f"{speed['latency_p99_ms']:.1f}",
+            gigabytes(peak) if peak is not None else "?",
+            gigabytes(row.size_bytes),
+        )
+    return table
