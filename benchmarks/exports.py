@@ -28,7 +28,6 @@ from compress.methods.nv_embed.mean_pooling import MeanPooling
 from compress.methods.prune.depth import Depth
 from compress.methods.quantize.embeddings import Embeddings
 from compress.methods.quantize.rtn import RTN
-from compress.models.shape import read_shape
 from compress.models.source import find
 from compress.pipeline.apply import make_variant
 
@@ -81,7 +80,7 @@ def main() -> None:
             for case, steps in CASES[model].items():
                 place = work / model / case.replace(", ", "-").replace(" ", "-")
                 place.mkdir(parents=True)
-                shape = read_shape(model, source.folder)
+                shape = source.shape
                 make_variant(source, shape, list(steps), "0", place / "variant", Journal(place / "journal"), lambda _: None)
                 for format in arguments.formats.split(","):
                     found = outcome(place, format, place / format, arguments.environments)

@@ -31,6 +31,7 @@ from compress.methods.base import Method
 from compress.methods.quantize.bitsandbytes import BitsAndBytes
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.rtn import RTN
+from compress.models.folder import ModelFolder
 from compress.models.network.build import empty_network
 from compress.models.network.nv_embed import NVEmbedNetwork
 from compress.models.random_weights import random_std
@@ -48,7 +49,7 @@ def random_network(overrides: dict[str, int], device: torch.device, dtype: torch
     config["text_config"] |= overrides
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        network = empty_network(Path(folder))
+        network = empty_network(ModelFolder("", Path(folder)))
     assert isinstance(network, NVEmbedNetwork)
     blocks = config["text_config"]["num_hidden_layers"]
     generator = torch.Generator(device).manual_seed(0)

@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     embedder = compress.load(arguments.model, device="cpu", dtype="float32")
-    model = SentenceTransformer(str(find(arguments.model).folder), device="cpu")
+    model = SentenceTransformer(str(find(arguments.model).path), device="cpu")
     for warm in (embedder, model):
         warm.encode(["a few texts", "to warm both"] * 20)
     headings = ("score", "mteb", "ours s", "mteb s", "ratio", "encoding", "scorers", "rest/encoding")

@@ -12,7 +12,7 @@ from statistics import mean
 from compress.data.texts import mixed_texts
 from compress.measure.evaluate import evaluate
 from compress.measure.speed.timing import Candidate, measure_speed, speed_ratio
-from compress.models.source import find, spec_of
+from compress.models.source import find
 
 TEXTS, ROUNDS, REQUESTS = 256, 5, 100
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="mini")
     parser.add_argument("--data", type=Path)
     arguments = parser.parse_args()
-    nothing = dict.fromkeys(spec_of(find(arguments.model)).prompts, "")
+    nothing = dict.fromkeys(find(arguments.model).spec.prompts, "")
     teacher = scores(arguments.teacher, arguments, {})
     instructed, plain = (scores(arguments.model, arguments, prompts) for prompts in ({}, nothing))
     print(f"| task | {arguments.teacher} | {arguments.model}, instructed | without instructions |\n|---|---|---|---|")

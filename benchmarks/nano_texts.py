@@ -79,7 +79,7 @@ def main() -> None:
     short = [row["text"] for row in rows if row["kind"] not in ("passage", "sentence")]
     long = joined(passages, chance)
     whole = [*sentences, *(row["text"] for row in passages), *long]
-    words = Words(find(arguments.teacher).folder / "tokenizer.json", chance)
+    words = Words(find(arguments.teacher).path / "tokenizer.json", chance)
     swapped = [words.swapped(text) for text in chance.sample(whole, min(SWAPPED, len(whole)))]
     made = list(dict.fromkeys([*whole, *chance.sample(short, min(SHORT, len(short))), *swapped]))
     chance.shuffle(made)

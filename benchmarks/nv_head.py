@@ -15,9 +15,10 @@ from nv_original import OriginalStyle
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.models.network.build import empty_network, load_network
+from compress.models.network.build import load_network
 from compress.models.network.nv_embed import LatentAttention, NVEmbedNetwork, fold, mean_of_rows
 from compress.models.source import find
+from compress.models.text.nv_embed import latent_settings
 from compress.runtimes.torch_runtime import pick_device, pick_dtype, prepare
 
 LENGTHS = (16, 64, 256)
@@ -56,8 +57,10 @@ def main() -> None:
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
     dtype = pick_dtype(None, device)
-    folder = find(f"random:nvidia/NV-Embed-v2,num_hidden_layers={arguments.layers}").folder
-    empty = [empty_network(folder, folded).to("meta") for folded in (False, True)]
+    folder = find(f"random:nvidia/NV-Embed-v2,num_hidden_layers={arguments.layers}")
+    with torch.device("meta"):
+        settings = latent_settings(folder.config)
+        empty = [NVEmbedNetwork(folder.network_config, settings, folded).eval() for folded in (False, True)]
     counted = [{length: operations(network, length) for length in LENGTHS} for network in (OriginalStyle(empty[0]), empty[1])]
 
     published = load_network(folder, torch.bfloat16)

@@ -189,9 +189,9 @@ def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str,
     from compress.layers.quantized_linear import QuantizedLinear
     from compress.methods.prune.sparsegpt import SparseGPT
     from compress.methods.quantize.gptq import GPTQ
+    from compress.models.folder import ModelFolder
     from compress.models.network.walk import Streamed, walk
     from compress.models.opened import empty_model, weights_of
-    from compress.models.shape import read_shape
     from compress.models.source import find
     from compress.pipeline.apply import make_variant
 
@@ -216,7 +216,7 @@ def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str,
     if arguments.method == "sparsegpt":
         method = SparseGPT(pattern=arguments.pattern, damping=DAMPING)
     texts = Ids([""] * len(all_ids), (), all_ids.shape[1])
-    make_variant(find(str(folder)), read_shape("block", folder), [method], "0", variant, journal, lambda _: None, texts)
+    make_variant(find(str(folder)), ModelFolder("block", folder).shape, [method], "0", variant, journal, lambda _: None, texts)
     # From where the embeddings are written to where the norm behind the block is: the texts have passed the block by then.
     seconds = journal.at["segment 2"] - journal.at["segment 0"]
 
@@ -230,8 +230,8 @@ def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str,
                 elif isinstance(module, torch.nn.Linear):
                     found[f"{path}.{name}"] = lambda layer=module: layer.weight.detach().float()
 
-    network = empty_model(variant)
-    walk(Streamed(network, weights_of(variant, network)), collect)
+    network = empty_model(ModelFolder("", variant))
+    walk(Streamed(network, weights_of(ModelFolder("", variant), network)), collect)
     return seconds, found
 
 

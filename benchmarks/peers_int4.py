@@ -64,11 +64,10 @@ def check(run: Path) -> None:
     """See that the run is what the peers are compared with: linear layers of blocks alone, at their bits."""
     from compress.layers.scheme import QuantizedLayer
     from compress.models.architectures import is_block_linear
-    from compress.models.files.variant import VariantInfo
     from compress.models.source import find
 
     wanted = QuantizedLayer(bits=BITS, group_size=GROUP, symmetric=True)
-    for name, layer in VariantInfo.read(find(str(run)).folder).quantized.items():
+    for name, layer in find(str(run)).compressed.quantized.items():
         if layer != wanted or not is_block_linear(f"{name}.weight", 2):
             sys.exit(f"{run}: {name} is {layer.name}; the peers have {wanted.name} in the blocks' linear layers and nothing else")
 
@@ -80,26 +79,23 @@ def write_peers(run: Path, output: Path, environments: Path) -> dict[str, Path]:
 
     from compress.calibration.texts import CalibrationSource
     from compress.data.texts import texts_to_calibrate
-    from compress.models.files.variant import VariantInfo
-    from compress.models.folder import transformer_folder
-    from compress.models.opened import read_text_side
+    from compress.models.folder import ModelFolder
     from compress.models.source import find
     from compress.pipeline.recipe_file import read_recipe
 
-    base = find(VariantInfo.read(find(str(run)).folder).base).folder
+    base = find(find(str(run)).compressed.base)
     recipe = read_recipe(run / "recipe.yaml")
     wanted = recipe.calibration
     texts = texts_to_calibrate(wanted.texts, wanted.count, recipe.seed)
     source = CalibrationSource(texts, None if wanted.prompts == "model" else wanted.prompts, wanted.max_tokens)
-    spec, tokenizer = read_text_side(base)
     output.mkdir(parents=True, exist_ok=True)
     ids = output / "ids.safetensors"
-    save_file(equal_lengths(source.batches(tokenizer, spec).batches), ids)
+    save_file(equal_lengths(source.batches(base.tokenizer, base.spec).batches), ids)
     made: dict[str, Path] = {}
     for peer, requirements in PEERS.items():
         python = python_of(peer, requirements, environments)
         folder, weights = output / f"{peer}-int4", output / f"{peer}.safetensors"
-        files = {"--model": transformer_folder(base), "--ids": ids, "--weights": weights}
+        files = {"--model": base.transformer, "--ids": ids, "--weights": weights}
         command = [python, Path(__file__).resolve(), "--worker", peer]
         command += [part for option, path in files.items() for part in (option, path.resolve())]
         print(f"{peer}: quantizing", file=sys.stderr, flush=True)
@@ -109,8 +105,8 @@ def write_peers(run: Path, output: Path, environments: Path) -> dict[str, Path]:
             print(f"{peer}: could not: {done.stderr.strip().splitlines()[-1]}\n(all of it in {output / peer}.log)", flush=True)
             continue
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(base, folder)
-        file = transformer_folder(folder) / "model.safetensors"
+        shutil.copytree(base.path, folder)
+        file = ModelFolder(peer, folder).transformer / "model.safetensors"
         before, quantized = load_file(file), load_file(weights)
         if strange := quantized.keys() - before.keys():
             sys.exit(f"{peer}: {sorted(strange)[0]} is not in {file.name}")
@@ -121,13 +117,12 @@ def write_peers(run: Path, output: Path, environments: Path) -> dict[str, Path]:
 
 def write_nf4(run: Path, output: Path) -> Path:
     """Compress the run's base to NF4 by our own method."""
-    from compress.models.files.variant import VariantInfo
     from compress.models.source import find
     from compress.pipeline.run import run as run_recipe
 
     recipe = output / "nf4.yaml"
     recipe.write_text("steps: [{method: bitsandbytes, format: nf4}]\nmeasure: {what: []}\n", encoding="utf-8")
-    base = VariantInfo.read(find(str(run)).folder).base
+    base = find(str(run)).compressed.base
     return output / run_recipe(recipe, model=base, output=output, compress_only=True).run
 
 

@@ -39,9 +39,7 @@ from compress.common.files import write_text_atomic
 from compress.common.journal import Journal
 from compress.common.machine import machine, now
 from compress.data.texts import calibration_texts, measure_texts
-from compress.models.folder import transformer_folder
-from compress.models.shape import read_shape
-from compress.models.source import find, spec_of, tokenizer_of
+from compress.models.source import find
 from compress.models.text.spec import EmbedderSpec
 from compress.reports.plot import Panel, Point, figure
 
@@ -200,18 +198,18 @@ class Bench:
 
     def __init__(self, base: str, rows: Sequence[Row], output: Path, environments: Path) -> None:
         self.source, self.rows, self.output, self.environments = find(base), rows, output, environments
-        self.spec = spec_of(self.source)
+        self.spec = self.source.spec
         if self.spec.default_prompt or not self.spec.pool_prompt:
             sys.exit(f"{base}: a model with a default or unpooled prompt; what is written by hand here has none")
         calibration = output / "calibration"
         lines = "".join(json.dumps({"text": text}) + "\n" for text in calibration_texts())
         write_text_atomic(calibration / "train.jsonl", lines)
-        network = transformer_folder(self.source.folder).resolve()
+        network = self.source.transformer.resolve()
         self.side = {
             "network": str(network), "pooling": str(self.spec.pooling), "normalize": self.spec.normalize,
-            "max_length": tokenizer_of(self.source).max_length, "calibration": str(calibration),
+            "max_length": self.source.tokenizer.max_length, "calibration": str(calibration),
         }  # fmt: skip
-        self.fingerprint = self.source.fingerprint()
+        self.fingerprint = self.source.fingerprint
         self.calibration = digest(lines)
         self.keys = {row.name: self._key(row) for row in rows}
         self.results = {row.name: Result(row.name, row.environment, row.said()) for row in rows}
@@ -233,7 +231,7 @@ class Bench:
         """Name what decides what a row makes of the model."""
         model = row.options.get("model")
         decided = [row.peer, dict(row.options), requirements(row.environment), self.fingerprint, self.calibration]
-        return f"{slug(row.name)}-{digest(json.dumps([*decided, model and find(model).fingerprint()], sort_keys=True))}"
+        return f"{slug(row.name)}-{digest(json.dumps([*decided, model and find(model).fingerprint], sort_keys=True))}"
 
     def start(self, row: Row, load: bool = True) -> PeerProcess:
         process = PeerProcess(row, self.pythons[row.environment], self.output)
@@ -265,7 +263,7 @@ class Bench:
                 partial.mkdir(parents=True)
                 with self.start(row, load=False) as process:
                     process.ask(
-                        "prepare", peer=row.peer, base=str(self.source.folder.resolve()), folder=str(partial), side=self.side,
+                        "prepare", peer=row.peer, base=str(self.source.path.resolve()), folder=str(partial), side=self.side,
                         options=dict(row.options),
                     )  # fmt: skip
                 shutil.rmtree(folder, ignore_errors=True)
@@ -280,7 +278,7 @@ class Bench:
         from compress.measure.accuracy.score import evaluate
 
         journal = Journal(self.output / "scores")
-        width = read_shape(self.source.name, self.source.folder).hidden_size
+        width = self.source.shape.hidden_size
         for row in self.running():
             code = own_code() if row.environment == OURS else ""
             keys = {task.name: f"{self.keys[row.name]}-{task.name}-{digest(task.fingerprint + code)}" for task in tasks}

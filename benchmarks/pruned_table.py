@@ -18,7 +18,8 @@ from compress.data.texts import measure_texts
 from compress.measure.record import Record
 from compress.measure.speed.timing import Candidate, measure_speed, speed_ratio
 from compress.models.files.variant import VariantInfo
-from compress.models.shape import ModelShape, read_shape
+from compress.models.folder import ModelFolder
+from compress.models.shape import ModelShape
 from compress.models.source import find
 from compress.reports.compare import line_of
 
@@ -58,10 +59,10 @@ def main() -> None:
     (base,) = {record.model.name for record in records.values()}
     source = find(base)
     texts = measure_texts(arguments.texts, arguments.count, 0)
-    candidates = {"base": Candidate({"model": str(source.folder), "device": "cpu", "dtype": "float32"})}
+    candidates = {"base": Candidate({"model": str(source.path), "device": "cpu", "dtype": "float32"})}
     candidates |= {run: Candidate({"model": run, "device": "cpu", "dtype": "float32"}) for run in records}
     speeds = measure_speed(candidates, texts, rounds=arguments.rounds, requests=10, threads=arguments.threads)
-    whole = read_shape(base, source.folder)
+    whole = source.shape
     length = round(speeds["base"].tokens_per_second / speeds["base"].texts_per_second)
     headings = ("dropped", "parameters of the blocks", "file", "kept", "95 % interval", "cosine", "faster", "promised", "of it")
     print(f"{len(texts)} texts of {length} tokens on the mean, {arguments.rounds} rounds")
@@ -69,7 +70,7 @@ def main() -> None:
     for run, record in sorted(records.items(), key=lambda item: -(item[1].retained or 0)):
         assert record.retained is not None
         assert record.fidelity is not None
-        shape = read_shape(run, Path(run) / "variant")
+        shape = ModelFolder(run, Path(run) / "variant").shape
         line = line_of(record)
         assert line.low is not None
         assert line.high is not None

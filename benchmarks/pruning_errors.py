@@ -27,11 +27,9 @@ from compress.methods.prune.magnitude import Magnitude
 from compress.methods.prune.sparsegpt import SparseGPT
 from compress.methods.prune.wanda import Wanda
 from compress.models.architectures import is_block_linear, place_in_block
-from compress.models.folder import transformer_folder
 from compress.models.network.build import load_network
 from compress.models.network.segments import Kind, Parts, Segment, segments_of
 from compress.models.network.walk import Carry, Resident
-from compress.models.opened import read_text_side
 from compress.models.source import find
 
 METHODS: tuple[type[PruneWeights], ...] = (SparseGPT, Wanda, Magnitude)
@@ -57,11 +55,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=512)
     arguments = parser.parse_args()
     source = find(arguments.model)
-    network = load_network(transformer_folder(source.folder), torch.float32)
-    spec, tokenizer = read_text_side(source.folder)
+    network = load_network(source, torch.float32)
     device = torch.device("cpu")
-    shown = CalibrationSource(calibration_texts()[: arguments.texts], None, arguments.max_tokens).batches(tokenizer, spec)
-    held = CalibrationSource(suite_texts()[:HELD_OUT], None, arguments.max_tokens).batches(tokenizer, spec)
+    shown = CalibrationSource(calibration_texts()[: arguments.texts], None, arguments.max_tokens).batches(
+        source.tokenizer, source.spec
+    )
+    held = CalibrationSource(suite_texts()[:HELD_OUT], None, arguments.max_tokens).batches(source.tokenizer, source.spec)
     carries = Carry(shown.batches, device), Carry(held.batches, device)
     errors: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 

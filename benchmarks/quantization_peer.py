@@ -243,7 +243,7 @@ class Ours:
 
         given = {"dtype": dtype, "runtime": runtime}
         self.model = load(model or str(folder), device="cpu", **{key: value for key, value in given.items() if value})
-        self.files = weights_in(find(model or str(folder)).folder)
+        self.files = weights_in(find(model or str(folder)).path)
 
     @classmethod
     def prepare(

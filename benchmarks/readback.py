@@ -38,8 +38,8 @@ from compress.methods.quantize.base import Override
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.rtn import RTN
 from compress.models.files.variant import VariantInfo
+from compress.models.folder import ModelFolder
 from compress.models.opened import empty_model, weights_of
-from compress.models.shape import read_shape
 from compress.models.source import find
 from compress.pipeline.apply import make_variant
 from compress.runtimes.loading import load
@@ -229,7 +229,13 @@ def write_variant(model: Path, folder: Path, step: Method) -> None:
     """Write a variant into `folder/variant`."""
     folder.mkdir()
     make_variant(
-        find(str(model)), read_shape("small", model), [step], "0", folder / "variant", Journal(folder / "journal"), lambda _: None
+        find(str(model)),
+        ModelFolder("small", model).shape,
+        [step],
+        "0",
+        folder / "variant",
+        Journal(folder / "journal"),
+        lambda _: None,
     )
 
 
@@ -240,8 +246,8 @@ def hidden_states(variant: Path, ids: torch.Tensor) -> torch.Tensor:
         info = VariantInfo.read(variant)
         alone = {name: layer.model_copy(update={"activations": ActivationScheme.NONE}) for name, layer in info.quantized.items()}
         info.model_copy(update={"quantized": alone}).write(Path(folder))
-        network = empty_model(Path(folder))
-        weights_of(Path(folder), network).fill(network)
+        network = empty_model(ModelFolder("", Path(folder)))
+        weights_of(ModelFolder("", Path(folder)), network).fill(network)
         prepare(network, torch.float32, torch.device("cpu"))
         with torch.no_grad():
             found: torch.Tensor = network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state

@@ -18,7 +18,6 @@ import compress
 from compress.data.texts import measure_texts
 from compress.measure.speed.timing import Candidate, measure_speed, speed_ratio
 from compress.measure.vectors.fidelity import cosines
-from compress.models.files.variant import VariantInfo
 from compress.models.source import find
 
 
@@ -32,10 +31,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    infos = {run: VariantInfo.read(find(str(run)).folder) for run in arguments.runs}
+    infos = {run: find(str(run)).compressed for run in arguments.runs}
     if len({info.base_fingerprint for info in infos.values()}) > 1:
         parser.error("these are not variants of one model: " + ", ".join(sorted({info.base for info in infos.values()})))
-    base = str(find(next(iter(infos.values())).base).folder)
+    base = str(find(next(iter(infos.values())).base).path)
     candidates = {
         f"{dtype}, torch": Candidate({"model": base, "dtype": dtype, "device": "cpu"}) for dtype in ("float32", "bfloat16")
     }

@@ -30,7 +30,7 @@ def write(model: str, _: str, __: Path) -> str:
     """Write the checkpoint, or find it written."""
     from compress.models.source import find
 
-    return str(find(model).folder)
+    return str(find(model).path)
 
 
 def compress(model: str, output: str, recipe: Path) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 
 from compress.data.texts import measure_texts
 from compress.measure.speed.timing import Candidate, measure_speed, speed_ratio
-from compress.models.files.variant import VariantInfo
 from compress.models.source import find
 
 PEER_BATCH = 32
@@ -49,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    base = str(find(VariantInfo.read(arguments.run / "variant").base).folder)
+    base = str(find(find(str(arguments.run)).compressed.base).path)
     beside = {"PYTHONPATH": str(Path(__file__).parent)}
     candidates = {
         "variant": Candidate({"model": str(arguments.run), "device": "cpu"}),

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.numpy import save_file
-from tests_support import GOLDEN, SHARED, golden_weights
+from tests_support import GOLDEN, SHARED, folder_of, golden_weights
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from compress.data.texts import suite_texts
-from compress.models.network.nv_embed import EOS
+from compress.models.text.nv_embed import EOS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -130,7 +130,7 @@ def nv_embed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(GOLDEN / "config.json", folder)
     from compress.models.network.build import empty_network
 
-    empty = empty_network(folder)
+    empty = empty_network(folder_of(folder))
     weights = golden_weights(7, {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()})
     names = sorted(weights)
     for shard, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):

@@ -13,10 +13,12 @@ from compress.common.journal import Journal
 from compress.data.texts import calibration_texts
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Method
+from compress.models.folder import ModelFolder
 from compress.models.network.segments import segments_of
 from compress.models.network.walk import Resident
-from compress.models.shape import read_shape
 from compress.models.source import find
+from compress.models.text.spec import EmbedderSpec
+from compress.models.text.tokens import TextTokenizer
 from compress.pipeline.apply import make_variant
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -50,8 +52,19 @@ def apply_in_memory(network: nn.Module, *steps: Method) -> dict[str, QuantizedLa
     return quantized
 
 
+def folder_of(path: Path) -> ModelFolder:
+    """A model's folder, read anew: what a test has changed in it is seen."""
+    return ModelFolder("tiny", path)
+
+
+def text_side(path: Path) -> tuple[EmbedderSpec, TextTokenizer]:
+    """How a model takes texts, and its tokenizer."""
+    folder = folder_of(path)
+    return folder.spec, folder.tokenizer
+
+
 def compress_to(folder: Path, target: Path, *steps: Method, count: int = 24, max_tokens: int = 120) -> None:
     """Write the variant of a model's folder, calibrated on some of the embedded texts."""
     texts = CalibrationSource(calibration_texts()[:count], None, max_tokens)
     journal = Journal(target.with_name(f"{target.name}-journal"))
-    make_variant(find(str(folder)), read_shape("tiny", folder), steps, "0", target, journal, lambda _: None, texts)
+    make_variant(find(str(folder)), folder_of(folder).shape, steps, "0", target, journal, lambda _: None, texts)

@@ -14,7 +14,7 @@ from torch import nn
 
 from compress.calibration.statistics import S
 from compress.calibration.texts import CalibrationTexts
-from compress.models.network.nv_embed import NVEmbedNetwork
+from compress.models.network.pooling import head_of
 from compress.models.network.segments import Kind, Parts, Segment, replaced
 from compress.models.network.walk import Carry
 
@@ -90,10 +90,12 @@ class Inputs:
         if self._segment.kind is not Kind.HEAD:
             return self._carry.through(self._index, parts, batch)
         network = self._carry.network
-        assert isinstance(network, NVEmbedNetwork)  # no other has a head
+        assert network is not None, "the texts have come through the network by then"
         hidden = self._carry.hidden(batch)
+        masks = (torch.from_numpy(x).to(hidden.device) for x in (self._texts.batches[batch][1], self._texts.pooled[batch]))
         with replaced(network, parts):
-            return network.pool(hidden, torch.from_numpy(self._texts.pooled[batch]).to(hidden.device))
+            vectors: torch.Tensor = head_of(network)(hidden, *masks)
+        return vectors
 
     def _rows(self, given: torch.Tensor, batch: int, pooled_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of unmasked tokens [n, in] and their weights [n]; the head's inputs have no others."""

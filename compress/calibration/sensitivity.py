@@ -14,7 +14,7 @@ import torch
 
 from compress.calibration.texts import CalibrationTexts
 from compress.models.architectures import Sublayer
-from compress.models.network.pooling import pooled_vectors
+from compress.models.network.pooling import head_of
 from compress.models.network.segments import Kind, Parts, begin, blocks_of, replaced, run_block, segments_of
 from compress.models.network.surgery import signature, without
 from compress.models.network.walk import Streamed
@@ -147,7 +147,7 @@ class Survey:
 
     def _after_blocks(self) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """Return what makes vectors [texts, dimension] of a batch's hidden states behind the last block, given its number."""
-        network, spec = self.model.network, self.model.spec
+        network = self.model.network
         loaded = {segment.kind: self._source.load(segment) for segment in self._segments if segment.kind in (Kind.NORM, Kind.HEAD)}
         norms: Parts = loaded.get(Kind.NORM, {})
 
@@ -156,6 +156,7 @@ class Survey:
                 hidden = norm(hidden)
             masks = (torch.from_numpy(x).to(hidden.device) for x in (self.texts.batches[batch][1], self.texts.pooled[batch]))
             with replaced(network, loaded.get(Kind.HEAD, {})):
-                return pooled_vectors(network, spec, hidden, *masks)
+                vectors: torch.Tensor = head_of(network)(hidden, *masks)
+            return vectors
 
         return finish

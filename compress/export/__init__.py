@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from compress.common.errors import UserError, nearest
 from compress.common.files import write_text_atomic
 from compress.models.files.variant import VariantInfo
-from compress.models.source import Source, find
+from compress.models.folder import ModelFolder
+from compress.models.source import find
 
 if TYPE_CHECKING:
     from compress.export.reader import Reader
@@ -29,7 +30,7 @@ FORMATS = {
 }
 
 Say = Callable[[str], None]
-Writer = Callable[[Source, Path], "Reader"]
+Writer = Callable[[ModelFolder, Path], "Reader"]
 """Writes a variant into an empty folder and says what loads it; raises UserError where the layout cannot hold it."""
 
 
@@ -64,9 +65,7 @@ def export(
     if format not in FORMATS:
         raise UserError(f"export format {format!r} is not known", nearest(format, FORMATS))
     found = find(str(source))
-    if not found.is_variant:
-        raise UserError(f"{source}: holds no variant", "compress run RECIPE writes one; give the folder of the run")
-    info = VariantInfo.read(found.folder)
+    info = found.compressed
     if licence is not None and info.licence not in (None, licence):
         raise UserError(f"{source}: {info.base} is under {info.licence}, which holds for its variants; not {licence}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -82,7 +81,7 @@ def export(
     return target
 
 
-def _write(source: Source, info: VariantInfo, format: str, folder: Path, say: Say, python: Path | None, check: bool) -> None:
+def _write(source: ModelFolder, info: VariantInfo, format: str, folder: Path, say: Say, python: Path | None, check: bool) -> None:
     """Write a variant, read it back and write its card."""
     from compress.export.card import CARD_FILE, EXAMPLE_FILE, card, example, record_of
     from compress.export.reader import Checked, read_back, usual_prompt
@@ -92,9 +91,9 @@ def _write(source: Source, info: VariantInfo, format: str, folder: Path, say: Sa
         say(note)
     checked = read_back(source, folder, reader, python or Path(sys.executable)) if check else Checked("Not read back.")
     say(f"{checked.outcome} {checked.advice}".strip())
-    prompt = usual_prompt(source.folder)
+    prompt = usual_prompt(source)
     write_text_atomic(folder / EXAMPLE_FILE, example(reader, prompt))
-    write_text_atomic(folder / CARD_FILE, card(info, reader, prompt, checked.outcome, record_of(source.folder), folder))
+    write_text_atomic(folder / CARD_FILE, card(info, reader, prompt, checked.outcome, record_of(source.path), folder))
 
 
 def licence_of(source: Path) -> str | None:
@@ -104,7 +103,7 @@ def licence_of(source: Path) -> str | None:
         UserError: the source is no variant.
     """
     found = find(str(source))
-    return VariantInfo.read(found.folder).licence if found.is_variant else None
+    return found.compressed.licence
 
 
 def writer(format: str) -> Writer:

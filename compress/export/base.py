@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,11 @@ from compress.layers.scheme import BITSANDBYTES, QuantizedLayer
 from compress.layers.torch_packing import pack
 from compress.models.files.shards import join_shards, shard, write_tensors
 from compress.models.files.variant import VariantInfo
-from compress.models.folder import read_json
-from compress.models.network.build import read_config
-from compress.models.network.nv_embed import is_nv_embed
+from compress.models.folder import ModelFolder
+from compress.models.network.pooling import TokenPooling, head_of
 from compress.models.network.segments import Kind, segments_of
 from compress.models.network.walk import Streamed
 from compress.models.opened import empty_model, weights_of
-from compress.models.source import Source
 
 Convert = Callable[[Any], dict[str, torch.Tensor]]
 """From a quantized linear layer to its tensors in a layout, without its bias."""
@@ -36,7 +35,7 @@ class Opened:
     """A variant whose weights are still in its files."""
 
     info: VariantInfo
-    folder: Path
+    folder: ModelFolder
     network: nn.Module
     """Without values."""
     linears: dict[str, QuantizedLayer]
@@ -56,21 +55,21 @@ class Opened:
         return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
 
-def open_variant(source: Source, layout: str, *, integers: bool = True) -> Opened:
+def open_variant(source: ModelFolder, layout: str, *, integers: bool = True) -> Opened:
     """Open a variant to be written in a layout of integers, or (`integers` False) of half-precision values.
 
     Raises:
         UserError: NV-Embed's architecture, which only its own code runs; numbers that the layout does not hold; a layer that
             divides its input; blocks that the architecture's config cannot describe; texts that end in a token of their own.
     """
-    folder = source.folder
-    if is_nv_embed(folder):
+    info = source.compressed
+    network = empty_model(source)
+    pooling = head_of(network).pooling
+    if not isinstance(pooling, TokenPooling):
         raise UserError(
-            f"{source.name}: NV-Embed's latent-attention head has no home in {layout} files",
-            "onnx and openvino hold it; or leave it out and heal: the steps mean_pooling and distill",
+            f"{source.name}: cannot be written as {layout}: its pooling ({type(pooling).__name__}) has weights of its own",
+            "onnx and openvino hold it; NV-Embed's can also be left out and healed: the steps mean_pooling and distill",
         )
-    info = VariantInfo.read(folder)
-    network = empty_model(folder)
     tables = [name for name in info.quantized if isinstance(network.get_submodule(name), QuantizedEmbedding)]
     linears = {name: layer for name, layer in info.quantized.items() if name not in tables}
     if integers:
@@ -79,7 +78,7 @@ def open_variant(source: Source, layout: str, *, integers: bool = True) -> Opene
         raise UserError(f"{source.name}: no linear layer is quantized", "sentence-transformers is the layout of such a model")
     if info.heads is not None or info.dropped:
         lacks = f"{info.heads} heads a block" if info.heads is not None else f"{len(info.dropped)} blocks without a sublayer"
-        kind = read_json(folder / "config.json")["model_type"]
+        kind = source.config["model_type"]
         raise UserError(
             f"{source.name}: cannot be written as {layout}: it has {lacks}, which a {kind} config cannot say",
             "use the variant as it is, or prune whole blocks and MLP channels alone",
@@ -90,11 +89,11 @@ def open_variant(source: Source, layout: str, *, integers: bool = True) -> Opene
             "use the variant as it is (compress encode)",
         )
     with torch.device("meta"):
-        full = AutoModel.from_config(read_config(folder))
+        full = AutoModel.from_config(source.network_config)
     plain = [name for name, module in full.named_modules() if isinstance(module, nn.Linear) and name not in linears]
     block = next(segment for segment in segments_of(network) if segment.kind is Kind.BLOCK)
     prefix = str(getattr(network, "base_model_prefix", "") or "")
-    return Opened(info, folder, network, linears, tables, plain, block.paths[0].rpartition(".")[0], f"{prefix}." if prefix else "")
+    return Opened(info, source, network, linears, tables, plain, block.paths[0].rpartition(".")[0], f"{prefix}." if prefix else "")
 
 
 def check_integers(linears: Mapping[str, QuantizedLayer], layout: str) -> None:
@@ -178,7 +177,7 @@ def write_config(
 
     `dtype`: what readers compute in unless they are told otherwise, under its name of today and that of transformers 4.
     """
-    config = read_json(opened.folder / "config.json")
+    config = copy.deepcopy(opened.folder.config)
     rope = config.get("rope_parameters")
     if rope and "rope_theta" in rope:  # where transformers 4 looks for it
         config.setdefault("rope_theta", rope["rope_theta"])

@@ -19,8 +19,7 @@ from compress.export.reader import Reader, in_sentence_transformers, in_transfor
 from compress.layers.float8_linear import Float8Linear
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
-from compress.models.folder import read_json
-from compress.models.source import Source
+from compress.models.folder import ModelFolder
 
 LAYOUT = "compressed-tensors"
 # The release whose layout this is.
@@ -36,7 +35,7 @@ for module in model.modules():
 OPTIONS = '"quantization_config": CompressedTensorsConfig(dequantize=True)'
 
 
-def write(source: Source, folder: Path) -> Reader:
+def write(source: ModelFolder, folder: Path) -> Reader:
     """Write a variant into an empty folder.
 
     Raises:
@@ -45,7 +44,7 @@ def write(source: Source, folder: Path) -> Reader:
     opened = open_variant(source, LAYOUT)
     quantization = quantization_config(opened)
     write_weights(opened, folder, tensors_of)
-    config = read_json(opened.folder / "config.json")
+    config = opened.folder.config
     # Scales are float16 or float32; bfloat16 would round them.
     single = str(config.get("dtype") or config.get("torch_dtype") or "float32") == "float32"
     write_config(opened, folder, quantization, "float32" if single else "float16", {})

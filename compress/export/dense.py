@@ -7,12 +7,12 @@ from pathlib import Path
 from compress.export.base import Opened, half_values, open_variant, table_notes, write_config, write_weights
 from compress.export.loader_files import write_modules, write_tokenizer
 from compress.export.reader import Reader, in_sentence_transformers, in_transformers
-from compress.models.source import Source
+from compress.models.folder import ModelFolder
 
 SENTENCE_TRANSFORMERS, TRANSFORMERS = "sentence-transformers", "transformers"
 
 
-def write_sentence_transformers(source: Source, folder: Path) -> Reader:
+def write_sentence_transformers(source: ModelFolder, folder: Path) -> Reader:
     """Write a variant into an empty folder: weights, tokenizer, and the modules that pool and normalise.
 
     Pruned weights are written as zeros, integers as the values that they stand for.
@@ -25,7 +25,7 @@ def write_sentence_transformers(source: Source, folder: Path) -> Reader:
     return Reader(SENTENCE_TRANSFORMERS, (SENTENCE_TRANSFORMERS,), in_sentence_transformers(), notes=_notes(opened))
 
 
-def write_transformers(source: Source, folder: Path) -> Reader:
+def write_transformers(source: ModelFolder, folder: Path) -> Reader:
     """Write a variant into an empty folder, weights and tokenizer alone; the card's example pools.
 
     Raises:
@@ -35,7 +35,7 @@ def write_transformers(source: Source, folder: Path) -> Reader:
     return Reader(TRANSFORMERS, (TRANSFORMERS, "torch"), in_transformers(opened.info.spec), notes=_notes(opened))
 
 
-def _write(source: Source, folder: Path, layout: str) -> Opened:
+def _write(source: ModelFolder, folder: Path, layout: str) -> Opened:
     opened = open_variant(source, layout, integers=False)
     write_weights(opened, folder, half_values)
     write_config(opened, folder, None, "float16", {})

@@ -21,8 +21,7 @@ from compress.layers.compressed import CompressedLinear
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
-from compress.models.folder import read_json
-from compress.models.source import Source
+from compress.models.folder import ModelFolder
 from compress.models.text.spec import Pooling
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def embed(texts, prompt=""):
 """
 
 
-def write(source: Source, folder: Path) -> Reader:
+def write(source: ModelFolder, folder: Path) -> Reader:
     """Write a variant into an empty folder.
 
     Raises:
@@ -69,14 +68,14 @@ def write(source: Source, folder: Path) -> Reader:
         raise UserError(f"{LAYOUT} files want a package of their own", "pip install 'compress-embedders[gguf]'") from error
 
     opened = open_variant(source, LAYOUT, integers=False)
-    spec, config = opened.info.spec, read_json(opened.folder / "config.json")
+    spec, config = opened.info.spec, opened.folder.config
     architecture = architecture_of(config, source.name)
     check_integers(opened.linears, LAYOUT)
     for name, layer in opened.linears.items():
         check(name, layer, opened.shape(name)[1])
     for name in opened.tables:
         check(name, opened.info.quantized[name], opened.network.get_submodule(name).embedding_dim)  # type: ignore[arg-type]
-    vocabulary = read_vocabulary(opened.folder / "tokenizer.json", int(config["vocab_size"]))
+    vocabulary = read_vocabulary(opened.folder.path / "tokenizer.json", int(config["vocab_size"]))
     # llama.cpp pools all tokens, the prompt's too; where these stay out, the mean is left to whoever calls it.
     by_token = spec.pooling is Pooling.MEAN and not spec.pool_prompt
     writer = gguf.GGUFWriter(folder / FILE, architecture, use_temp_file=True)

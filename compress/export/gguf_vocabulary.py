@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.common.errors import UserError
-from compress.models.folder import read_json
+from compress.common.inputs import read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -19,7 +19,7 @@ from compress.export.reader import Reader, in_sentence_transformers
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 from compress.models.architectures import is_in_block
-from compress.models.source import Source
+from compress.models.folder import ModelFolder
 
 LAYOUT = "gptq"
 BITS = (2, 3, 4, 8)
@@ -31,7 +31,7 @@ HALF_COSINE = 0.9995
 FOUND = ("layers", "h", "decoder.layers")
 
 
-def write(source: Source, folder: Path) -> Reader:
+def write(source: ModelFolder, folder: Path) -> Reader:
     """Write a variant into an empty folder.
 
     Raises:

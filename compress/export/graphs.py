@@ -11,9 +11,8 @@ from pathlib import Path
 from compress.common.files import write_json
 from compress.export.reader import Reader
 from compress.models.files.headers import weight_files
-from compress.models.files.variant import INDEX_FILE, VariantInfo
-from compress.models.shape import read_shape
-from compress.models.source import Source
+from compress.models.files.variant import INDEX_FILE
+from compress.models.folder import ModelFolder
 from compress.runtimes.contract import INPUTS, RuntimeName, graph_file, pick_runtime
 
 SETTINGS_FILE = "embedder.json"
@@ -58,7 +57,7 @@ compiled = openvino.Core().compile_model(folder + "/model.xml", "CPU", exact)"""
 }
 
 
-def write_onnx(source: Source, folder: Path) -> Reader:
+def write_onnx(source: ModelFolder, folder: Path) -> Reader:
     """Write a variant into an empty folder as ONNX, its weights in the safetensors files that the graph refers to.
 
     Raises:
@@ -69,7 +68,7 @@ def write_onnx(source: Source, folder: Path) -> Reader:
     return _reader(source, folder, RuntimeName.ONNXRUNTIME, IN_ONNXRUNTIME)
 
 
-def write_openvino(source: Source, folder: Path) -> Reader:
+def write_openvino(source: ModelFolder, folder: Path) -> Reader:
     """Write a variant into an empty folder as OpenVINO's intermediate representation.
 
     Raises:
@@ -85,28 +84,27 @@ def write_openvino(source: Source, folder: Path) -> Reader:
     return _reader(source, folder, RuntimeName.OPENVINO, IN_OPENVINO)
 
 
-def _lowered(source: Source, folder: Path, runtime: RuntimeName) -> Path:
+def _lowered(source: ModelFolder, folder: Path, runtime: RuntimeName) -> Path:
     """Copy a variant and write its graph for a runtime beside its weights."""
     from compress.runtimes.lower import lower
 
-    pick_runtime(runtime, VariantInfo.read(source.folder).quantized)
-    for path in (*weight_files(source.folder), *(source.folder / name for name in ("config.json", "variant.json", INDEX_FILE))):
+    pick_runtime(runtime, source.compressed.quantized)
+    for path in (*source.weight_files, *(source.path / name for name in ("config.json", "variant.json", INDEX_FILE))):
         if path.exists():
             shutil.copy(path, folder / path.name)
-    lower(folder, runtime)
+    lower(ModelFolder(source.name, folder), runtime)
     for name in ("config.json", "variant.json"):
         (folder / name).unlink()
     return graph_file(folder, runtime)
 
 
-def _reader(source: Source, folder: Path, runtime: RuntimeName, words: dict[str, str]) -> Reader:
+def _reader(source: ModelFolder, folder: Path, runtime: RuntimeName, words: dict[str, str]) -> Reader:
     """Write what lies beside a graph, and say how it is run."""
-    info = VariantInfo.read(source.folder)
-    info.tokenizer(source.folder).save(folder / "tokenizer.json")  # with its longest input, which it cuts itself
-    spec = info.spec
+    source.tokenizer.save(folder / "tokenizer.json")  # with its longest input, which it cuts itself
+    spec = source.spec
     settings = {
-        "dimension": read_shape(source.name, source.folder).hidden_size,
-        "max_length": info.max_length,
+        "dimension": source.dimension,
+        "max_length": source.tokenizer.max_length,
         "prompts": spec.prompts,
         "default_prompt": spec.default_prompt,
         "pool_prompt": spec.pool_prompt,

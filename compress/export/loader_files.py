@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.common.files import write_json
+from compress.common.inputs import read_json
 from compress.export.base import Opened
 from compress.models.files.variant import VariantInfo
-from compress.models.folder import read_json
 from compress.models.text.spec import Pooling
 
 MODULES = "sentence_transformers.models"
@@ -25,8 +25,8 @@ USUAL = {
 
 def write_tokenizer(opened: Opened, folder: Path) -> None:
     """Write the tokenizer's files."""
-    config = read_json(opened.folder / "config.json")
-    shutil.copy(opened.folder / "tokenizer.json", folder / "tokenizer.json")
+    config = opened.folder.config
+    shutil.copy(opened.folder.path / "tokenizer.json", folder / "tokenizer.json")
     settings = tokenizer_config(read_json(folder / "tokenizer.json"), config, opened.info.max_length)
     write_json(folder / "tokenizer_config.json", settings)
 

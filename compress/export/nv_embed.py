@@ -9,11 +9,9 @@ from compress.common.errors import UserError
 from compress.common.files import write_json
 from compress.export.base import Opened, half_values, refusal, write_weights
 from compress.export.reader import OURS, Reader
-from compress.models.files.variant import VariantInfo
-from compress.models.folder import read_json
-from compress.models.network.nv_embed import is_nv_embed
+from compress.models.folder import ModelFolder
 from compress.models.opened import empty_model
-from compress.models.source import Source
+from compress.models.text.nv_embed import MODEL_TYPE
 
 LAYOUT = "nv-embed"
 EXAMPLE = """\
@@ -26,15 +24,15 @@ def embed(texts, prompt=""):
 """
 
 
-def write(source: Source, folder: Path) -> Reader:
+def write(source: ModelFolder, folder: Path) -> Reader:
     """Write a variant into an empty folder: the published keys, in half precision, config, tokenizer and longest input.
 
     Raises:
         UserError: another architecture, a folded head, integers, or blocks that lack a part.
     """
-    if not is_nv_embed(source.folder):
+    if source.config.get("model_type") != MODEL_TYPE:
         raise UserError(f"{source.name}: is no NV-Embed", "sentence-transformers is the layout of other models")
-    info = VariantInfo.read(source.folder)
+    info = source.compressed
     if info.quantized:
         raise refusal(next(iter(info.quantized)), LAYOUT, "are quantized", "use the variant as it is (compress encode)")
     if info.folded or info.heads is not None or info.dropped:
@@ -43,8 +41,8 @@ def write(source: Source, folder: Path) -> Reader:
             f"{source.name}: cannot be written as {LAYOUT}: it has {lacks}, which the published keys cannot say",
             "`fold: false` in the recipe leaves the head alone" if info.folded else "use the variant as it is (compress encode)",
         )
-    write_weights(Opened(info, source.folder, empty_model(source.folder), {}, [], [], "", ""), folder, half_values)
-    write_json(folder / "config.json", read_json(source.folder / "config.json"))
+    write_weights(Opened(info, source, empty_model(source), {}, [], [], "", ""), folder, half_values)
+    write_json(folder / "config.json", source.config)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": info.max_length, "do_lower_case": False})
-    shutil.copy(source.folder / "tokenizer.json", folder / "tokenizer.json")
+    shutil.copy(source.path / "tokenizer.json", folder / "tokenizer.json")
     return Reader(OURS, (OURS,), EXAMPLE)

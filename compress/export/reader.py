@@ -17,8 +17,7 @@ from compress.common.memory import available_memory_bytes, gigabytes
 from compress.data.texts import suite_texts
 from compress.measure.vectors.fidelity import cosines
 from compress.models.embedder import Embedder
-from compress.models.files.variant import VariantInfo
-from compress.models.source import Source
+from compress.models.folder import ModelFolder
 from compress.models.text.spec import EmbedderSpec, Pooling
 from compress.runtimes.contract import RuntimeName
 from compress.runtimes.loading import open_source
@@ -105,11 +104,10 @@ def in_sentence_transformers(imports: str = "", options: str = '"dtype": "float3
     return IN_SENTENCE_TRANSFORMERS.format(imports=imports, options=options)
 
 
-def usual_prompt(variant: Path) -> str:
+def usual_prompt(variant: ModelFolder) -> str:
     """Return a prompt that texts have before them: the default one, else the first; none where it leaves texts no room."""
-    info = VariantInfo.read(variant)
-    prompt = info.spec.default_prompt or next(iter(info.spec.prompts.values()), "")
-    return prompt if 2 * info.tokenizer(variant).prompt_length(prompt) < info.max_length else ""
+    prompt = variant.spec.default_prompt or next(iter(variant.spec.prompts.values()), "")
+    return prompt if 2 * variant.tokenizer.prompt_length(prompt) < variant.tokenizer.max_length else ""
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ class Checked:
     advice: str = ""
 
 
-def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> Checked:
+def read_back(source: ModelFolder, folder: Path, reader: Reader, python: Path) -> Checked:
     """Let the reader give some texts' vectors, and say how like the variant's own they are.
 
     Args:
@@ -146,7 +144,7 @@ def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> Che
             f"Not read back: that takes {gigabytes(needed)} of memory, {gigabytes(free)} were free where it was written."
         )
     texts = list(suite_texts()[:READ_BACK_TEXTS])
-    prompt = usual_prompt(source.folder)
+    prompt = usual_prompt(source)
     expected = own(source, reader).encode(texts, prompt)  # and out of memory again
     worst = float(cosines(expected, run_example(folder, reader, texts, prompt, python)).min())
     if worst < reader.lowest:
@@ -155,20 +153,20 @@ def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> Che
     return Checked(f"Read back with {versions}: lowest cosine {worst:.7f} to the variant's own vectors on {len(texts)} texts.")
 
 
-def own(source: Source, reader: Reader) -> Embedder:
+def own(source: ModelFolder, reader: Reader) -> Embedder:
     """Open the variant as the reader is to run it."""
     if reader.runtime is RuntimeName.TORCH and not reader.quantizes:
         from compress.runtimes.torch_runtime import open_variant
 
-        return open_variant(source.folder, source.name, device="cpu", activations=False)
+        return open_variant(source, device="cpu", activations=False)
     return open_source(source, runtime=reader.runtime, device="cpu")
 
 
-def _float32_bytes(source: Source) -> int:
+def _float32_bytes(source: ModelFolder) -> int:
     """Return what a variant's network takes with every weight in float32, as it may be while it is read back."""
     from compress.models.network.build import empty_network
 
-    network = empty_network(source.folder, VariantInfo.read(source.folder).folded)
+    network = empty_network(source)
     return 4 * sum(parameter.numel() for parameter in network.parameters())
 
 

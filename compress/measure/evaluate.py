@@ -17,7 +17,8 @@ from compress.measure.record import TaskRow, task_row
 from compress.measure.scored import Scored, baseline_key
 from compress.measure.vectors.codec import OutputScheme
 from compress.measure.vectors.index import OutputRow
-from compress.models.source import Source, find, tokenizer_of
+from compress.models.folder import ModelFolder
+from compress.models.source import find
 from compress.runtimes.loading import open_source, runtime_of
 
 if TYPE_CHECKING:
@@ -95,11 +96,11 @@ def evaluate(
     found = find_tasks(tasks, Path(data) if data else None)
     place = str(pick_device(device))
 
-    def scored(source: Source) -> Scored:
+    def scored(source: ModelFolder) -> Scored:
         wanted = runtime if source is sources[-1] else None
         opened = partial(open_source, source, runtime=wanted, device=place, dtype=dtype, stream=stream)
         chosen = runtime_of(source, wanted, device=place, dtype=dtype)
-        key = baseline_key(source.fingerprint(), dtype, place, batch_tokens, chosen)
+        key = baseline_key(source.fingerprint, dtype, place, batch_tokens, chosen)
         return Scored(source, opened, key, batch_tokens=batch_tokens, prompts=prompts)
 
     scores: list[dict[str, TaskScore]] = []
@@ -126,9 +127,9 @@ def evaluate(
     )
 
 
-def _by_length(tasks: Sequence[Task], scores: Mapping[str, TaskScore], source: Source) -> dict[str, tuple[Bucket, ...]]:
+def _by_length(tasks: Sequence[Task], scores: Mapping[str, TaskScore], source: ModelFolder) -> dict[str, tuple[Bucket, ...]]:
     from compress.measure.accuracy.lengths import by_length
 
-    tokenizer = tokenizer_of(source)
+    tokenizer = source.tokenizer
     searched = (task for task in tasks if task.mteb.metadata.type == "Retrieval" and scores[task.name].examples.parts)
     return {task.name: tuple(by_length(task, scores[task.name], tokenizer)) for task in searched}

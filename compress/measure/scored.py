@@ -12,8 +12,7 @@ from compress.common.cache import use
 from compress.common.journal import Journal
 from compress.common.machine import gpu_name, machine, versions
 from compress.measure.vectors.codec import OutputScheme
-from compress.models.shape import read_shape
-from compress.models.source import Source, spec_of
+from compress.models.folder import ModelFolder
 from compress.runtimes.stored_vectors import Mapped, StoredEmbedder, VectorStore
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class Scored:
 
     def __init__(
         self,
-        source: Source,
+        source: ModelFolder,
         open_embedder: Callable[[], Embedder],
         key: str | Path,
         *,
@@ -48,8 +47,7 @@ class Scored:
         folder = key if isinstance(key, Path) else use("vectors", key)
         self._scores = None if isinstance(key, Path) else Journal(use("scores", key))
         self._prompts = dict(prompts or {})
-        width = read_shape(source.name, source.folder).hidden_size
-        self.embedder = StoredEmbedder(source.name, spec_of(source), width, open_embedder, VectorStore(folder), batch_tokens)
+        self.embedder = StoredEmbedder(source, open_embedder, VectorStore(folder), batch_tokens)
 
     def score(self, task: Task) -> TaskScore:
         """Score the model on a task, or read what it scored on the same data with the same prompts."""

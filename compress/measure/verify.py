@@ -10,7 +10,6 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from compress.common.errors import UserError
-from compress.models.folder import read_json, transformer_folder
 from compress.models.source import find
 from compress.runtimes.loading import open_source
 
@@ -74,7 +73,7 @@ def verify(model: str, *, device: str | None = None, dtype: str | None = None, s
         UserError: the project has no card's example for models of this kind.
     """
     source = find(model)
-    kind = read_json(transformer_folder(source.folder) / "config.json").get("model_type")
+    kind = source.config.get("model_type")
     known = acceptances()
     acceptance = next((example for example in known.values() if example.model_type == kind), None)
     if acceptance is None:

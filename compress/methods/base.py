@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 
 from compress.layers.scheme import QuantizedLayer
+from compress.models.folder import ModelFolder
 from compress.models.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ class Bench:
     """Returns what a function returned the first time, in this process or in an earlier one that was stopped."""
     folder: Path
     """Keeps the step's files for as long as the run is under way."""
-    published: Path
-    """Folder of the model that the recipe started from."""
+    published: ModelFolder
+    """The model that the recipe started from."""
     say: Callable[[str], None]
     """Tells the user how it goes."""
     evaluated: Callable[[], frozenset[str]]

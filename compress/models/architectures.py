@@ -5,10 +5,11 @@ Pruning heads, channels or whole sublayers has to know which rows and columns be
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Sublayer = Literal["attention", "mlp"]
 
@@ -109,6 +110,34 @@ def anatomy_of(tensors: Iterable[str]) -> Anatomy:
             return kind
     example = f" (such as {min(names)})" if names else ""
     raise ValueError(f"its blocks' layers{example} are laid out like none of those known here: {'; '.join(KINDS)}")
+
+
+@dataclass(frozen=True)
+class OwnArchitecture:
+    """An architecture that transformers does not have and this project does. Each part is `module:function`, imported when used."""
+
+    spec: str
+    """From the folder to its `EmbedderSpec`; without torch."""
+    config: str
+    """From the folder to the backbone's config, one of transformers' own classes."""
+    network: str
+    """From a `ModelFolder` to the network, its parameters still without values."""
+
+
+OWN_ARCHITECTURES: Mapping[str, OwnArchitecture] = {
+    "nvembed": OwnArchitecture(
+        spec="compress.models.text.nv_embed:read_spec",
+        config="compress.models.text.nv_embed:read_config",
+        network="compress.models.network.nv_embed:build",
+    ),
+}
+"""By `model_type`. Their checkpoints hold exactly the network's tensors, under the names of its modules."""
+
+
+def imported(place: str) -> Any:
+    """Return what `module:function` names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 # Blocks as the common architectures name them: encoder.layer.3., layers.3., h.3., blocks.3., transformer.layer.3.

@@ -1,31 +1,208 @@
-"""A model's folder, read once."""
+"""A model's folder: what its files say, each read once. Everything else is handed this object, never a path to read again.
+
+No torch here; transformers is imported only where a tokenizer or a config of its own is asked for.
+"""
 
 from __future__ import annotations
 
-import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.common.errors import UserError
+from compress.common.inputs import read_json
+from compress.models.architectures import OWN_ARCHITECTURES, OwnArchitecture, imported
+from compress.models.files.headers import TensorInfo, fingerprint, read_header, weight_files
+from compress.models.files.variant import VARIANT_FILE, VariantInfo
+from compress.models.shape import ModelShape, without_task_head
+from compress.models.text.spec import EmbedderSpec, Module, read_modules, read_spec, transformer_of
+from compress.models.text.tokens import TextTokenizer, open_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+RANDOM_FILE = "random.json"
+"""Marks a checkpoint whose weights are random."""
+LONGEST = 2**31 - 1
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's, a variant's or an export's folder, and the name that the model is spoken of by."""
 
-    Raises:
-        UserError: the file is not JSON; names the file and the line.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+    name: str
+    path: Path
 
+    @cached_property
+    def variant(self) -> VariantInfo | None:
+        """What `variant.json` says; None where the folder is not a variant.
 
-def transformer_folder(folder: Path) -> Path:
-    """Return where the network's own files lie: the folder itself, or the one that modules.json gives the Transformer."""
-    modules = folder / "modules.json"
-    if modules.exists():
-        for entry in read_json(modules):
-            if str(entry["type"]).endswith(".Transformer"):
-                return folder / str(entry["path"])
-    return folder
+        Raises:
+            UserError: it is of a format that this version does not read.
+        """
+        return VariantInfo.read(self.path) if (self.path / VARIANT_FILE).is_file() else None
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether this workbench wrote it as a variant."""
+        return self.variant is not None
+
+    @cached_property
+    def compressed(self) -> VariantInfo:
+        """What `variant.json` says.
+
+        Raises:
+            UserError: the folder is not a variant.
+        """
+        if self.variant is None:
+            raise UserError(f"{self.path}: holds no variant", "compress run RECIPE writes one; give the folder of the run")
+        return self.variant
+
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether its weights are random, so that its vectors mean nothing."""
+        return not self.variant.pretrained if self.variant else (self.path / RANDOM_FILE).exists()
+
+    @cached_property
+    def modules(self) -> tuple[Module, ...]:
+        """The modules that `modules.json` lists, in order; none where there is no such file."""
+        return read_modules(self.path)
+
+    @cached_property
+    def transformer(self) -> Path:
+        """Where the network's own files are: the folder itself, or the one that `modules.json` gives the Transformer."""
+        return transformer_of(self.path, self.modules)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The network's `config.json`.
+
+        Raises:
+            UserError: there is none, or it is not JSON.
+        """
+        path = self.transformer / "config.json"
+        if not path.exists():
+            raise UserError(
+                f"{self.transformer}: no config.json", "a model's folder holds config.json, tokenizer files and safetensors weights"
+            )
+        config: dict[str, Any] = read_json(path)
+        return config
+
+    @property
+    def own_architecture(self) -> OwnArchitecture | None:
+        """The architecture, where it is one that transformers does not have and this project does."""
+        return OWN_ARCHITECTURES.get(str(self.config.get("model_type")))
+
+    @cached_property
+    def network_config(self) -> Any:
+        """The config as transformers' own class; never from a hub, never running code that came with it.
+
+        Raises:
+            UserError: its architecture is not one of transformers' own.
+        """
+        own = self.own_architecture
+        if own is not None:
+            return imported(own.config)(self.transformer)
+        from transformers import AutoConfig
+
+        path, kind = self.transformer / "config.json", self.config.get("model_type", "missing")
+        try:
+            config = AutoConfig.from_pretrained(self.transformer, local_files_only=True, trust_remote_code=False)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path}: model_type {kind!r} is not an architecture that this version runs") from error
+        if config.is_encoder_decoder:
+            raise UserError(f"{path}: {config.model_type} is an encoder-decoder; embedders are encoders or decoders")
+        return config
+
+    @cached_property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The network's safetensors files.
+
+        Raises:
+            UserError: there is none; pickles are never opened.
+        """
+        return tuple(weight_files(self.transformer))
+
+    @cached_property
+    def headers(self) -> dict[str, TensorInfo]:
+        """The tensors that these files list, by their stored names; no tensor is read."""
+        return {name: info for path in self.weight_files for name, info in read_header(path).items()}
+
+    @property
+    def holds_its_network_alone(self) -> bool:
+        """Whether the weights are the network's tensors by its own names, and nothing else."""
+        return self.is_variant or self.own_architecture is not None
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Tensors and config, which costs follow from."""
+        return ModelShape(self.name, without_task_head(self.headers), self.config)
+
+    @property
+    def dimension(self) -> int:
+        """Width of the model's vectors."""
+        return self.shape.hidden_size
+
+    @cached_property
+    def spec(self) -> EmbedderSpec:
+        """How the model takes texts and pools tokens.
+
+        Raises:
+            UserError: a module, a pooling mode or a setting that this workbench does not know.
+        """
+        if self.variant is not None:
+            return self.variant.spec
+        own = self.own_architecture
+        return read_spec(self.path, self.modules) if own is None else imported(own.spec)(self.transformer)
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The model's tokenizer, cut to its longest input.
+
+        The longest input is what the folder's settings say, else what both the tokenizer and the network's positions allow, as in
+        sentence-transformers.
+
+        Raises:
+            UserError: there is no tokenizer, or only one without a Rust implementation.
+        """
+        if self.variant is not None:
+            return TextTokenizer(open_tokenizer(self.path), self.variant.max_length, self.spec)
+        if self.own_architecture is not None:
+            # tokenizer.json as it stands: that is what the original code loads, and it needs nothing from a hub.
+            return TextTokenizer(open_tokenizer(self.transformer), self.spec.max_length or LONGEST, self.spec)
+        backend, longest = self._transformers_tokenizer()
+        positions = getattr(self.network_config, "max_position_embeddings", None) or LONGEST
+        return TextTokenizer(backend, self.spec.max_length or min(longest, positions, LONGEST), self.spec)
+
+    def _transformers_tokenizer(self) -> tuple[Tokenizer, int]:
+        """Return the tokenizer as transformers sets it up, and its `model_max_length`."""
+        from tokenizers import Tokenizer
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.transformer, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.transformer}: no tokenizer that transformers can load ({reason})") from error
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise UserError(f"{self.transformer}: {type(tokenizer).__name__} has no Rust tokenizer (tokenizer.json)")
+        return backend, int(tokenizer.model_max_length)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of a SHA-256 over its weights, configs and tokenizer."""
+        return fingerprint(self.path, self.transformer)
+
+    @cached_property
+    def licence(self) -> str | None:
+        """The licence that the model card names in its front matter, or the variant's; None where none is named."""
+        if self.variant is not None:
+            return self.variant.licence
+        card = self.path / "README.md"
+        if not card.exists():
+            return None
+        found = re.search(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text(encoding="utf-8"), re.M | re.S)
+        return found.group(1).strip("\"'") if found else None

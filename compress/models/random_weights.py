@@ -7,6 +7,7 @@ config. Written once under the cache root and used from there.
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import json
 import math
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from compress.common.cache import cache_root
 from compress.common.errors import UserError, nearest
+from compress.common.inputs import read_json
 from compress.data.texts import suite_texts
 from compress.models.files.headers import TensorInfo
-from compress.models.folder import read_json, transformer_folder
+from compress.models.folder import RANDOM_FILE, ModelFolder
 from compress.models.shape import ModelShape, known_config
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 PREFIX = "random:"
-MARK = "random.json"
 # Weights that write into the residual stream, as the common architectures name them.
 _RESIDUAL = re.compile(r"(?:o_proj|down_proj|output\.dense|attn\.Wo|mlp\.Wo|to_out|net\.2)\.weight$")
 # Weights that are looked up, not multiplied.
@@ -72,18 +73,13 @@ class RandomSpec:
         return PREFIX + ",".join([self.model, *(f"{field}={value}" for field, value in self.overrides.items())])
 
 
-def is_random(folder: Path) -> bool:
-    """Whether a folder's weights are random."""
-    return (folder / MARK).exists()
-
-
-def random_config(spec: RandomSpec, folder: Path | None) -> dict[str, Any]:
+def random_config(spec: RandomSpec, folder: ModelFolder | None) -> dict[str, Any]:
     """Return the config: of `folder`, or of a model whose shape the project lists, with the overrides in their places.
 
     Raises:
         UserError: the config has no such field, or the project does not list the model.
     """
-    config = known_config(spec.model) if folder is None else read_json(transformer_folder(folder) / "config.json")
+    config = known_config(spec.model) if folder is None else copy.deepcopy(folder.config)
     if config is None:
         raise UserError(f"model {spec.name!r}: the shape of {spec.model!r} is not listed here, and it is no folder")
     sections = [section for section in (config.get(name) if name else config for name in reversed(_CONFIGS)) if section]
@@ -99,7 +95,7 @@ def random_config(spec: RandomSpec, folder: Path | None) -> dict[str, Any]:
     return config
 
 
-def random_shape(spec: RandomSpec, folder: Path | None) -> ModelShape:
+def random_shape(spec: RandomSpec, folder: ModelFolder | None) -> ModelShape:
     """Return the shape that a random checkpoint would have, writing nothing."""
     import tempfile
 
@@ -108,11 +104,11 @@ def random_shape(spec: RandomSpec, folder: Path | None) -> ModelShape:
     config = random_config(spec, folder)
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        tensors = empty_network(Path(temporary)).state_dict()
+        tensors = empty_network(ModelFolder(spec.name, Path(temporary))).state_dict()
     return ModelShape(spec.name, {name: TensorInfo("BF16", tuple(tensor.shape)) for name, tensor in tensors.items()}, config)
 
 
-def random_checkpoint(spec: RandomSpec, folder: Path | None, seed: int = 0) -> Path:
+def random_checkpoint(spec: RandomSpec, folder: ModelFolder | None, seed: int = 0) -> Path:
     """Write a checkpoint with random bfloat16 weights, or return where it was written before; a killed writing is continued.
 
     Matrices are drawn from N(0, 1 / inputs), those that write into the residual stream divided by sqrt(2 x blocks) besides (as in
@@ -141,7 +137,7 @@ def random_checkpoint(spec: RandomSpec, folder: Path | None, seed: int = 0) -> P
     partial.mkdir(parents=True, exist_ok=True)
     (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     _copy_text_side(folder, partial, config)
-    network = empty_network(partial)
+    network = empty_network(ModelFolder(spec.name, partial))
     segments = segments_of(network)
     state = network.state_dict()
     needed = 2 * sum(tensor.numel() for tensor in state.values())
@@ -157,13 +153,14 @@ def random_checkpoint(spec: RandomSpec, folder: Path | None, seed: int = 0) -> P
             names = [name for name in state if segment.owns(name)]
             write_tensors(path, {name: random_tensor(name, tuple(state[name].shape), blocks, seed) for name in names})
     join_shards(partial, len(segments))
-    (partial / MARK).write_text(json.dumps({"of": spec.model, "overrides": spec.overrides, "seed": seed}) + "\n", encoding="utf-8")
+    mark = {"of": spec.model, "overrides": spec.overrides, "seed": seed}
+    (partial / RANDOM_FILE).write_text(json.dumps(mark) + "\n", encoding="utf-8")
     partial.rename(target)
     return target
 
 
 def _blocks(network: nn.Module) -> int:
-    from compress.models.network.segments import backbone_of
+    from compress.models.network.pooling import backbone_of
 
     return int(backbone_of(network).config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
 
@@ -192,26 +189,25 @@ def random_tensor(name: str, shape: tuple[int, ...], blocks: int, seed: int) -> 
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, std, generator=generator)
 
 
-def _copy_text_side(folder: Path | None, target: Path, config: Mapping[str, Any]) -> None:
+def _copy_text_side(folder: ModelFolder | None, target: Path, config: Mapping[str, Any]) -> None:
     """Give a random checkpoint the tokenizer, pooling and prompts of the model's folder, or a stand-in tokenizer."""
     if folder is None:
         _stand_in_tokenizer(int((config.get("text_config") or config)["vocab_size"]), target / "tokenizer.json")
         return
-    inner = transformer_folder(folder)
-    for path in inner.iterdir():
+    for path in folder.transformer.iterdir():
         if path.suffix in (".json", ".txt", ".model") and path.name != "config.json" and "safetensors" not in path.name:
             shutil.copy(path, target / path.name)
-    modules = folder / "modules.json"
+    modules = folder.path / "modules.json"
     if not modules.exists():
         return
     entries = read_json(modules)
     for entry in entries:
         if str(entry["type"]).endswith(".Transformer"):
             entry["path"] = ""
-        elif entry["path"] and (folder / entry["path"]).is_dir():
-            shutil.copytree(folder / entry["path"], target / entry["path"], dirs_exist_ok=True)
+        elif entry["path"] and (folder.path / entry["path"]).is_dir():
+            shutil.copytree(folder.path / entry["path"], target / entry["path"], dirs_exist_ok=True)
     (target / "modules.json").write_text(json.dumps(entries), encoding="utf-8")
-    prompts = folder / "config_sentence_transformers.json"
+    prompts = folder.path / "config_sentence_transformers.json"
     if prompts.exists():
         shutil.copy(prompts, target / prompts.name)
 

@@ -13,12 +13,10 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from compress.models.architectures import BLOCK, Anatomy, anatomy_of, is_block_linear, is_head_linear, place_in_block
-from compress.models.files.headers import TensorInfo, read_headers
-from compress.models.folder import read_json, transformer_folder
+from compress.models.files.headers import TensorInfo
 
 HALF_BYTES = 2
 _TABLE = re.compile(r"(?:embed\w*|wte|wpe)\.weight$")
@@ -194,12 +192,6 @@ def check_patterns(names: Iterable[str], patterns: Iterable[str]) -> None:
             raise ValueError(f"pattern {pattern!r} matches none of the model's {len(names)} linear layers{example}")
 
 
-def read_shape(name: str, folder: Path) -> ModelShape:
-    """Read a shape from a model's folder: its config and its safetensors headers."""
-    inner = transformer_folder(folder)
-    return ModelShape(name, _without_task_head(read_headers(inner)), read_json(inner / "config.json"))
-
-
 def known_shape(name: str) -> ModelShape | None:
     """Return the shape of a model whose tensors the project lists, without any file of the model; None if it is not listed."""
     listing = _listing(name)
@@ -223,6 +215,6 @@ def _listing(name: str) -> dict[str, Any] | None:
     return listing
 
 
-def _without_task_head(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+def without_task_head(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Drop what no embedder uses and none of our loaders keeps: BERT's pooler, the heads of language models."""
     return {name: info for name, info in tensors.items() if not re.search(r"(?:^|\.)pooler\.|^(?:lm_head|cls)\.", name)}

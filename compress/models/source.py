@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.resources
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from compress.common.errors import UserError, nearest
-from compress.models.files.headers import fingerprint
-from compress.models.files.variant import VariantInfo, is_variant
-from compress.models.random_weights import PREFIX, RandomSpec, is_random, random_checkpoint, random_shape
-from compress.models.shape import ModelShape, known_shape, read_shape
-
-if TYPE_CHECKING:
-    from compress.models.text.spec import EmbedderSpec
-    from compress.models.text.tokens import TextTokenizer
+from compress.models.files.variant import VARIANT_FILE
+from compress.models.folder import ModelFolder
+from compress.models.random_weights import PREFIX, RandomSpec, random_checkpoint, random_shape
+from compress.models.shape import ModelShape, known_shape
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -47,39 +42,7 @@ PUBLISHED = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
 """What is built in and lies on the hub too, by its name there."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model that was found: the name it is spoken of by, and the folder with its files."""
-
-    name: str
-    folder: Path
-
-    @property
-    def is_random(self) -> bool:
-        """Whether its weights are random, so that its vectors mean nothing."""
-        return not VariantInfo.read(self.folder).pretrained if self.is_variant else is_random(self.folder)
-
-    @property
-    def is_variant(self) -> bool:
-        """Whether it is a variant that this workbench wrote."""
-        return is_variant(self.folder)
-
-    def fingerprint(self) -> str:
-        """Return the fingerprint of its files."""
-        return fingerprint(self.folder)
-
-    def licence(self) -> str | None:
-        """Return the licence that the model card names in its front matter, or None."""
-        if self.is_variant:
-            return VariantInfo.read(self.folder).licence
-        card = self.folder / "README.md"
-        if not card.exists():
-            return None
-        found = re.search(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text(encoding="utf-8"), re.M | re.S)
-        return found.group(1).strip("\"'") if found else None
-
-
-def find(model: str) -> Source:
+def find(model: str) -> ModelFolder:
     """Find a model's folder.
 
     Args:
@@ -91,22 +54,24 @@ def find(model: str) -> Source:
     """
     if model.startswith(PREFIX):
         spec = RandomSpec.parse(model)
-        return Source(spec.name, random_checkpoint(spec, _folder_without_weights(spec.model)))
+        return ModelFolder(spec.name, random_checkpoint(spec, _folder_without_weights(spec.model)))
     if model in BUILT_IN:
-        return Source(model, BUILT_IN[model]())
+        return ModelFolder(model, BUILT_IN[model]())
     folder = Path(model)
     if folder.is_dir():
-        return Source(folder.resolve().name, folder / "variant" if is_variant(folder / "variant") else folder)
+        return ModelFolder(folder.resolve().name, folder / "variant" if (folder / "variant" / VARIANT_FILE).is_file() else folder)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and folder.suffix != ".yaml":
-        return Source(model, _download(model))
+        return ModelFolder(model, _download(model))
     raise UserError(f"model {model!r}: not a folder, a hub name (owner/name) or a built-in model", nearest(model, BUILT_IN))
 
 
-def _folder_without_weights(model: str) -> Path | None:
+def _folder_without_weights(model: str) -> ModelFolder | None:
     """Return a folder with a model's config and tokenizer; None where the project knows the shape and needs none."""
     if model in BUILT_IN or Path(model).is_dir():
-        return find(model).folder
-    return None if known_shape(model) else _download(model, [pattern for pattern in HUB_PATTERNS if "safetensors" not in pattern])
+        return find(model)
+    if known_shape(model):
+        return None
+    return ModelFolder(model, _download(model, [pattern for pattern in HUB_PATTERNS if "safetensors" not in pattern]))
 
 
 def _download(name: str, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
@@ -141,23 +106,4 @@ def find_shape(model: str) -> ModelShape:
         shape = known_shape(model)
         if shape is not None:
             return shape
-    source = find(model)
-    return read_shape(source.name, source.folder)
-
-
-def spec_of(source: Source) -> EmbedderSpec:
-    """Return how a model takes texts, without opening it."""
-    if source.is_variant:
-        return VariantInfo.read(source.folder).spec
-    from compress.models.opened import read_text_side
-
-    return read_text_side(source.folder)[0]
-
-
-def tokenizer_of(source: Source) -> TextTokenizer:
-    """Return a model's tokenizer, without opening the model."""
-    if source.is_variant:
-        return VariantInfo.read(source.folder).tokenizer(source.folder)
-    from compress.models.opened import read_text_side
-
-    return read_text_side(source.folder)[1]
+    return find(model).shape

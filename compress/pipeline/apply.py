@@ -12,8 +12,8 @@ from compress.calibration.texts import CalibrationSource
 from compress.common.journal import Journal
 from compress.methods import method_class
 from compress.methods.base import Method
+from compress.models.folder import ModelFolder
 from compress.models.shape import ModelShape
-from compress.models.source import Source
 from compress.pipeline.stage import Making, write_stage
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def stages_of(steps: Sequence[Method]) -> list[list[Method]]:
 
 
 def make_variant(
-    source: Source,
+    source: ModelFolder,
     shape: ModelShape,
     steps: Sequence[Method],
     fingerprint: str,
@@ -69,7 +69,7 @@ def make_variant(
     Raises:
         UserError: a weight is not finite, or does not fit float16.
     """
-    making = Making(source.folder, fingerprint, say, calibration, device, runtime, dtype, evaluated)
+    making = Making(source, fingerprint, say, calibration, device, runtime, dtype, evaluated)
     stages, done = stages_of(steps), list[dict[str, Any]]()
     for number, stage in enumerate(stages[:-1]):
         own = Journal(journal.folder / f"stage-{number}")
@@ -79,7 +79,7 @@ def make_variant(
             step = method_class(entry["config"]["method"]).model_validate_json(json.dumps(entry["config"]))
             shape = step.estimate(shape).after
         done += made
-        source = Source(source.name, between)
+        source = ModelFolder(source.name, between)
     return done + write_stage(making, source, shape, stages[-1], len(done), target, journal)
 
 

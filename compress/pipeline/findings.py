@@ -16,8 +16,9 @@ from compress.measure.speed.timing import Speed, speed_ratio
 from compress.measure.vectors.fidelity import Fidelity
 from compress.models.files.headers import weight_bytes
 from compress.models.files.variant import VariantInfo
+from compress.models.folder import ModelFolder
 from compress.models.shape import ModelShape
-from compress.models.source import DTYPE_BYTES, Source
+from compress.models.source import DTYPE_BYTES
 from compress.pipeline.recipe import Gates, Recipe
 
 if TYPE_CHECKING:
@@ -43,9 +44,11 @@ class Findings:
     """Baselines by dtype, the first being the one that gates look at, and `variant`; empty where speed was not measured."""
 
 
-def assemble(name: str, recipe: Recipe, source: Source, shape: ModelShape, folder: Path, device: str, found: Findings) -> Record:
+def assemble(
+    name: str, recipe: Recipe, source: ModelFolder, shape: ModelShape, folder: Path, device: str, found: Findings
+) -> Record:
     """Put a run's record together; `folder` holds its variant."""
-    info = VariantInfo.read(folder / VARIANT)
+    info = ModelFolder(name, folder / VARIANT).compressed
     compared = _compare(recipe, found)
     tasks = tuple(
         task_row(roles["baseline"], roles[VARIANT], compared.tasks[name], found.index.get(name, {}))

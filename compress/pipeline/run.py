@@ -27,10 +27,9 @@ from compress.measure.scored import Scored, baseline_key, versions_and_machine
 from compress.measure.speed.timing import Candidate, Speed, measure_speed
 from compress.measure.vectors.codec import rotation
 from compress.measure.vectors.fidelity import Fidelity, cosines, fidelity
-from compress.models.files.variant import VariantInfo
+from compress.models.folder import ModelFolder
 from compress.models.random_weights import PREFIX as RANDOM
-from compress.models.shape import read_shape
-from compress.models.source import DTYPE_BYTES, Source, find
+from compress.models.source import DTYPE_BYTES, find
 from compress.pipeline.apply import make_variant
 from compress.pipeline.findings import RECIPE_FILE, VARIANT, Findings, assemble
 from compress.pipeline.plan import make_plan
@@ -121,12 +120,12 @@ class _Run:
 
         self.output, self.say = output, say
         self.source = find(recipe.model)
-        if self.source.is_variant:
+        if self.source.variant is not None:
             raise UserError(
                 f"model {recipe.model!r} is a variant that was compressed already",
-                f"start from the model it was made from: {VariantInfo.read(self.source.folder).base}",
+                f"start from the model it was made from: {self.source.variant.base}",
             )
-        self.shape = read_shape(self.source.name, self.source.folder)
+        self.shape = self.source.shape
         self.recipe = self._resolved(recipe)
         self.plan = make_plan(self.recipe, self.shape, output)
         _check_writable(output)
@@ -141,7 +140,7 @@ class _Run:
         _check_prompts(evaluate.prompts, self.tasks)
         self.device = _device(device)
         self.runtime = pick_runtime(self.recipe.runtime, self.plan.quantized, device=self.device, dtype=self.recipe.dtype)
-        self.fingerprint = self.source.fingerprint()
+        self.fingerprint = self.source.fingerprint
         short = ("random-" if self.source.is_random else "") + self.source.name.split("/")[-1].split(",")[0].removeprefix(RANDOM)
         self.name = f"{recipe.name}-{short}-{self._identity()}"
         self.folder = output / f".{self.name}.partial"
@@ -240,7 +239,7 @@ class _Run:
         if self.runtime in GRAPH_RUNTIMES:
             from compress.runtimes.lower import lower
 
-            self.say(f"lowered for {self.runtime}: {lower(target, self.runtime).name}")
+            self.say(f"lowered for {self.runtime}: {lower(ModelFolder(self.name, target), self.runtime).name}")
         return {"steps": done}
 
     def _evaluated(self) -> frozenset[str]:
@@ -248,8 +247,8 @@ class _Run:
 
         return evaluated_texts(self.tasks)
 
-    def _source(self, role: str) -> Source:
-        return Source(f"{self.name} {role}", self.folder / VARIANT) if role == VARIANT else self.source
+    def _source(self, role: str) -> ModelFolder:
+        return ModelFolder(f"{self.name} {role}", self.folder / VARIANT) if role == VARIANT else self.source
 
     def _open(self, role: str, dtype: str | None) -> Embedder:
         source = self._source(role)
@@ -347,7 +346,7 @@ class _Run:
     def _speed(self) -> dict[str, Any]:
         """Measure baselines and variant in fresh processes."""
         candidates = {
-            dtype: Candidate({"model": str(self.source.folder), "device": self.device, "dtype": dtype})
+            dtype: Candidate({"model": str(self.source.path), "device": self.device, "dtype": dtype})
             for dtype in self._dtypes_that_fit()
         }
         candidates[VARIANT] = Candidate({"model": str(self.folder / VARIANT), "device": self.device})

@@ -18,8 +18,8 @@ from compress.common.journal import Journal
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Bench, Method
 from compress.models.files.variant import VariantInfo
+from compress.models.folder import ModelFolder
 from compress.models.shape import ModelShape
-from compress.models.source import Source
 from compress.runtimes.contract import GRAPH_RUNTIMES
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ WRITTEN = "written"
 class Making:
     """What all stages of a variant's making have in common; see `make_variant`."""
 
-    published: Path
+    published: ModelFolder
     fingerprint: str
     say: Callable[[str], None]
     calibration: CalibrationSource | None
@@ -49,7 +49,7 @@ class Making:
 
 
 def write_stage(
-    making: Making, source: Source, shape: ModelShape, steps: Sequence[Method], before: int, target: Path, journal: Journal
+    making: Making, source: ModelFolder, shape: ModelShape, steps: Sequence[Method], before: int, target: Path, journal: Journal
 ) -> list[dict[str, Any]]:
     """Apply steps that share one walk, of which there were `before` others, to a model or to the variant of those."""
     if journal.has(WRITTEN) and target.exists():  # killed behind the renaming, before anyone noted it
@@ -64,7 +64,7 @@ def write_stage(
     from compress.models.network.walk import Carry, Streamed, walk
     from compress.models.opened import buffers_to, open_model
 
-    model, place = open_model(source.folder), torch.device(making.device)
+    model, place = open_model(source), torch.device(making.device)
     buffers_to(model.network, place)
     compute = _compute_dtype(model.weights.dtypes(), place)
 
@@ -82,7 +82,7 @@ def write_stage(
         return Bench(once, journal.folder / _decision(number), making.published, making.say, making.evaluated, report)
 
     steps, model = _prepared(steps, model, survey, bench, before)
-    earlier = VariantInfo.read(source.folder) if source.is_variant else None
+    earlier = source.variant
     stored = dict(earlier.quantized) if earlier else {}
     network, tokenizer = model.network, model.tokenizer
     count = len(segments_of(network))
@@ -135,7 +135,7 @@ def write_stage(
     info = VariantInfo(
         base=source.name,
         base_fingerprint=making.fingerprint,
-        licence=source.licence(),
+        licence=source.licence,
         max_length=tokenizer.max_length,
         spec=model.spec,
         pretrained=not source.is_random,

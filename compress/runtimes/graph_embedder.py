@@ -13,7 +13,7 @@ from pathlib import Path
 from compress.common.errors import UserError
 from compress.models.embedder import BatchedEmbedder, Vectors, watched
 from compress.models.files.headers import weight_bytes
-from compress.models.files.variant import VariantInfo
+from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Batch, Ids
 from compress.runtimes.allocator import keep_freed_memory
 from compress.runtimes.contract import graph_file, pick_runtime
@@ -28,10 +28,9 @@ LARGE_BYTES = 500 * 10**6
 class GraphEmbedder(BatchedEmbedder):
     """Runs batches side by side, one in each stream; `encode` may be called by many threads at once."""
 
-    def __init__(self, name: str, folder: Path, threads: int, streams: int) -> None:
+    def __init__(self, folder: ModelFolder, threads: int, streams: int) -> None:
         """Take the variant's folder; the subclass has built what runs, so that `dimension` is known."""
-        info = VariantInfo.read(folder)
-        super().__init__(name, info.spec, info.tokenizer(folder), self._dimension(), BATCH_TOKENS)
+        super().__init__(folder.name, folder.spec, folder.tokenizer, self._dimension(), BATCH_TOKENS)
         self.threads = threads
         self._streams = ThreadPoolExecutor(streams, thread_name_prefix="stream")
 
@@ -67,26 +66,26 @@ def _pooled(mask: Ids, pool_from: int) -> Ids:
     return pooled
 
 
-def threads_and_streams(folder: Path, threads: int | None) -> tuple[int, int]:
+def threads_and_streams(folder: ModelFolder, threads: int | None) -> tuple[int, int]:
     """Return how many threads compute and in how many streams: a stream a thread, but one for all where the model is large."""
     keep_freed_memory()
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return threads, 1 if weight_bytes(folder) > LARGE_BYTES else threads
+    return threads, 1 if weight_bytes(folder.path) > LARGE_BYTES else threads
 
 
-def lowered(folder: Path, runtime: str, dtype: str | None = None) -> Path:
+def lowered(folder: ModelFolder, runtime: str, dtype: str | None = None) -> Path:
     """Return the graph of a variant for a runtime; where it is not there, another process writes it, because that needs torch.
 
     Raises:
         UserError: the runtime does not execute the variant's numbers or the dtype, or the graph could not be written.
     """
-    pick_runtime(runtime, VariantInfo.read(folder).quantized, dtype=dtype)
-    path = graph_file(folder, runtime)
+    pick_runtime(runtime, folder.compressed.quantized, dtype=dtype)
+    path = graph_file(folder.path, runtime)
     if not path.exists():
-        command = [sys.executable, "-m", "compress.runtimes.lower", str(folder), runtime]
+        command = [sys.executable, "-m", "compress.runtimes.lower", str(folder.path), runtime]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise UserError(f"{folder}: could not be lowered for {runtime}", said[-1])
+            raise UserError(f"{folder.path}: could not be lowered for {runtime}", said[-1])
     return path

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 
 from compress.common.errors import UserError, nearest
 from compress.common.memory import available_memory_bytes, gigabytes
-from compress.models.files.variant import VariantInfo
-from compress.models.shape import read_shape
-from compress.models.source import DTYPE_BYTES, Source, find
+from compress.models.folder import ModelFolder
+from compress.models.source import DTYPE_BYTES, find
 from compress.runtimes.contract import RUNTIMES, RuntimeName, pick_runtime
 
 if TYPE_CHECKING:
     from compress.models.embedder import Embedder
 
 
-def runtime_of(source: Source, runtime: str | None = None, *, device: str | None = None, dtype: str | None = None) -> RuntimeName:
+def runtime_of(
+    source: ModelFolder, runtime: str | None = None, *, device: str | None = None, dtype: str | None = None
+) -> RuntimeName:
     """Return the runtime that a model is opened in.
 
     Args:
@@ -32,14 +33,14 @@ def runtime_of(source: Source, runtime: str | None = None, *, device: str | None
     """
     if runtime is not None and runtime != "auto" and runtime not in RUNTIMES:
         raise UserError(f"runtime {runtime!r} is not known", nearest(runtime, ["auto", *RUNTIMES]))
-    if not source.is_variant:
+    if source.variant is None:
         if runtime not in (None, "auto", RuntimeName.TORCH):
             raise UserError(
                 f"model {source.name!r}: {runtime} executes variants, and this is a checkpoint",
                 f"make one: compress run recipes/bf16-openvino.yaml --model {source.name}",
             )
         return RuntimeName.TORCH
-    info = VariantInfo.read(source.folder)
+    info = source.variant
     return pick_runtime(runtime or info.runtime, info.quantized, device=device or "cpu", dtype=dtype)
 
 
@@ -51,7 +52,7 @@ def preload(model: str, runtime: str | None = None, **_: object) -> None:
     if name is RuntimeName.TORCH:
         from compress.runtimes.torch_runtime import import_architecture
 
-        import_architecture(source.folder)
+        import_architecture(source)
 
 
 def load(
@@ -85,13 +86,13 @@ def load(
     return open_source(find(model), runtime=runtime, device=device, dtype=dtype, threads=threads, compile=compile, stream=stream)
 
 
-def _check_fits(source: Source, dtype: str | None) -> None:
+def _check_fits(source: ModelFolder, dtype: str | None) -> None:
     """See that a model fits in memory, where the operating system would otherwise end the process for it.
 
     Raises:
         UserError: it does not.
     """
-    shape = read_shape(source.name, source.folder)
+    shape = source.shape
     needed = shape.bytes if source.is_variant else shape.parameters * DTYPE_BYTES[dtype or "float32"]
     free = available_memory_bytes()
     if needed > free:
@@ -102,7 +103,7 @@ def _check_fits(source: Source, dtype: str | None) -> None:
 
 
 def open_source(
-    source: Source,
+    source: ModelFolder,
     *,
     runtime: str | None = None,
     device: str | None = None,
@@ -113,8 +114,8 @@ def open_source(
 ) -> Embedder:
     """Load the embedder of a model that was found; see `load`."""
     name = runtime_of(source, runtime, device=device, dtype=dtype)
-    if source.is_variant and dtype is None:
-        info = VariantInfo.read(source.folder)
+    info = source.variant
+    if info is not None and dtype is None:
         dtype = info.dtype if name == info.runtime else None
     if name is not RuntimeName.TORCH:
         if compile or stream:
@@ -123,13 +124,13 @@ def open_source(
             )
         _check_fits(source, dtype)
         opener = importlib.import_module(RUNTIMES[name].opener).open_variant
-        embedder: Embedder = opener(source.folder, source.name, dtype=dtype, threads=threads)
+        embedder: Embedder = opener(source, dtype=dtype, threads=threads)
         return embedder
     return _open_in_torch(source, device, dtype, threads, compile, stream)
 
 
 def _open_in_torch(
-    source: Source, device: str | None, dtype: str | None, threads: int | None, compile: bool, stream: bool
+    source: ModelFolder, device: str | None, dtype: str | None, threads: int | None, compile: bool, stream: bool
 ) -> Embedder:
     from compress.runtimes import torch_runtime
 
@@ -140,9 +141,9 @@ def _open_in_torch(
     if stream:
         if compile:
             raise ValueError("compile and stream exclude each other")
-        return torch_runtime.open_streamed(source.folder, source.name, device=device, dtype=dtype)
+        return torch_runtime.open_streamed(source, device=device, dtype=dtype)
     opener = torch_runtime.open_variant if source.is_variant else torch_runtime.open_checkpoint
-    embedder = opener(source.folder, source.name, device=device, dtype=dtype)
+    embedder = opener(source, device=device, dtype=dtype)
     if compile:
         embedder.compile()
     return embedder

@@ -23,10 +23,9 @@ from torch import nn
 
 from compress.common.errors import UserError
 from compress.layers.compressed import CompressedLayer
-from compress.models.files.headers import MASK, TensorInfo, read_header, weight_files
-from compress.models.files.variant import VariantInfo
-from compress.models.network.pooling import TextNetwork
-from compress.models.network.segments import backbone_of
+from compress.models.files.headers import MASK, TensorInfo, read_header
+from compress.models.folder import ModelFolder
+from compress.models.network.pooling import TracedNetwork, backbone_of
 from compress.models.opened import empty_model
 from compress.runtimes.contract import GRAPH_RUNTIMES, INPUTS, RuntimeName, graph_file
 from compress.runtimes.lowered_layers import FOUR_BITS, OPSET, TracedLinear, TracedTable, traced, translations
@@ -53,7 +52,7 @@ class Stored:
             return file.read(self.info.bytes)
 
 
-def lower(folder: Path, runtime: str) -> Path:
+def lower(folder: ModelFolder, runtime: str) -> Path:
     """Write the graph of a variant for a runtime into the variant's folder, in the place of what was there.
 
     Takes the memory of the graph alone: the weights are not read.
@@ -61,12 +60,12 @@ def lower(folder: Path, runtime: str) -> Path:
     Raises:
         UserError: a layer is stored in a way for which the graph has no words.
     """
-    info = VariantInfo.read(folder)
-    stored = {name: Stored(path, tensor) for path in weight_files(folder) for name, tensor in read_header(path).items()}
+    info = folder.compressed
+    stored = {name: Stored(path, tensor) for path in folder.weight_files for name, tensor in read_header(path).items()}
     for name in stored:
         if name.endswith(MASK):
             raise UserError(
-                f"{folder}: {name.removesuffix(MASK)} is stored as its values that are not zero, which {runtime} cannot refer to",
+                f"{folder.path}: {name.removesuffix(MASK)} is stored without its zeros, which {runtime} cannot refer to",
                 f"make the variant for it: runtime: {runtime} in the recipe",
             )
     network = empty_model(folder)
@@ -76,7 +75,7 @@ def lower(folder: Path, runtime: str) -> Path:
         stand_in = traced(module)
         if layer.bits == 4:
             group_size = layer.group_size if isinstance(stand_in, TracedLinear) else None  # of a table, rows are scaled one by one
-            _check_four_bits(f"{folder}: {name}", stand_in.width, group_size, runtime)
+            _check_four_bits(f"{folder.path}: {name}", stand_in.width, group_size, runtime)
         network.set_submodule(name, stand_in)
     unread = _without_values(network)
     # Plain products and a softmax: both runtimes find attention in them and fuse it.
@@ -86,7 +85,7 @@ def lower(folder: Path, runtime: str) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own, about its own code
         program = torch.onnx.export(
-            TextNetwork(network, info.spec).eval(),
+            TracedNetwork(network).eval(),
             tuple(torch.ones(TRACED_TEXTS, TRACED_TOKENS, dtype=torch.int64) for _ in names),
             dynamo=True,
             optimize=False,
@@ -99,7 +98,7 @@ def lower(folder: Path, runtime: str) -> Path:
         )
     assert program is not None
     _finish(program.model, stored, unread)
-    path = graph_file(folder, runtime)
+    path = graph_file(folder.path, runtime)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     ir.save(program.model, temporary, format="protobuf")
     temporary.replace(path)
@@ -217,7 +216,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("runtime", choices=GRAPH_RUNTIMES)
     arguments = parser.parse_args()
-    lower(arguments.folder, arguments.runtime)
+    lower(ModelFolder(arguments.folder.name, arguments.folder), arguments.runtime)
 
 
 if __name__ == "__main__":

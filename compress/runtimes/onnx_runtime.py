@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import onnxruntime
 
 from compress.models.embedder import Vectors
+from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Ids
 from compress.runtimes.contract import RuntimeName
 from compress.runtimes.graph_embedder import GraphEmbedder, lowered, threads_and_streams
@@ -22,7 +22,7 @@ FLOAT32 = "1"
 class OnnxEmbedder(GraphEmbedder):
     """A variant in onnxruntime."""
 
-    def __init__(self, name: str, folder: Path, dtype: str | None = None, threads: int | None = None) -> None:
+    def __init__(self, folder: ModelFolder, dtype: str | None = None, threads: int | None = None) -> None:
         """Open a variant's folder; see `open_variant`."""
         graph = lowered(folder, RuntimeName.ONNXRUNTIME, dtype)
         threads, streams = threads_and_streams(folder, threads)
@@ -35,7 +35,7 @@ class OnnxEmbedder(GraphEmbedder):
             graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOWER_FUSIONS
         )
         self._names = [given.name for given in self._session.get_inputs()]
-        super().__init__(name, folder, threads, streams)
+        super().__init__(folder, threads, streams)
 
     def _dimension(self) -> int:
         return int(self._session.get_outputs()[0].shape[1])
@@ -46,16 +46,15 @@ class OnnxEmbedder(GraphEmbedder):
         return vectors
 
 
-def open_variant(folder: Path, name: str, *, dtype: str | None = None, threads: int | None = None) -> OnnxEmbedder:
+def open_variant(folder: ModelFolder, *, dtype: str | None = None, threads: int | None = None) -> OnnxEmbedder:
     """Open a variant.
 
     Args:
-        folder: of the variant.
-        name: to be spoken of by.
+        folder: the variant's.
         dtype: of the floating-point arithmetic: float32.
         threads: that compute; None: one for each core that the process may use.
 
     Raises:
         UserError: onnxruntime does not execute the variant's numbers or the dtype.
     """
-    return OnnxEmbedder(name, folder, dtype, threads)
+    return OnnxEmbedder(folder, dtype, threads)

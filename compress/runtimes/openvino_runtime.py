@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
 import openvino
 
 from compress.models.embedder import Vectors
+from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Ids
 from compress.runtimes.contract import RuntimeName
 from compress.runtimes.graph_embedder import GraphEmbedder, lowered, threads_and_streams
@@ -27,7 +27,7 @@ PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 class OpenVINOEmbedder(GraphEmbedder):
     """A variant in OpenVINO."""
 
-    def __init__(self, name: str, folder: Path, dtype: str | None = None, threads: int | None = None) -> None:
+    def __init__(self, folder: ModelFolder, dtype: str | None = None, threads: int | None = None) -> None:
         """Open a variant's folder; see `open_variant`."""
         graph = lowered(folder, RuntimeName.OPENVINO, dtype)
         threads, streams = threads_and_streams(folder, threads)
@@ -43,7 +43,7 @@ class OpenVINOEmbedder(GraphEmbedder):
         self._requests: SimpleQueue[openvino.InferRequest] = SimpleQueue()
         for _ in range(streams):
             self._requests.put(self._compiled.create_infer_request())
-        super().__init__(name, folder, threads, streams)
+        super().__init__(folder, threads, streams)
 
     def _dimension(self) -> int:
         return int(self._compiled.output(0).get_partial_shape()[1].get_length())
@@ -61,16 +61,15 @@ class OpenVINOEmbedder(GraphEmbedder):
             self._requests.put(request)
 
 
-def open_variant(folder: Path, name: str, *, dtype: str | None = None, threads: int | None = None) -> OpenVINOEmbedder:
+def open_variant(folder: ModelFolder, *, dtype: str | None = None, threads: int | None = None) -> OpenVINOEmbedder:
     """Open a variant.
 
     Args:
-        folder: of the variant.
-        name: to be spoken of by.
+        folder: the variant's.
         dtype: of the floating-point arithmetic: float32, or bfloat16 where the CPU multiplies it.
         threads: that compute; None: one for each core that the process may use.
 
     Raises:
         UserError: OpenVINO does not execute the variant's numbers or the dtype.
     """
-    return OpenVINOEmbedder(name, folder, dtype, threads)
+    return OpenVINOEmbedder(folder, dtype, threads)

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -81,22 +82,34 @@ class Mapped:
         return self._function(self._embedder.encode(texts, prompt, batch_tokens=batch_tokens, progress=progress))
 
 
+class Described(Protocol):
+    """What is known of an embedder before it is opened: a `ModelFolder`, or an embedder itself."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def spec(self) -> EmbedderSpec: ...
+
+    @property
+    def dimension(self) -> int: ...
+
+
 class StoredEmbedder:
     """An embedder that is opened only when a text comes that it was never given; the rest is read from a store."""
 
     def __init__(
         self,
-        name: str,
-        spec: EmbedderSpec,
-        dimension: int,
+        model: Described,
         open_embedder: Callable[[], Embedder],
         store: VectorStore,
         batch_tokens: int | None = None,
     ) -> None:
-        """`batch_tokens`: of every batch, whatever a call says; vectors of one store come from batches of one size."""
-        self.name = name
-        self.spec = spec
-        self.dimension = dimension
+        """Take the model, how it is opened, and where its vectors are kept.
+
+        `batch_tokens`: of every batch, whatever a call says; vectors of one store come from batches of one size.
+        """
+        self.name, self.spec, self.dimension = model.name, model.spec, model.dimension
         self._open = open_embedder
         self._opened: Embedder | None = None
         self._store = store

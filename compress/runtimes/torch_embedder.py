@@ -1,4 +1,4 @@
-"""An embedder whose network is a torch module from transformers."""
+"""An embedder whose network is a torch module."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from compress.models.embedder import BatchedEmbedder, Vectors, watched
-from compress.models.network.nv_embed import NVEmbedNetwork
-from compress.models.network.pooling import pool
-from compress.models.text.spec import EmbedderSpec
-from compress.models.text.tokens import Batch, TextTokenizer
+from compress.models.folder import ModelFolder
+from compress.models.network.pooling import backbone_of, head_of
+from compress.models.text.tokens import Batch
 
 # Padded tokens a batch holds unless told otherwise. On a CPU, what a batch of 1,024 tokens touches stays in the cache; a GPU needs
 # many more to be busy (measured for MiniLM on two cores: 1,024 tokens 1.1 to 1.7 times as fast as 4,096).
@@ -20,20 +19,12 @@ BATCH_TOKENS_ELSEWHERE = 16_384
 
 
 class TorchEmbedder(BatchedEmbedder):
-    """A transformers encoder or decoder, pooled."""
+    """A network in torch, its head included."""
 
-    def __init__(
-        self,
-        name: str,
-        spec: EmbedderSpec,
-        tokenizer: TextTokenizer,
-        model: nn.Module,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        """Wrap `model` (a transformers base model whose output has `last_hidden_state`), already on `device`."""
+    def __init__(self, folder: ModelFolder, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        """Wrap a network that is already on `device`; `folder` says how it takes texts."""
         batch_tokens = BATCH_TOKENS.get(device.type, BATCH_TOKENS_ELSEWHERE)
-        super().__init__(name, spec, tokenizer, int(model.config.hidden_size), batch_tokens)  # type: ignore[union-attr, arg-type]
+        super().__init__(folder.name, folder.spec, folder.tokenizer, folder.dimension, batch_tokens)
         self.model = model.eval()
         self.device = device
         self.dtype = dtype
@@ -54,35 +45,19 @@ class TorchEmbedder(BatchedEmbedder):
         return torch.get_num_threads()
 
     def compile(self) -> None:
-        """Run the network through `torch.compile` from now on."""
-        self.model = torch.compile(self.model, dynamic=True)  # type: ignore[assignment]
-
-    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Run the transformer: int64 [batch, length] twice to [batch, length, width]."""
-        hidden: torch.Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        return hidden
-
-    def pool(self, hidden: torch.Tensor, mask: torch.Tensor, pool_from: int) -> torch.Tensor:
-        """Turn hidden states into vectors: float32 [batch, dimension]."""
-        return pool(hidden, mask, self.spec, pool_from)
-
-
-class NVEmbedder(TorchEmbedder):
-    """NV-Embed as an embedder."""
-
-    model: NVEmbedNetwork
-
-    def compile(self) -> None:
         """Run the backbone through `torch.compile` from now on; the head is a few products."""
-        self.model.embedding_model = torch.compile(self.model.embedding_model, dynamic=True)  # type: ignore[assignment]
+        backbone_of(self.model).compile(dynamic=True)
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Run the backbone; see `TorchEmbedder.hidden`."""
-        hidden: torch.Tensor = self.model.embedding_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        """Run the backbone: int64 [texts, length] twice to [texts, length, width]."""
+        hidden: torch.Tensor = backbone_of(self.model)(input_ids=ids, attention_mask=mask).last_hidden_state
         return hidden
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor, pool_from: int) -> torch.Tensor:
-        """Run the head on the tokens from `pool_from` on; see `TorchEmbedder.pool`."""
-        pool_mask = mask.clone()
-        pool_mask[:, :pool_from] = 0
-        return self.model.pool(hidden, pool_mask)
+        """Run the head, tokens before `pool_from` not pooled: float32 [texts, dimension]."""
+        pooled = mask
+        if pool_from:
+            pooled = mask.clone()
+            pooled[:, :pool_from] = 0
+        vectors: torch.Tensor = head_of(self.model)(hidden, mask, pooled)
+        return vectors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,16 +11,13 @@ from compress.common.errors import UserError
 from compress.layers.compressed import CompressedLayer, CompressedLinear
 from compress.layers.float_layers import CastEmbedding, OneDnnLinear, has_onednn_linear
 from compress.layers.quantized_embedding import QuantizedEmbedding
-from compress.models.folder import transformer_folder
-from compress.models.network.build import load_network, read_config
-from compress.models.network.nv_embed import NVEmbedNetwork
+from compress.models.folder import ModelFolder
+from compress.models.network.build import load_network
 from compress.models.network.walk import Streamed
-from compress.models.opened import buffers_to, empty_model, read_text_side, weights_of
-from compress.models.text.spec import EmbedderSpec
-from compress.models.text.tokens import TextTokenizer
+from compress.models.opened import buffers_to, empty_model, weights_of
 from compress.runtimes.allocator import keep_freed_memory
 from compress.runtimes.streamed import StreamedEmbedder
-from compress.runtimes.torch_embedder import NVEmbedder, TorchEmbedder
+from compress.runtimes.torch_embedder import TorchEmbedder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -76,33 +72,22 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
     return model
 
 
-def import_architecture(folder: Path) -> None:
+def import_architecture(folder: ModelFolder) -> None:
     """Import the code of a model's architecture, which transformers otherwise does while loading it."""
     from transformers import AutoModel
 
-    AutoModel._model_mapping[type(read_config(transformer_folder(folder)))]
+    AutoModel._model_mapping[type(folder.network_config)]
 
 
-def _kind(model: nn.Module) -> type[TorchEmbedder]:
-    return NVEmbedder if isinstance(model, NVEmbedNetwork) else TorchEmbedder
-
-
-def _embedder(
-    name: str, spec: EmbedderSpec, tokenizer: TextTokenizer, model: nn.Module, device: torch.device, dtype: torch.dtype
-) -> TorchEmbedder:
-    return _kind(model)(name, spec, tokenizer, prepare(model, dtype, device), device, dtype)
-
-
-def open_checkpoint(folder: Path, name: str, *, device: str | None = None, dtype: str | None = None) -> TorchEmbedder:
+def open_checkpoint(folder: ModelFolder, *, device: str | None = None, dtype: str | None = None) -> TorchEmbedder:
     """Open a sentence-transformers or transformers folder as an embedder."""
     target = pick_device(device)
     compute = pick_dtype(dtype, target)
-    spec, tokenizer = read_text_side(folder)
-    return _embedder(name, spec, tokenizer, load_network(transformer_folder(folder), compute), target, compute)
+    return TorchEmbedder(folder, prepare(load_network(folder, compute), compute, target), target, compute)
 
 
 def open_variant(
-    folder: Path, name: str, *, device: str | None = None, dtype: str | None = None, activations: bool = True
+    folder: ModelFolder, *, device: str | None = None, dtype: str | None = None, activations: bool = True
 ) -> TorchEmbedder:
     """Open a variant as it was saved: quantized weights go from the file to their kernels, never through floating point.
 
@@ -116,14 +101,14 @@ def open_variant(
         for path, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear) and module.rounds_inputs:
                 model.set_submodule(path, module.plain().requires_grad_(False))
-    return _embedder(name, *read_text_side(folder), model, target, compute)
+    return TorchEmbedder(folder, prepare(model, compute, target), target, compute)
 
 
-def open_streamed(folder: Path, name: str, *, device: str | None = None, dtype: str | None = None) -> StreamedEmbedder:
+def open_streamed(folder: ModelFolder, *, device: str | None = None, dtype: str | None = None) -> StreamedEmbedder:
     """Open a model or a variant without loading it: its blocks are read one after another each time texts are encoded."""
     target = pick_device(device)
     compute = pick_dtype(dtype, target)
     model = empty_model(folder)
     buffers_to(model, target)
     source = Streamed(model, weights_of(folder, model), partial(prepare, dtype=compute, device=target))
-    return StreamedEmbedder(_kind(model)(name, *read_text_side(folder), model, target, compute), source)
+    return StreamedEmbedder(TorchEmbedder(folder, model, target, compute), source)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests_support import folder_of, text_side
 from torch import nn
 
 from compress.calibration.input_factors import scale_inputs
@@ -19,7 +20,6 @@ from compress.data.texts import calibration_texts
 from compress.models.network.build import load_network
 from compress.models.network.segments import Kind, Parts, Segment, segments_of
 from compress.models.network.walk import Carry, Resident, walk
-from compress.models.opened import read_text_side
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def linears(parts: Parts) -> dict[str, nn.Linear]:
 
 def visited(folder: Path, texts: CalibrationTexts, visit) -> None:
     """Walk a network with texts and call `visit(segment, parts, inputs)` at blocks and heads."""
-    network = load_network(folder, torch.float32)
+    network = load_network(folder_of(folder), torch.float32)
     carry = Carry(texts.batches, CPU)
 
     def each(index: int, segment: Segment, parts: Parts) -> None:
@@ -41,7 +41,7 @@ def visited(folder: Path, texts: CalibrationTexts, visit) -> None:
 
 
 def batches_of(folder: Path, count: int = 12, prompts: tuple[str, ...] = (), pool_prompt: bool = True) -> CalibrationTexts:
-    _, tokenizer = read_text_side(folder)
+    _, tokenizer = text_side(folder)
     return calibration_batches(tokenizer, calibration_texts()[:count], prompts, pool_prompt=pool_prompt, max_tokens=40)
 
 
@@ -128,7 +128,7 @@ def test_pooled_weights_are_each_token_s_share_in_its_text_s_mean(nv_embed: Path
 
 
 def test_prompts_come_in_turn_and_too_few_tokens_are_refused(nv_embed: Path) -> None:
-    spec, tokenizer = read_text_side(nv_embed)
+    spec, tokenizer = text_side(nv_embed)
     texts = calibration_texts()[:4]
     made = calibration_batches(tokenizer, texts, ("find: ", ""), pool_prompt=True, max_tokens=40)
     expected = {tuple(row[:40]) for row in tokenizer([f"find: {texts[0]}", texts[1], f"find: {texts[2]}", texts[3]])}
@@ -211,4 +211,4 @@ def test_a_factor_goes_where_nothing_else_notices(make_model, kind: str, leader:
         assert left is None or torch.equal(left, factor)
 
     visited(folder, texts, visit)
-    assert done == [absorbed] * len(segments_of(load_network(folder, torch.float32))[1 : -1 if kind != "bert" else None])
+    assert done == [absorbed] * len(segments_of(load_network(folder_of(folder), torch.float32))[1 : -1 if kind != "bert" else None])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests_support import compress_to
+from tests_support import compress_to, folder_of
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from compress.methods.base import Method
@@ -48,8 +48,8 @@ def filled() -> Callable[[Path], torch.nn.Module]:
     """Open a run's variant as our runtime stores it: layers with the integers, scales and zeros of the file."""
 
     def fill(run: Path) -> torch.nn.Module:
-        network = empty_model(run / "variant")
-        weights_of(run / "variant", network).fill(network)
+        network = empty_model(folder_of(run / "variant"))
+        weights_of(folder_of(run / "variant"), network).fill(network)
         return network
 
     return fill

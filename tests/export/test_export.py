@@ -10,6 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests_support import folder_of, text_side
 from transformers import AutoTokenizer
 
 from compress import cli
@@ -19,9 +20,7 @@ from compress.layers.quantized_linear import stored_zeros
 from compress.methods.quantize.embeddings import Embeddings
 from compress.methods.quantize.rtn import RTN
 from compress.models.files.variant import VariantInfo
-from compress.models.network.nv_embed import MODEL_TYPE
-from compress.models.opened import read_text_side
-from compress.models.text.spec import read_spec
+from compress.models.text.nv_embed import MODEL_TYPE
 from compress.pipeline.recipe import Recipe
 
 INTEGERS, VALUES = ["compressed-tensors", "gptq"], ["transformers", "sentence-transformers"]
@@ -116,8 +115,8 @@ def test_texts_are_taken_as_the_variant_takes_them(make_model, make_variant, tmp
     change(model / "config_sentence_transformers.json", default_prompt_name="query")
     run = make_variant(model, FOUR)
     out = export(run, "compressed-tensors", tmp_path / "out", check=False)
-    spec, tokenizer = read_text_side(run / "variant")
-    assert read_spec(out) == spec
+    spec, tokenizer = text_side(run / "variant")
+    assert folder_of(out).spec == spec
     read = AutoTokenizer.from_pretrained(out)
     texts = ["find: a short text", "of the many words " * 40]
     batch = read(texts, padding=True, truncation=True, max_length=tokenizer.max_length)

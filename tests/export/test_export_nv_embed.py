@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests_support import folder_of
 
 import compress
 from compress.common.errors import UserError
@@ -15,7 +16,6 @@ from compress.methods.nv_embed.fold import Fold
 from compress.methods.prune.depth import Depth
 from compress.methods.prune.magnitude import Magnitude
 from compress.methods.quantize.rtn import RTN
-from compress.models.files.headers import read_headers
 from compress.models.source import find
 
 TEXTS = ["the parcel never came", "rain by the evening", "", "of the many words " * 40]
@@ -30,7 +30,7 @@ def test_a_checkpoint_has_the_variant_s_vectors(nv_embed: Path, make_variant, tm
     expected = compress.load(str(run), device="cpu").encode(TEXTS, prompt)
     found = compress.load(str(out), device="cpu", dtype="float32")
     np.testing.assert_allclose(found.encode(TEXTS, prompt), expected, atol=1e-5)
-    assert read_headers(out).keys() <= read_headers(nv_embed).keys()
+    assert folder_of(out).headers.keys() <= folder_of(nv_embed).headers.keys()
     assert "compress.load" in (out / "README.md").read_text()
 
 

@@ -20,6 +20,7 @@ from compress.methods.base import Method
 from compress.methods.nv_embed.mean_pooling import MeanPooling
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.rtn import RTN
+from compress.models.folder import ModelFolder
 from compress.runtimes.torch_runtime import open_variant
 
 RECORDED = Path(__file__).parents[2] / "results" / "int8-nano-d25c973e" / RECORD_FILE
@@ -75,9 +76,9 @@ def test_activations_are_left_alone_where_the_reader_leaves_them(bert: Path, mak
     run = make_variant(bert, step)
     out = export(run, "sentence-transformers", tmp_path / "out", check=False)
     found = compress.load(str(out), device="cpu", dtype="float32").encode(TEXTS)
-    alone = open_variant(run / "variant", "it", device="cpu", activations=False).encode(TEXTS)
+    alone = open_variant(ModelFolder("it", run / "variant"), device="cpu", activations=False).encode(TEXTS)
     np.testing.assert_allclose(found, alone, atol=2e-3)
-    rounded = open_variant(run / "variant", "it", device="cpu").encode(TEXTS)
+    rounded = open_variant(ModelFolder("it", run / "variant"), device="cpu").encode(TEXTS)
     assert np.abs(rounded - alone).max() > 10 * np.abs(found - alone).max()
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from tests_support import compress_to
+from tests_support import compress_to, folder_of
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -56,11 +56,11 @@ from compress.methods.quantize.rtn import RTN
 from compress.models.architectures import is_block_linear
 from compress.models.files.variant import VariantInfo
 from compress.models.network.build import empty_network, load_network
+from compress.models.network.pooling import TextHead, TokenPooling
 from compress.models.network.segments import blocks_of
 from compress.models.opened import empty_model, weights_of
-from compress.models.shape import read_shape
 from compress.models.source import find, find_shape
-from compress.models.text.spec import EmbedderSpec
+from compress.models.text.spec import EmbedderSpec, Pooling
 from compress.pipeline.apply import make_variant, stages_of
 from compress.pipeline.plan import describe, make_plan
 from compress.pipeline.recipe_file import parse_recipe
@@ -135,7 +135,7 @@ def test_each_block_follows_the_last_one_before_its_next() -> None:
 
 
 def test_hidden_states_are_the_blocks_own(bert: Path) -> None:
-    whole, student = (load_network(bert, torch.float32) for _ in range(2))
+    whole, student = (load_network(folder_of(bert), torch.float32) for _ in range(2))
     ids, mask = torch.randint(5, 500, (3, 7)), torch.ones(3, 7, dtype=torch.int64)
     asked = HiddenStates(student, whole, {0: 0, 1: 1}, 2.0)
     with asked.watching():
@@ -204,6 +204,7 @@ class Bag(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.table = nn.Embedding(50, width)
+        self.text_head = TextHead(TokenPooling(Pooling.MEAN), normalize=False)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(last_hidden_state=self.table(input_ids))
@@ -296,12 +297,12 @@ def test_a_new_student_has_the_tensors_that_were_planned_and_learns_with_all_of_
     assert {name: tuple(tensor.shape) for name, tensor in made.items()} == student.tensors()
     step = Distill(texts=str(texts), held_out=40, student=student, steps=6, batch=16, every=3, learning_rate=5e-3, precision="no")
     compress_to(bert, tmp_path / "v", step)
-    shape = step.estimate(read_shape("tiny", bert)).after
+    shape = step.estimate(folder_of(bert).shape).after
     info = VariantInfo.read(tmp_path / "v")
     assert info.spec.normalize
-    assert shape.parameters == read_shape("v", tmp_path / "v").parameters
-    trained = empty_network(tmp_path / "v")
-    weights_of(tmp_path / "v", trained).fill(trained, dtype=torch.float32)
+    assert shape.parameters == folder_of(tmp_path / "v").shape.parameters
+    trained = empty_network(folder_of(tmp_path / "v"))
+    weights_of(folder_of(tmp_path / "v"), trained).fill(trained, dtype=torch.float32)
     before = initial_weights(tmp_path / "new", lambda strings: compress.load(str(bert), device="cpu").encode(strings, ""), seed=0)
     unused = {"embeddings.token_type_embeddings.weight", "embeddings.position_embeddings.weight"}  # rows that no text reaches
     for name, tensor in trained.state_dict().items():
@@ -427,8 +428,8 @@ def test_wrong_keys_are_named(texts: Path) -> None:
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    network = empty_model(folder)
-    weights_of(folder, network).fill(network)
+    network = empty_model(folder_of(folder))
+    weights_of(folder_of(folder), network).fill(network)
     return network.state_dict()
 
 
@@ -546,9 +547,9 @@ def test_integers_are_not_trained_where_there_are_none(bert: Path, texts: Path, 
 
 def test_gradients_pass_integers_as_they_pass_their_values(bert: Path, tmp_path: Path) -> None:
     compress_to(bert, tmp_path / "v", RTN(bits=4, group_size=16, activations="none"))
-    network = empty_model(tmp_path / "v")
-    weights_of(tmp_path / "v", network).fill(network, dtype=torch.float32)
-    dense = load_network(bert, torch.float32)
+    network = empty_model(folder_of(tmp_path / "v"))
+    weights_of(folder_of(tmp_path / "v"), network).fill(network, dtype=torch.float32)
+    dense = load_network(folder_of(bert), torch.float32)
     for name, module in network.named_modules():
         if isinstance(module, QuantizedLinear):
             dense.get_submodule(name).weight.data = module.dequantized()
@@ -592,7 +593,7 @@ def test_a_low_rank_change_is_added_up_and_leaves_zeros_and_the_rest_alone(bert:
 
 
 def test_a_low_rank_change_has_its_rank(bert: Path) -> None:
-    network = load_network(bert, torch.float32)
+    network = load_network(folder_of(bert), torch.float32)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with trainable(network, 3):
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -659,7 +660,7 @@ def test_a_new_student_s_tokenizer_never_sees_what_is_evaluated(bert: Path, text
         journal = Journal(tmp_path / f"{name}-journal")
         made = make_variant(
             find(str(bert)),
-            read_shape("t", bert),
+            folder_of(bert).shape,
             [step],
             "0",
             tmp_path / name,

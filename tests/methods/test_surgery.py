@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from tests_support import compress_to
+from tests_support import compress_to, folder_of
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel
@@ -31,13 +31,12 @@ from compress.methods.prune.groups import by_error, damped, refitted
 from compress.methods.prune.width import Width
 from compress.methods.quantize.rtn import RTN
 from compress.methods.vocabulary import Vocabulary
-from compress.models.files.headers import read_headers
 from compress.models.files.variant import VariantInfo
+from compress.models.folder import ModelFolder
 from compress.models.network.build import load_network
-from compress.models.network.nv_embed import read_nv_config
 from compress.models.network.segments import blocks_of
 from compress.models.network.surgery import without
-from compress.models.shape import read_shape
+from compress.models.text.nv_embed import latent_settings
 from compress.pipeline.recipe_file import parse_recipe
 from compress.runtimes.lower import lower
 from compress.runtimes.torch_runtime import open_checkpoint
@@ -63,14 +62,14 @@ def half_exact(folder: Path) -> Path:
 
 
 def estimated(folder: Path, *steps: Method) -> dict[str, tuple[int, ...]]:
-    shape = read_shape("tiny", folder)
+    shape = folder_of(folder).shape
     for step in steps:
         shape = step.estimate(shape).after
     return {name: info.shape for name, info in shape.tensors.items()}
 
 
 def stored(folder: Path) -> dict[str, tuple[int, ...]]:
-    return {name: info.shape for name, info in read_headers(folder).items()}
+    return {name: info.shape for name, info in folder_of(folder).headers.items()}
 
 
 def same_names(a: dict[str, tuple[int, ...]], b: dict[str, tuple[int, ...]]) -> bool:
@@ -81,16 +80,16 @@ def same_names(a: dict[str, tuple[int, ...]], b: dict[str, tuple[int, ...]]) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropped_blocks_are_as_if_they_passed_their_input_on(model_of, copy_of, tmp_path: Path, kind: str) -> None:
     folder = half_exact(copy_of(model_of(kind)))
-    first = read_shape("tiny", folder).layers[0]
+    first = folder_of(folder).shape.layers[0]
     gone = (first + 1,)  # ModernBERT's first block has no norm of its own, and no other can stand in for it
     step = Depth(drop=gone)
     compress_to(folder, tmp_path / "variant", step)
-    whole = open_checkpoint(folder, "whole", device="cpu")
+    whole = open_checkpoint(ModelFolder("whole", folder), device="cpu")
     for number in gone:
         blocks_of(whole.model)[1][number].forward = lambda hidden_states, *_, **__: hidden_states  # type: ignore[method-assign]
     np.testing.assert_allclose(encoded(tmp_path / "variant"), whole.encode(TEXTS), atol=1e-6)
     info = VariantInfo.read(tmp_path / "variant")
-    assert info.layers == tuple(number for number in read_shape("tiny", folder).layers if number not in gone)
+    assert info.layers == tuple(number for number in folder_of(folder).shape.layers if number not in gone)
     assert info.steps[0]["drop"] == list(gone)
     assert same_names(estimated(folder, step), stored(tmp_path / "variant"))
     np.testing.assert_array_equal(encoded(tmp_path / "variant"), encoded(tmp_path / "variant", stream=True))
@@ -102,8 +101,8 @@ def test_a_dropped_sublayer_adds_nothing(model_of, copy_of, tmp_path: Path, kind
     folder = half_exact(copy_of(model_of(kind)))
     step = Depth(what=what, drop=(1,))  # type: ignore[arg-type]
     compress_to(folder, tmp_path / "variant", step)
-    whole = open_checkpoint(folder, "whole", device="cpu")
-    anatomy = read_shape("tiny", folder).anatomy
+    whole = open_checkpoint(ModelFolder("whole", folder), device="cpu")
+    anatomy = folder_of(folder).shape.anatomy
     block = blocks_of(whole.model)[1][1]
     silenced = block.get_submodule(anatomy.output if what == "attention" else anatomy.falling)
     silenced.forward = lambda given: given.new_zeros(*given.shape[:-1], whole.dimension)  # type: ignore[method-assign]
@@ -154,9 +153,9 @@ def test_a_head_pruned_attention_is_the_dense_one_with_those_heads_zeroed(model_
     folder = half_exact(copy_of(model_of(kind)))
     step = Width(heads=0.5, criterion="magnitude", refit=False)
     compress_to(folder, tmp_path / "variant", step)
-    shape = read_shape("tiny", folder)
+    shape = folder_of(folder).shape
     anatomy, width = shape.anatomy, shape.head_width
-    network, narrow = load_network(folder, torch.float32), load_variant(tmp_path / "variant")
+    network, narrow = load_network(folder_of(folder), torch.float32), load_variant(tmp_path / "variant")
     for block, small in zip(blocks_of(network)[1], blocks_of(narrow)[1], strict=True):
         query, value = (block.get_submodule(anatomy.attention[index]) for index in (0, 2))
         output = block.get_submodule(anatomy.output)
@@ -168,7 +167,7 @@ def test_a_head_pruned_attention_is_the_dense_one_with_those_heads_zeroed(model_
             own = value.weight[group * width : (group + 1) * width]
             if not any(torch.equal(own, kept[at * width : (at + 1) * width]) for at in range(groups // 2)):
                 output.weight.data[:, group * shared * width : (group + 1) * shared * width] = 0
-    whole = open_checkpoint(folder, "whole", device="cpu")
+    whole = open_checkpoint(ModelFolder("whole", folder), device="cpu")
     whole.model = network.eval()
     np.testing.assert_allclose(encoded(tmp_path / "variant"), whole.encode(TEXTS), atol=2e-6)
     assert same_names(estimated(folder, step), stored(tmp_path / "variant"))
@@ -177,15 +176,15 @@ def test_a_head_pruned_attention_is_the_dense_one_with_those_heads_zeroed(model_
 def load_variant(folder: Path) -> nn.Module:
     from compress.models.opened import empty_model, weights_of
 
-    network = empty_model(folder)
-    weights_of(folder, network).fill(network, dtype=torch.float32)
+    network = empty_model(folder_of(folder))
+    weights_of(folder_of(folder), network).fill(network, dtype=torch.float32)
     return network
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_channels_that_do_nothing_go_and_nothing_changes(model_of, copy_of, tmp_path: Path, kind: str) -> None:
     folder = half_exact(copy_of(model_of(kind)))
-    anatomy = read_shape("tiny", folder).anatomy
+    anatomy = folder_of(folder).shape.anatomy
     for path in folder.glob("*.safetensors"):
         weights = load_file(path)
         for name in weights:
@@ -265,7 +264,7 @@ def test_dropping_nothing_changes_nothing(bert: Path, tmp_path: Path) -> None:
 )
 def test_what_leaves_nothing_is_refused(bert: Path, step: Method, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
-        step.estimate(read_shape("tiny", bert))
+        step.estimate(folder_of(bert).shape)
 
 
 def test_keys_that_contradict_each_other_are_refused() -> None:
@@ -292,7 +291,7 @@ def test_elsewhere_it_is_an_ordinary_smaller_model(model_of, tmp_path: Path, kin
     network, report = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True, dtype=torch.float32)
     assert not report["missing_keys"] - {"pooler.dense.weight", "pooler.dense.bias"}
     assert not report["unexpected_keys"]
-    assert len(blocks_of(network)[1]) == len(read_shape("tiny", folder).layers) - 1
+    assert len(blocks_of(network)[1]) == len(folder_of(folder).shape.layers) - 1
     elsewhere = SentenceTransformer(str(tmp_path / "out"), device="cpu", model_kwargs={"dtype": torch.float32}).encode(TEXTS)
     np.testing.assert_allclose(elsewhere, encoded(tmp_path / "run" / "variant"), atol=1e-5)
     # And a workbench that is given the folder knows no more of it than that.
@@ -313,7 +312,7 @@ def test_a_narrow_and_shallow_model_runs_without_torch(model_of, tmp_path: Path,
     compress_to(
         model_of(kind), target, Depth(what="mlp", drop=(0,)), Width(channels=0.5, heads=0.5), RTN(bits=8, activations="none")
     )
-    lower(target, runtime)
+    lower(folder_of(target), runtime)
     np.testing.assert_allclose(encoded(target, runtime=runtime), encoded(target), atol=1e-4)
 
 
@@ -344,7 +343,7 @@ def test_a_head_that_adds_nothing_goes_unnoticed(nv_embed: Path, copy_of, tmp_pa
     for path in folder.glob("*.safetensors"):
         weights = load_file(path)
         if name in weights:
-            heads = read_nv_config(folder)[1]["num_cross_heads"]
+            heads = latent_settings(folder_of(folder).config)["num_cross_heads"]
             weights[name].view(len(weights[name]), heads, -1)[:, : heads // 2] = 0
             save_file(weights, path, metadata={"format": "pt"})
     compress_to(folder, tmp_path / "v", Fold(), Latents(heads=0.5))
@@ -356,7 +355,7 @@ def test_without_its_head_nv_embed_is_a_mistral_that_looks_both_ways(nv_embed: P
     compress_to(nv_embed, tmp_path / "v", MeanPooling(), RTN(bits=8, activations="none"))
     config = json.loads((tmp_path / "v" / "config.json").read_text())
     assert config["model_type"] == "mistral"
-    network = open_checkpoint(nv_embed, "whole", device="cpu")
+    network = open_checkpoint(ModelFolder("whole", nv_embed), device="cpu")
     prompt = next(text for text in network.spec.prompts.values() if text)
     compress_to(nv_embed, tmp_path / "plain" / "v", MeanPooling())
     assert estimated(nv_embed, MeanPooling()) == stored(tmp_path / "plain" / "v")
@@ -382,7 +381,7 @@ def test_texts_that_need_no_dropped_token_keep_their_vectors(model_of, copy_of, 
     assert np.isfinite(small.encode(unseen)).all()
     info, config = VariantInfo.read(tmp_path / "v"), json.loads((tmp_path / "v" / "config.json").read_text())
     kept = info.steps[0]["tokens"]
-    table = read_shape("v", tmp_path / "v").token_table
+    table = folder_of(tmp_path / "v").shape.token_table
     assert stored(tmp_path / "v")[f"{table}.weight"][0] == kept == (config.get("text_config") or config)["vocab_size"]
     assert kept < stored_rows(folder)
     step = Vocabulary(texts=str(tmp_path / "texts.txt"), tokens=kept)
@@ -390,12 +389,12 @@ def test_texts_that_need_no_dropped_token_keep_their_vectors(model_of, copy_of, 
 
 
 def stored_rows(folder: Path) -> int:
-    shape = read_shape("tiny", folder)
+    shape = folder_of(folder).shape
     return shape.tensors[f"{shape.token_table}.weight"].shape[0]
 
 
 def test_a_block_runs_without_a_sublayer_only_for_a_while(bert: Path) -> None:
-    block = blocks_of(load_network(bert, torch.float32))[1][0]
+    block = blocks_of(load_network(folder_of(bert), torch.float32))[1][0]
     before = [name for name, _ in block.named_modules()]
     with without(block, ["mlp", "attention"]):
         assert "intermediate.dense" not in dict(block.named_modules())
@@ -404,4 +403,4 @@ def test_a_block_runs_without_a_sublayer_only_for_a_while(bert: Path) -> None:
 
 def test_width_after_quantizing_is_refused(bert: Path) -> None:
     with pytest.raises(ValueError, match="is quantized by a step before; put width before it"):
-        Width(channels=0.5).estimate(RTN().estimate(read_shape("tiny", bert)).after)
+        Width(channels=0.5).estimate(RTN().estimate(folder_of(bert).shape).after)

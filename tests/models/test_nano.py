@@ -6,16 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests_support import folder_of
 
 import compress
 from compress.measure.accuracy.score import evaluate
 from compress.measure.accuracy.tasks import find_tasks
 from compress.methods.distill.student import Student
 from compress.models.embedder import Embedder
-from compress.models.files.headers import read_headers
-from compress.models.network.nv_embed import is_nv_embed
-from compress.models.shape import read_shape
 from compress.models.source import find
+from compress.models.text.nv_embed import MODEL_TYPE
 from compress.models.text.tokens import open_tokenizer
 from compress.pipeline.recipe_file import read_recipe
 
@@ -25,7 +24,7 @@ PROMPT = "Instruct: Retrieve semantically similar text\nQuery: "
 
 @pytest.fixture(scope="module")
 def nano() -> Path:
-    return find("nano").folder
+    return find("nano").path
 
 
 @pytest.fixture(scope="module")
@@ -34,23 +33,23 @@ def embedder() -> Embedder:
 
 
 def test_it_is_small(nano: Path) -> None:
-    assert read_shape("nano", nano).parameters <= 12e6
+    assert folder_of(nano).shape.parameters <= 12e6
     assert sum(path.stat().st_size for path in nano.iterdir()) <= 24e6
 
 
 def test_it_is_what_its_recipe_makes(nano: Path) -> None:
     student = read_recipe(RECIPE).steps[0].student  # type: ignore[attr-defined]
     assert isinstance(student, Student)
-    headers = read_headers(nano)
+    headers = folder_of(nano).headers
     assert {name: info.shape for name, info in headers.items()} == student.tensors()
     assert {info.dtype for info in headers.values()} == {"F16"}
     assert open_tokenizer(nano).get_vocab_size() == student.vocabulary
 
 
 def test_it_is_an_nv_embed_whose_prompt_is_not_pooled(nano: Path, embedder: Embedder) -> None:
-    assert is_nv_embed(nano)
+    assert folder_of(nano).config["model_type"] == MODEL_TYPE
     assert not find("nano").is_variant
-    assert find("nano").licence() == "apache-2.0"
+    assert find("nano").licence == "apache-2.0"
     assert not embedder.spec.pool_prompt
     text = "the parcel never came"
     plain, prompted = embedder.encode([text]), embedder.encode([text], PROMPT)

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests_support import folder_of
 
 import compress
 from compress.common.errors import UserError
 from compress.models.files import shards
-from compress.models.files.headers import read_headers
 from compress.models.files.variant import VariantInfo
 from compress.models.random_weights import RandomSpec, random_tensor
 from compress.models.source import find, find_shape
@@ -28,7 +28,7 @@ TINY = (
 def test_it_has_the_shape_that_was_asked_for() -> None:
     source = find(TINY)
     assert source.is_random
-    headers = read_headers(source.folder)
+    headers = folder_of(source.path).headers
     assert {info.dtype for info in headers.values()} == {"BF16"}
     assert headers["embedding_model.layers.11.mlp.down_proj.weight"].shape == (64, 128)
     assert headers["latent_attention_model.latents"].shape == (16, 64)
@@ -44,7 +44,7 @@ def test_the_full_size_is_known_without_writing_it(cache: Path) -> None:
 
 
 def test_it_is_written_once_and_continued_where_it_was_killed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = {name: path.read_bytes() for name, path in ((p.name, p) for p in find(TINY).folder.iterdir())}
+    whole = {name: path.read_bytes() for name, path in ((p.name, p) for p in find(TINY).path.iterdir())}
     monkeypatch.setenv("COMPRESS_CACHE", str(cache / "again"))
     write, count = shards.write_tensors, 0
 
@@ -58,7 +58,7 @@ def test_it_is_written_once_and_continued_where_it_was_killed(cache: Path, monke
     monkeypatch.setattr(shards, "write_tensors", write_some)
     with pytest.raises(KeyboardInterrupt):
         find(TINY)
-    folder = find(TINY).folder
+    folder = find(TINY).path
     assert count == 5 + 15 - 4 + 1  # of the 15 segments 4 were there; one more writes them as one file
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
     find(TINY)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests_support import folder_of
 
 import compress
 from compress.common.errors import UserError
@@ -18,8 +19,6 @@ from compress.layers.float_layers import has_onednn_linear
 from compress.measure import scored as scoring
 from compress.measure.accuracy import score as accuracy
 from compress.measure.record import Record
-from compress.models.files.headers import read_headers
-from compress.models.shape import read_shape
 from compress.pipeline import run as pipeline
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe import Recipe
@@ -92,7 +91,7 @@ def test_fidelity_and_scores_are_those_of_the_saved_variant(finished: tuple[Reco
     assert record.tasks[0].task == "MiniSTS"
     assert record.tasks[0].variant == accuracy.evaluate(opened, task).score
     assert record.tasks[0].baseline == accuracy.evaluate(baseline, task).score
-    assert {info.dtype for info in read_headers(folder / "variant").values()} == {"I8", "F16", "F32"}
+    assert {info.dtype for info in folder_of(folder / "variant").headers.values()} == {"I8", "F16", "F32"}
 
 
 def test_a_finished_run_is_returned_and_fresh_runs_it_again(finished: tuple[Record, Path], bert: Path, small: Recipe) -> None:
@@ -251,7 +250,7 @@ def test_what_does_not_fit_in_memory_is_streamed_or_left_out(
         with pytest.raises(UserError, match=r"takes 0\.3 MB of memory in float32, 0\.1 MB are free") as caught:
             compress.load(str(bert), device="cpu")
     assert "--stream" in caught.value.hint
-    plan = make_plan(small, read_shape("tiny", bert), tmp_path)
+    plan = make_plan(small, folder_of(bert).shape, tmp_path)
     besides = plan.run_memory_bytes - plan.variant_bytes
     monkeypatch.setattr(pipeline, "available_memory_bytes", lambda: besides + weights - 1)
     said: list[str] = []

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from safetensors import safe_open
-from tests_support import compress_to
+from tests_support import compress_to, folder_of
 
 import compress
 import compress.common.machine
@@ -40,7 +40,7 @@ def opened(folder: Path, runtime: str, **settings: object):  # type: ignore[no-u
     if runtime in BOTH:
         pytest.importorskip(runtime, reason=f"{runtime} is not installed")
         if not graph_file(folder, runtime).exists():
-            lower(folder, runtime)
+            lower(folder_of(folder), runtime)
     return compress.load(str(folder), runtime=runtime, device="cpu", **settings)
 
 
@@ -95,7 +95,7 @@ def test_integer_weights_give_torch_s_vectors(
     compress_to(bert, tmp_path / "variant", *steps)
     if "ragged-openvino" in request.node.name:
         with pytest.raises(UserError, match="has 48 four-bit inputs in groups of 32; openvino takes groups that divide them alone"):
-            lower(tmp_path / "variant", runtime)
+            lower(folder_of(tmp_path / "variant"), runtime)
         return
     ours, theirs = (opened(tmp_path / "variant", name).encode(TEXTS) for name in (runtime, "torch"))
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
@@ -159,7 +159,7 @@ def test_nv_embed_with_its_prompt_left_out_of_the_pool(nv_embed: Path, tmp_path:
 def test_a_graph_s_weights_are_the_variant_s_bytes(bert: Path, tmp_path: Path, runtime: str, step: Method) -> None:
     folder = tmp_path / "variant"
     compress_to(bert, folder, step, Embeddings(bits=8))
-    lower(folder, runtime)
+    lower(folder_of(folder), runtime)
     model = onnx.load(graph_file(folder, runtime))  # with what it refers to
     seen = set()
     with safe_open(folder / "model.safetensors", "numpy") as stored:
@@ -301,7 +301,7 @@ def test_rows_of_an_odd_number_of_four_bit_integers_are_refused(
 
     monkeypatch.setattr(lowered_layers.TracedLinear, "__init__", odd)
     with pytest.raises(UserError, match="rows of 47 four-bit integers; graphs take even rows alone"):
-        lower(tmp_path / "variant", "openvino")
+        lower(folder_of(tmp_path / "variant"), "openvino")
 
 
 def test_every_runtime_of_the_table_has_an_opener() -> None:

@@ -28,7 +28,7 @@ class Counting:
 
 
 def stored(embedder: Counting, folder: Path) -> StoredEmbedder:
-    return StoredEmbedder("stored", embedder.spec, 4, lambda: embedder, VectorStore(folder))
+    return StoredEmbedder(embedder, lambda: embedder, VectorStore(folder))
 
 
 def test_each_text_is_embedded_once_for_each_prompt(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_each_text_is_embedded_once_for_each_prompt(tmp_path: Path) -> None:
 
 def test_an_embedder_is_opened_when_it_is_needed_and_not_before(tmp_path: Path) -> None:
     stored(Counting(), tmp_path).encode(["a"], "")
-    closed = StoredEmbedder("s", EmbedderSpec(), 4, lambda: pytest.fail("opened"), VectorStore(tmp_path))
+    closed = StoredEmbedder(Counting(), lambda: pytest.fail("opened"), VectorStore(tmp_path))
     assert closed.encode(["a"], "").shape == (1, 4)
 
 

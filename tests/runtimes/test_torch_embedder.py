@@ -10,8 +10,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 import compress
-from compress.models.network.pooling import pool
-from compress.models.text.spec import EmbedderSpec, Pooling
+from compress.models.network.pooling import TextHead, TokenPooling
+from compress.models.text.spec import Pooling
 
 
 def reference(folder: Path, texts: list[str], prompt: str | None = None) -> np.ndarray:
@@ -91,9 +91,10 @@ def test_a_vector_that_is_not_finite_is_an_error(bert: Path) -> None:
 
 def test_pooling_known_answers() -> None:
     hidden = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [100.0, 100.0]]])
-    mask = torch.tensor([[1, 1, 0]])
+    tokens, after_prompt = torch.tensor([[1, 1, 0]]), torch.tensor([[0, 1, 0]])
     for pooling, expected in ((Pooling.CLS, [1.0, 0.0]), (Pooling.MEAN, [2.0, 2.0]), (Pooling.LAST, [3.0, 4.0])):
-        assert pool(hidden, mask, EmbedderSpec(pooling=pooling)).tolist() == [expected]
-    assert pool(hidden, mask, EmbedderSpec(), pool_from=1).tolist() == [[3.0, 4.0]]
-    unit = pool(hidden, mask, EmbedderSpec(pooling=Pooling.LAST, normalize=True))
+        assert TextHead(TokenPooling(pooling), normalize=False)(hidden, tokens, tokens).tolist() == [expected]
+    for pooling, expected in ((Pooling.CLS, [1.0, 0.0]), (Pooling.MEAN, [3.0, 4.0]), (Pooling.LAST, [3.0, 4.0])):
+        assert TextHead(TokenPooling(pooling), normalize=False)(hidden, tokens, after_prompt).tolist() == [expected]
+    unit = TextHead(TokenPooling(Pooling.LAST), normalize=True)(hidden, tokens, tokens)
     np.testing.assert_allclose(unit.numpy(), [[0.6, 0.8]], rtol=1e-6)

@@ -11,16 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests_support import apply_in_memory, compress_to
+from tests_support import apply_in_memory, compress_to, folder_of, text_side
 
 import compress
 from compress.common.errors import UserError
 from compress.methods.quantize.rtn import RTN
-from compress.models.files.headers import read_headers
 from compress.models.files.variant import VariantInfo
 from compress.models.network.build import load_network
-from compress.models.opened import read_text_side
-from compress.models.shape import read_shape
 from compress.pipeline.plan import CPU_BATCH_TOKENS
 from compress.runtimes.torch_embedder import BATCH_TOKENS, TorchEmbedder
 from compress.runtimes.torch_runtime import prepare
@@ -33,9 +30,9 @@ SCHEMES = ["none", "dynamic_per_tensor", "dynamic_per_token"]
 def test_an_opened_variant_is_the_one_that_was_saved(make_model, mixed_texts, tmp_path: Path, kind: str, scheme: str) -> None:
     folder = make_model(kind, prompts={"query": "find: "})
     compress_to(folder, tmp_path / "variant", RTN(activations=scheme))
-    network = load_network(folder, torch.float32)
+    network = load_network(folder_of(folder), torch.float32)
     apply_in_memory(network, RTN(activations=scheme))
-    spec, tokenizer = read_text_side(folder)
+    spec, tokenizer = text_side(folder)
     # What the file holds, in memory: floating tensors rounded to half precision, scales as they were.
     for module in network.modules():
         if not hasattr(module, "weight_scale"):
@@ -60,7 +57,7 @@ def test_no_steps_give_the_model_in_half_precision(bert: Path, mixed_texts: list
         compress.load(str(folder), device="cpu").encode(mixed_texts[:20]) for folder in (tmp_path / "variant", bert)
     )
     np.testing.assert_allclose(opened, baseline, atol=2e-3)
-    assert {info.dtype for info in read_headers(tmp_path / "variant").values()} == {"F16"}
+    assert {info.dtype for info in folder_of(tmp_path / "variant").headers.values()} == {"F16"}
 
 
 @pytest.mark.parametrize("kind", ["bert", "mistral"])
@@ -68,8 +65,8 @@ def test_no_steps_give_the_model_in_half_precision(bert: Path, mixed_texts: list
 def test_the_estimate_is_the_size_of_the_file(make_model, tmp_path: Path, kind: str, step: RTN) -> None:
     folder = make_model(kind)
     compress_to(folder, tmp_path / "variant", step)
-    stored = sum(info.bytes for info in read_headers(tmp_path / "variant").values())
-    assert step.estimate(read_shape("tiny", folder)).after.bytes == stored
+    stored = sum(info.bytes for info in folder_of(tmp_path / "variant").headers.values())
+    assert step.estimate(folder_of(folder).shape).after.bytes == stored
 
 
 def test_integers_are_stored_as_integers(bert: Path, tmp_path: Path) -> None:
@@ -144,5 +141,5 @@ def test_a_loaded_variant_takes_no_more_than_its_file_and_activations(minilm: Pa
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "variant")]
     measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert measured["loaded"] <= stored
-    plan = make_plan(parse_recipe({"steps": [{"method": "rtn"}]}), read_shape("minilm", minilm), tmp_path)
+    plan = make_plan(parse_recipe({"steps": [{"method": "rtn"}]}), folder_of(minilm).shape, tmp_path)
     assert measured["peak"] <= plan.run_memory_bytes

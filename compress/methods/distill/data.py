@@ -11,8 +11,7 @@ import numpy as np
 from compress.common.cache import use
 from compress.data.texts import read_texts, same_text
 from compress.models.embedder import Vectors
-from compress.models.shape import read_shape
-from compress.models.source import Source, spec_of
+from compress.models.folder import ModelFolder
 from compress.runtimes.loading import open_source
 from compress.runtimes.stored_vectors import StoredEmbedder, VectorStore
 
@@ -65,13 +64,12 @@ def lessons(
 class Teacher:
     """A teacher whose vectors are kept in the cache, by its files' fingerprint and by text and prompt: each is made once, ever."""
 
-    def __init__(self, source: Source, device: str, dtype: str | None = None) -> None:
+    def __init__(self, source: ModelFolder, device: str, dtype: str | None = None) -> None:
         """`dtype`: that it computes in; None: bfloat16 where the processor multiplies it, else float32."""
         dtype = dtype or _dtype(device)
-        key = f"teacher-{source.fingerprint()}-{dtype}"
-        width = read_shape(source.name, source.folder).hidden_size
+        key = f"teacher-{source.fingerprint}-{dtype}"
         opened = partial(open_source, source, device=device, dtype=dtype)
-        self.embedder = StoredEmbedder(source.name, spec_of(source), width, opened, VectorStore(use("vectors", key)))
+        self.embedder = StoredEmbedder(source, opened, VectorStore(use("vectors", key)))
 
     def vectors(self, taught: Lessons, progress: bool | None = None) -> Vectors:
         """Return its vectors: float32 [texts, width]."""

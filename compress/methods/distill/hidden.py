@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from compress.methods.distill.objectives import hidden
-from compress.models.network.segments import backbone_of, blocks_of
+from compress.models.network.pooling import backbone_of
+from compress.models.network.segments import blocks_of
 
 
 def followed(kept: Sequence[int], blocks: int) -> dict[int, int]:

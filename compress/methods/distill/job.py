@@ -23,7 +23,7 @@ from compress.methods.distill.objectives import OBJECTIVES, matryoshka
 from compress.methods.distill.trainable import trainable
 from compress.methods.distill.training import WHOLE, Schedule, TokenTexts, read_curve, train
 from compress.models.files.shards import write_tensors
-from compress.models.folder import transformer_folder
+from compress.models.folder import ModelFolder
 from compress.models.network.build import load_network
 from compress.models.network.segments import blocks_of
 from compress.models.opened import OpenModel
@@ -41,7 +41,7 @@ class Job:
 
     step: Distill
     student: OpenModel
-    published: Path
+    published: ModelFolder
     """Folder of the model that the student is what is left of, for hidden states."""
     texts: TokenTexts
     targets: Path
@@ -153,5 +153,5 @@ def _learn(job: Job, device: str, say: Callable[[str], None]) -> None:
 
 def _hidden(network: nn.Module, job: Job, device: str) -> HiddenStates:
     """Load the model that the student is what is left of, to run beside it."""
-    whole = load_network(transformer_folder(job.published), torch.float32).to(device)
+    whole = load_network(job.published, torch.float32).to(device)
     return HiddenStates(network, whole, followed(job.student.layers, len(blocks_of(whole)[1])), job.step.hidden)

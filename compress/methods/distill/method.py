@@ -147,7 +147,7 @@ class Distill(Method):
         from compress.models.source import find
 
         device = str(survey.device)
-        teacher = Teacher(find(self.teacher or str(bench.published)), device)
+        teacher = Teacher(find(self.teacher) if self.teacher else bench.published, device)
         texts = cache(lambda: self._texts(bench))
         student = self._student(model, bench, teacher, texts)
         found = bench.once(lambda: self._learned(student, teacher, bench, device, *texts()))
@@ -167,13 +167,14 @@ class Distill(Method):
         from safetensors.torch import save_file
 
         from compress.methods.distill.student import initial_weights
+        from compress.models.folder import ModelFolder
         from compress.models.opened import open_model
         from compress.models.source import find
 
         if self.student is None:
             return model
         if isinstance(self.student, str):
-            return open_model(find(self.student).folder)
+            return open_model(find(self.student))
         folder = bench.folder / "new"
         if not folder.exists():
             partial = folder.with_name("new.partial")
@@ -183,7 +184,7 @@ class Distill(Method):
             made = initial_weights(partial, (lambda strings: teacher.embedder.encode(strings, "")) if known else None, self.seed)
             save_file(made, partial / "model.safetensors", metadata={"format": "pt"})
             partial.rename(folder)
-        return open_model(folder)
+        return open_model(ModelFolder("student", folder))
 
     def _learned(
         self, student: OpenModel, teacher: Teacher, bench: Bench, device: str, texts: Sequence[str], evaluated: int
@@ -230,9 +231,7 @@ class Distill(Method):
         Raises:
             ValueError: they do not.
         """
-        from compress.models.opened import read_text_side
-
-        if read_text_side(bench.published)[1].definition()["model"] != student.tokenizer.definition()["model"]:
+        if bench.published.tokenizer.definition()["model"] != student.tokenizer.definition()["model"]:
             raise ValueError("`hidden` wants the student to take the teacher's tokens; put vocabulary behind it, or leave one out")
 
     def _split(self, everything: Lessons) -> tuple[Lessons, Lessons]:

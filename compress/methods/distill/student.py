@@ -242,11 +242,12 @@ def initial_weights(folder: Path, embed: Callable[[list[str]], Vectors] | None, 
     import torch
     from tokenizers import Tokenizer
 
+    from compress.models.folder import ModelFolder
     from compress.models.network.build import empty_network
     from compress.models.network.segments import token_table
     from compress.models.random_weights import is_residual, random_tensor
 
-    network = empty_network(folder)
+    network = empty_network(ModelFolder("student", folder))
     blocks = int(network.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
     state = {
         name: torch.zeros(tensor.shape) if is_residual(name) else random_tensor(name, tuple(tensor.shape), blocks, seed).float()

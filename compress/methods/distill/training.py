@@ -167,7 +167,7 @@ class _Run(nn.Module):
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, pooled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the student's vectors, and the same brought to the teacher's width."""
-        vectors = vectors_of(self.network, self._spec, ids, mask, pooled)
+        vectors = vectors_of(self.network, ids, mask, pooled)
         return vectors, vectors if self.map is None else self.map(vectors)
 
 
@@ -213,7 +213,7 @@ def train(
     accelerator = Accelerator(gradient_accumulation_steps=schedule.accumulate, cpu=cpu)
     half = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=schedule.precision == "bf16")
     with torch.no_grad():
-        own = int(vectors_of(network, spec, *texts.batch(np.array([0]))).shape[1])
+        own = int(vectors_of(network, *texts.batch(np.array([0]))).shape[1])
     torch.manual_seed(schedule.seed)
     width = held_out[1].shape[1]
     needed = own != width and any(name in VECTOR_OBJECTIVES for name in objectives)

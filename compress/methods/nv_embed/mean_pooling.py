@@ -32,13 +32,12 @@ class MeanPooling(Method):
 
     def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
         """Leave the backbone alone, under its own names."""
-        from compress.models.network.nv_embed import NVEmbedNetwork
+        from compress.models.network.pooling import attach_head, backbone_of
 
-        assert isinstance(model.network, NVEmbedNetwork)  # `estimate` refuses other models
         weights = model.weights.renamed(_backbone_name)
         config = _plain(model.config)
         tokenizer = model.tokenizer.ending_itself()
-        backbone = model.network.embedding_model
+        backbone = attach_head(backbone_of(model.network), tokenizer.spec)
         return self, replace(model, network=backbone, weights=weights, config=config, tokenizer=tokenizer, spec=tokenizer.spec)
 
     def estimate(self, shape: ModelShape) -> Estimate:

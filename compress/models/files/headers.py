@@ -101,15 +101,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Read the tensors of all the safetensors files of a folder."""
-    return {name: info for path in weight_files(folder) for name, info in read_header(path).items()}
+def fingerprint(folder: Path, transformer: Path) -> str:
+    """Return the first 16 hex digits of a SHA-256 over a model's weights, configs and tokenizer.
 
-
-def fingerprint(folder: Path) -> str:
-    """Return the first 16 hex digits of a SHA-256 over a model folder's weights, configs and tokenizer."""
+    `transformer`: the network's own folder, inside of `folder` or the same.
+    """
     digest = hashlib.sha256()
-    names = {*weight_files(folder), *folder.glob("*.json"), *folder.glob("*/config.json")}
+    names = {*weight_files(transformer), *folder.glob("*.json"), *transformer.glob("*.json"), *folder.glob("*/config.json")}
     for path in sorted(names):
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:

@@ -12,7 +12,6 @@ from compress.common.errors import UserError
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
 from compress.models.architectures import Sublayer
 from compress.models.text.spec import EmbedderSpec
-from compress.models.text.tokens import TextTokenizer, open_tokenizer
 
 VARIANT_FILE = "variant.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -63,10 +62,6 @@ class VariantInfo(BaseModel):
         schemes = {layer.activations for layer in self.quantized.values()}
         return "+".join(sorted(schemes - {ActivationScheme.NONE})) or ActivationScheme.NONE
 
-    def tokenizer(self, folder: Path) -> TextTokenizer:
-        """Open the tokenizer that lies beside."""
-        return TextTokenizer(open_tokenizer(folder), self.max_length, self.spec)
-
     def write(self, folder: Path) -> None:
         """Write `variant.json`."""
         text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
@@ -98,8 +93,3 @@ def _pruned(step: dict[str, Any]) -> list[str]:
     if step["method"] == "width":
         return [f"{step[key]:.3g} of {key}" for key in ("heads", "channels") if step[key] < 1]
     return []
-
-
-def is_variant(folder: Path) -> bool:
-    """Whether a folder holds a variant."""
-    return (folder / VARIANT_FILE).is_file()

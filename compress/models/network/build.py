@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from compress.common.errors import UserError
-from compress.models.files.headers import weight_files
+from compress.models.architectures import imported
 from compress.models.files.weights import Weights
-from compress.models.network.nv_embed import NVEmbedNetwork, is_nv_embed, read_nv_config
+from compress.models.folder import ModelFolder
+from compress.models.network.pooling import attach_head
 
 
 def _quietly() -> None:
@@ -24,50 +25,38 @@ def _quietly() -> None:
     logging.disable_progress_bar()
 
 
-def read_config(folder: Path) -> Any:
-    """Read a transformers config from a folder, never from a hub, never running code that came with it.
-
-    Raises:
-        UserError: there is none, or its architecture is not one of transformers' own.
-    """
-    path = folder / "config.json"
-    if is_nv_embed(folder):
-        return read_nv_config(folder)[0]
-    if not path.exists():
-        raise UserError(f"{folder}: no config.json", "a model's folder holds config.json, tokenizer files and safetensors weights")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        import json
-
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type", "missing")
-        raise UserError(f"{path}: model_type {kind!r} is not an architecture that this version runs") from error
-    if config.is_encoder_decoder:
-        raise UserError(f"{path}: {config.model_type} is an encoder-decoder; embedders are encoders or decoders")
-    return config
-
-
-def load_network(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Load the base model (no language-model head) of a checkpoint, every floating-point tensor in `dtype`.
+def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
+    """Load the network of a checkpoint, without a language model's head, every floating-point tensor in `dtype`.
 
     Raises:
         UserError: a tensor that the network needs is not in the checkpoint; nothing is filled in at random.
     """
     _quietly()
-    if is_nv_embed(folder):
+    if folder.own_architecture is not None:
         model = empty_network(folder)
-        Weights(weight_files(folder), model, exact=True).fill(model, dtype=dtype)
+        Weights(folder.weight_files, model, exact=True).fill(model, dtype=dtype)
         return model
-    config = read_config(folder)
-    # use_cache: an embedder reads each text once, so a decoder's key/value cache would only cost memory.
-    config.use_cache = False
     model, report = AutoModel.from_pretrained(
-        folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        folder.transformer,
+        config=_uncached(folder),
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
     )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        raise UserError(f"{folder}: the checkpoint lacks {len(missing)} tensors of its own network, such as {missing[0]!r}")
-    return _without_pooler(model)
+        raise UserError(
+            f"{folder.transformer}: the checkpoint lacks {len(missing)} tensors of its own network, such as {missing[0]!r}"
+        )
+    return attach_head(_without_pooler(model), folder.spec)
+
+
+def _uncached(folder: ModelFolder) -> Any:
+    """Return the network's config without a key/value cache, which costs memory and helps no embedder: it reads each text once."""
+    config = copy.deepcopy(folder.network_config)
+    config.use_cache = False
+    return config
 
 
 def _without_pooler(model: nn.Module) -> nn.Module:
@@ -97,16 +86,17 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def empty_network(folder: Path, folded: bool = False) -> nn.Module:
-    """Build the network of `folder`'s config, to be run and not trained: real buffers, parameters that have no memory yet.
+def empty_network(folder: ModelFolder) -> nn.Module:
+    """Build the network of a folder's config, to be run and not trained: real buffers, parameters that have no memory yet.
 
-    `folded`: NV-Embed's head in its folded form.
+    Raises:
+        UserError: its architecture is not one that this version runs.
     """
     _quietly()
+    own = folder.own_architecture
     with _parameters_on_meta():
-        if is_nv_embed(folder):
-            return NVEmbedNetwork(*read_nv_config(folder), folded=folded).eval()
-        config = read_config(folder)
-        config.use_cache = False
-        model: nn.Module = AutoModel.from_config(config)
-    return _without_pooler(model.eval())  # a new network is one to be trained, with dropout at work
+        if own is not None:
+            network: nn.Module = imported(own.network)(folder)
+            return network.eval()
+        network = AutoModel.from_config(_uncached(folder))
+    return attach_head(_without_pooler(network.eval()), folder.spec)  # a new network is one to be trained, with dropout at work

@@ -6,10 +6,7 @@ Lee et al. 2024, "NV-Embed", arXiv 2405.17428, section 3. Module names are those
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,83 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import MistralConfig, MistralModel
 
-from compress.common.errors import UserError
-from compress.models.folder import read_json
-from compress.models.text.spec import EmbedderSpec, Pooling
+from compress.models.folder import ModelFolder
+from compress.models.network.pooling import TextHead, vectors_of
+from compress.models.text.nv_embed import latent_settings
 
-MODEL_TYPE = "nvembed"
-EOS = "</s>"
-PREFIX = "Instruct: {instruction}\nQuery: "
-# config.json of the published model names only the latent part's type; these are the original code's defaults.
-LATENT_DEFAULTS = {
-    "num_latents_value": 512,
-    "num_cross_heads": 8,
-    "cross_dim_head": 4096,
-    "hidden_dim": 4096,
-    "latent_dim": 4096,
-    "output_normalize": True,
-}
 FEED_FORWARD_FACTOR = 4
-
-
-def is_nv_embed(folder: Path) -> bool:
-    """Whether a folder's config is NV-Embed's."""
-    path = folder / "config.json"
-    return path.exists() and read_json(path).get("model_type") == MODEL_TYPE
-
-
-def read_nv_config(folder: Path) -> tuple[MistralConfig, dict[str, Any]]:
-    """Read `config.json` in the published model's own form: the backbone's config, bidirectional, and the latent part's."""
-    config = read_json(folder / "config.json")
-    text = {
-        key: value for key, value in config["text_config"].items() if key not in ("model_type", "architectures", "_name_or_path")
-    }
-    # The sliding window stands in the file and is not applied by the original code.
-    backbone = MistralConfig(**{**text, "sliding_window": None, "use_cache": False})
-    backbone.is_causal = False
-    return backbone, LATENT_DEFAULTS | config.get("latent_attention_config", {})
-
-
-def read_nv_spec(folder: Path) -> EmbedderSpec:
-    """Return NV-Embed's conventions: EOS as text, the instruction not pooled, its instruction for each MTEB task.
-
-    Version 1 has the same keys and the same config, so it loads too; its weights were never at hand here.
-
-    Raises:
-        UserError: the config asks for what neither version does.
-    """
-    backbone, latent = read_nv_config(folder)
-    config = read_json(folder / "config.json")
-    for key, only in (("mask_type", "b"), ("padding_side", "right")):
-        if config.get(key, only) != only:
-            raise UserError(f"{folder / 'config.json'}: {key} {config[key]!r} is not supported, {only!r} is")
-    settings = folder / "sentence_bert_config.json"
-    longest = read_json(settings).get("max_seq_length") if settings.exists() else None
-    return EmbedderSpec(
-        pooling=Pooling.MEAN,
-        pool_prompt=not config.get("is_mask_instruction", True),
-        prompt_specials=False,
-        suffix=EOS if config.get("add_eos", True) else "",
-        normalize=bool(latent["output_normalize"]),
-        max_length=min(longest or backbone.max_position_embeddings, backbone.max_position_embeddings),
-        prompts=instruction_prompts(),
-    )
-
-
-def instruction_prompts() -> dict[str, str]:
-    """Return the prefix for each MTEB task, by task name or by `<task>-query` and `<task>-document`.
-
-    The instructions are those of the model's own `instructions.json`, and mteb's defaults where that has none. Documents of
-    asymmetric retrieval get an explicitly empty prefix.
-    """
-    listing = json.loads((resources.files("compress.data") / "nv_embed_instructions.json").read_text(encoding="utf-8"))
-    prompts = {}
-    for task, instructions in listing["tasks"].items():
-        for role, instruction in instructions.items():
-            name = task if role == "text" else f"{task}-{role}"
-            prompts[name] = PREFIX.format(instruction=instruction) if instruction else ""
-    return prompts
-
 
 Mean = Callable[[torch.Tensor], torch.Tensor]
 """Averages the rows of each text in float32: [n, any] to [texts, any]."""
@@ -263,8 +188,25 @@ def fold(head: LatentAttention) -> FoldedLatentAttention:
     return folded
 
 
+class LatentPooling(nn.Module):
+    """The latent-attention head as the pooling of a `TextHead`: the mean of what it makes of the pooled tokens."""
+
+    def __init__(self, latent_attention: LatentAttention | FoldedLatentAttention) -> None:
+        super().__init__()
+        self.latent_attention = latent_attention
+
+    def forward(self, hidden: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor, *, traced: bool = False) -> torch.Tensor:
+        """Pool hidden states; see `TextHead.forward`. Every text needs a pooled token."""
+        if traced:  # by steps whose shapes do not depend on the mask: the head sees all tokens, the mean only those that are pooled
+            vectors: torch.Tensor = self.latent_attention(hidden.flatten(0, 1), mean_of_padded(pooled))
+            return vectors
+        text, position = pooled.nonzero(as_tuple=True)
+        vectors = self.latent_attention(hidden[text, position], mean_of_rows(text, len(hidden)))
+        return vectors
+
+
 class NVEmbedNetwork(nn.Module):
-    """Backbone and head; `config` is the backbone's."""
+    """Backbone and head, under the names of the published checkpoint; `config` is the backbone's."""
 
     latent_attention_model: LatentAttention | FoldedLatentAttention
 
@@ -276,22 +218,26 @@ class NVEmbedNetwork(nn.Module):
         self.latent_attention_model = (FoldedLatentAttention if folded else LatentAttention)(settings)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
-        """Embed a batch: int64 [b, length] three times to float32 [b, width]; every text needs a pooled token."""
-        return self.pool(self.embedding_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, pool_mask)
+        """Embed a batch: int64 [texts, length] three times to float32 [texts, width]; every text needs a pooled token."""
+        return vectors_of(self, input_ids, attention_mask, pool_mask)
 
-    def pool(self, hidden: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
-        """Pool hidden states [b, length, width] by a mask, int64 [b, length], to float32 [b, width]."""
-        text, position = pool_mask.nonzero(as_tuple=True)
-        return self._normalized(self.latent_attention_model(hidden[text, position], mean_of_rows(text, len(hidden))))
+    @property
+    def backbone(self) -> MistralModel:
+        """What makes hidden states of token ids."""
+        return self.embedding_model
 
-    def pool_padded(self, hidden: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
-        """Pool as `pool` does, by steps whose shapes do not depend on the mask: the head sees all tokens, the mean not."""
-        return self._normalized(self.latent_attention_model(hidden.flatten(0, 1), mean_of_padded(pool_mask)))
+    @property
+    def text_head(self) -> TextHead:
+        """What makes vectors of hidden states; made anew each time, so that a head that was replaced is the one that runs."""
+        return TextHead(LatentPooling(self.latent_attention_model), normalize=self.normalize)
 
-    def _normalized(self, pooled: torch.Tensor) -> torch.Tensor:
-        return F.normalize(pooled, dim=1) if self.normalize else pooled
+
+def build(folder: ModelFolder) -> NVEmbedNetwork:
+    """Build the network of a checkpoint or a variant."""
+    folded = folder.variant is not None and folder.variant.folded
+    return NVEmbedNetwork(folder.network_config, latent_settings(folder.config), folded)
 
 
 def is_folded(model: nn.Module) -> bool:
-    """Whether a network is NV-Embed's with its head folded."""
-    return isinstance(model, NVEmbedNetwork) and isinstance(model.latent_attention_model, FoldedLatentAttention)
+    """Whether a network's head is NV-Embed's, folded."""
+    return isinstance(getattr(model, "latent_attention_model", None), FoldedLatentAttention)

@@ -11,16 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from compress.common.errors import UserError
-from compress.models.network.nv_embed import NVEmbedNetwork
-
-if TYPE_CHECKING:
-    from torch import nn
+from compress.models.network.pooling import backbone_of
 
 # What common architectures call the norm between the last block and the output.
 FINAL_NORMS = ("norm", "final_norm", "ln_f", "final_layernorm", "final_layer_norm")
@@ -61,11 +58,6 @@ class BlockArguments:
 
     positional: tuple[Any, ...]
     named: Mapping[str, Any]
-
-
-def backbone_of(network: nn.Module) -> nn.Module:
-    """Return the transformer of a network; the network itself where nothing comes after it."""
-    return network.embedding_model if isinstance(network, NVEmbedNetwork) else network
 
 
 def segments_of(network: nn.Module) -> list[Segment]:

@@ -10,7 +10,8 @@ from torch import nn
 
 from compress.layers.dropped import STAND_INS
 from compress.models.architectures import Anatomy, Sublayer, anatomy_of
-from compress.models.network.segments import backbone_of, blocks_of
+from compress.models.network.pooling import backbone_of
+from compress.models.network.segments import blocks_of
 
 # What attention modules call the numbers that follow from how many heads they have.
 _COUNTS = ("num_attention_heads", "num_heads")

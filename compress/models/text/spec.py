@@ -6,6 +6,8 @@ sentence-transformers' own defaults: mean pooling, no normalisation.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from compress.common.errors import UserError, nearest
-from compress.models.folder import read_json
+from compress.common.inputs import read_json
 
 
 class Pooling(StrEnum):
@@ -66,28 +68,50 @@ def _read_pooling(folder: Path) -> dict[str, Any]:
     return {"pooling": modes[0], "pool_prompt": bool(config.get("include_prompt", True))}
 
 
-def read_spec(folder: Path) -> EmbedderSpec:
+TRANSFORMER = "Transformer"
+MODULES: Mapping[str, Callable[[Path], dict[str, Any]]] = {
+    TRANSFORMER: lambda _: {},
+    "Pooling": _read_pooling,
+    "Normalize": lambda _: {"normalize": True},
+}
+"""Modules that a model may have, and what each one's folder says of the spec."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """An entry of sentence-transformers' `modules.json`."""
+
+    kind: str
+    """Name of its class, without the package."""
+    folder: Path
+    """Where its own files are."""
+
+
+def read_modules(folder: Path) -> tuple[Module, ...]:
+    """Return the modules that a folder's `modules.json` lists, in order; none where there is no such file."""
+    path = folder / "modules.json"
+    if not path.exists():
+        return ()
+    return tuple(Module(str(entry["type"]).rsplit(".", 1)[-1], folder / str(entry["path"])) for entry in read_json(path))
+
+
+def transformer_of(folder: Path, modules: Sequence[Module]) -> Path:
+    """Return where the network's own files are: the Transformer module's folder; the model's own where none is listed."""
+    return next((module.folder for module in modules if module.kind == TRANSFORMER), folder)
+
+
+def read_spec(folder: Path, modules: Sequence[Module]) -> EmbedderSpec:
     """Read the spec of a sentence-transformers or plain transformers folder.
 
     Raises:
         UserError: a module, a pooling mode or a file that this workbench does not know or cannot read.
     """
     found: dict[str, Any] = {}
-    transformer = folder
-    modules = folder / "modules.json"
-    if modules.exists():
-        for entry in read_json(modules):
-            kind, path = str(entry["type"]).rsplit(".", 1)[-1], folder / entry["path"]
-            if kind == "Transformer":
-                transformer = path
-            elif kind == "Pooling":
-                found |= _read_pooling(path)
-            elif kind == "Normalize":
-                found["normalize"] = True
-            else:
-                known = ["Transformer", "Pooling", "Normalize"]
-                raise UserError(f"{modules}: module {kind!r} is not supported", nearest(kind, known))
-    settings = transformer / "sentence_bert_config.json"
+    for module in modules:
+        if module.kind not in MODULES:
+            raise UserError(f"{folder / 'modules.json'}: module {module.kind!r} is not supported", nearest(module.kind, MODULES))
+        found |= MODULES[module.kind](module.folder)
+    settings = transformer_of(folder, modules) / "sentence_bert_config.json"
     if settings.exists():
         config = read_json(settings)
         found |= {"max_length": config.get("max_seq_length"), "lowercase": bool(config.get("do_lower_case", False))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,14 @@ class TextTokenizer:
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Return how many tokens each text has, special ones included, before anything is cut off."""
-        self._tokenizer.no_truncation()
-        try:
-            return [len(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
-        finally:
-            self._tokenizer.enable_truncation(max_length=self.max_length)
+        return [len(encoding.ids) for encoding in self._uncut.encode_batch_fast(list(texts))]
+
+    @cached_property
+    def _uncut(self) -> Tokenizer:
+        """A copy that cuts nothing off; one tokenizer may be asked by several threads, so its own setting stays."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.no_truncation()
+        return tokenizer
 
     def prompt_length(self, prompt: str) -> int:
         """Return how many leading tokens a prompt takes, counted as the model was trained.

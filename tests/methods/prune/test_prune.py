@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests_support import apply_in_memory, compress_to
+from tests_support import apply_in_memory, compress_to, folder_of
 
 import compress
 from compress.common.errors import UserError
@@ -22,10 +22,8 @@ from compress.methods.prune.wanda import Wanda
 from compress.methods.quantize.gptq import GPTQ, round_with_feedback
 from compress.methods.quantize.rtn import RTN
 from compress.models.architectures import is_block_linear
-from compress.models.files.headers import read_headers
 from compress.models.network.build import load_network
 from compress.models.opened import empty_model, weights_of
-from compress.models.shape import read_shape
 from compress.runtimes.lower import lower
 
 TEXTS = ["the parcel never came", "rain by the evening", "who wrote it", "x", ""]
@@ -34,8 +32,8 @@ METHODS: list[type[Magnitude] | type[Wanda] | type[SparseGPT]] = [Magnitude, Wan
 
 def linears(folder: Path) -> dict[str, torch.Tensor]:
     """The linear layers of a variant's blocks, dense."""
-    network = empty_model(folder)
-    weights_of(folder, network).fill(network)
+    network = empty_model(folder_of(folder))
+    weights_of(folder_of(folder), network).fill(network)
     return {name: tensor for name, tensor in network.state_dict().items() if is_block_linear(name, tensor.dim())}
 
 
@@ -58,7 +56,7 @@ def test_exactly_as_many_go_as_the_pattern_says(bert: Path, tmp_path: Path, kind
     compress_to(bert, tmp_path / "variant", step)
     dense = {
         f"{name}.weight": module.weight
-        for name, module in load_network(bert, torch.float16).named_modules()
+        for name, module in load_network(folder_of(bert), torch.float16).named_modules()
         if hasattr(module, "weight")
     }
     for name, weight in linears(tmp_path / "variant").items():
@@ -70,10 +68,10 @@ def test_exactly_as_many_go_as_the_pattern_says(bert: Path, tmp_path: Path, kind
             assert (zeros.view(-1, of).sum(dim=1) == goes).all()
         if kind is not SparseGPT:
             assert torch.equal(weight[~zeros], dense[name][~zeros])
-    estimated = step.estimate(read_shape("tiny", bert)).after
-    stored = sum(info.bytes for info in read_headers(tmp_path / "variant").values())
+    estimated = step.estimate(folder_of(bert).shape).after
+    stored = sum(info.bytes for info in folder_of(tmp_path / "variant").headers.values())
     assert stored == pytest.approx(estimated.bytes, rel=1e-3)
-    assert stored < 0.85 * read_shape("tiny", bert).half_bytes
+    assert stored < 0.85 * folder_of(bert).shape.half_bytes
 
 
 @pytest.mark.parametrize(
@@ -81,7 +79,7 @@ def test_exactly_as_many_go_as_the_pattern_says(bert: Path, tmp_path: Path, kind
 )
 def test_opened_from_its_file_it_is_what_was_pruned(bert: Path, tmp_path: Path, steps: tuple[Method, ...]) -> None:
     compress_to(bert, tmp_path / "variant", *steps)
-    network = load_network(bert, torch.float32)
+    network = load_network(folder_of(bert), torch.float32)
     apply_in_memory(network, *steps)
     expected = {name: tensor for name, tensor in network.state_dict().items() if is_block_linear(name, tensor.dim())}
     for name, weight in linears(tmp_path / "variant").items():
@@ -149,7 +147,7 @@ def test_gptq_after_pruning_keeps_the_zeros_and_rounds_for_the_others(bert: Path
     for name, weight in linears(tmp_path / "variant").items():
         if name.endswith(".weight"):
             assert ((weight == 0).view(-1, 4).sum(dim=1) >= 2).all(), name
-    assert any(name.endswith("_mask") for name in read_headers(tmp_path / "variant"))
+    assert any(name.endswith("_mask") for name in folder_of(tmp_path / "variant").headers)
     from compress.layers.grid import find_grid
 
     weight, moment = correlated()
@@ -166,10 +164,10 @@ def test_refusals(bert: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="greater than 0"):
         Wanda(sparsity=0.0)
     with pytest.raises(ValueError, match="matches none of the model's 12 linear layers"):
-        Magnitude(skip=("*.nothing",)).estimate(read_shape("tiny", bert))
+        Magnitude(skip=("*.nothing",)).estimate(folder_of(bert).shape)
     compress_to(bert, tmp_path / "variant", Magnitude())
     with pytest.raises(UserError, match="is stored as its values that are not zero, which openvino cannot refer to"):
-        lower(tmp_path / "variant", "openvino")
+        lower(folder_of(tmp_path / "variant"), "openvino")
     tensors = load_file(tmp_path / "variant" / "model.safetensors")
     name = next(name for name in tensors if name.endswith("_mask"))
     tensors[name] = tensors[name].bitwise_xor(1)
@@ -184,9 +182,9 @@ def test_for_a_graph_runtime_the_weights_stay_dense(bert: Path, tmp_path: Path) 
     from compress.pipeline.apply import make_variant
 
     journal = Journal(tmp_path / "journal")
-    shape = read_shape("tiny", bert)
+    shape = folder_of(bert).shape
     make_variant(find(str(bert)), shape, (Magnitude(),), "0", tmp_path / "variant", journal, lambda _: None, runtime="onnxruntime")
-    lower(tmp_path / "variant", "onnxruntime")
+    lower(folder_of(tmp_path / "variant"), "onnxruntime")
     ours = compress.load(str(tmp_path / "variant")).encode(TEXTS)
     theirs = compress.load(str(tmp_path / "variant"), runtime="torch", device="cpu").encode(TEXTS)
     np.testing.assert_allclose(ours, theirs, atol=2e-5)

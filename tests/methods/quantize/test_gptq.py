@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests_support import compress_to
+from tests_support import compress_to, folder_of
 
 from compress.common.errors import UserError
 from compress.layers.grid import Grid, find_grid
 from compress.methods.error_feedback import factor
 from compress.methods.quantize.gptq import GPTQ, round_with_feedback
-from compress.models.files.headers import read_headers
 from compress.models.files.variant import VariantInfo
-from compress.models.shape import read_shape
 
 
 def problem(outputs: int, inputs: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +119,7 @@ def test_the_estimate_counts_every_byte(bert: Path, tmp_path: Path) -> None:
     compress_to(bert, tmp_path / "variant", step)
     info = VariantInfo.read(tmp_path / "variant")
     assert info.weights == "int4-g16+int8"
-    planned, stored = step.estimate(read_shape("tiny", bert)).after.tensors, read_headers(tmp_path / "variant")
+    planned, stored = step.estimate(folder_of(bert).shape).after.tensors, folder_of(tmp_path / "variant").headers
     for name in (name for name in planned if name.rpartition(".")[0] in info.quantized):
         assert (stored[name].dtype, stored[name].shape) == (planned[name].dtype, planned[name].shape), name
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests_support import apply_in_memory, compress_to
+from tests_support import apply_in_memory, compress_to, folder_of, text_side
 
 import compress
 from compress.common.errors import UserError
@@ -26,7 +26,6 @@ from compress.methods.quantize.rtn import RTN
 from compress.methods.quantize.smoothquant import SmoothQuant
 from compress.models.files.variant import VariantInfo
 from compress.models.network.build import load_network
-from compress.models.shape import read_shape
 from compress.pipeline.recipe_file import parse_recipe
 
 GROUPS = {"bits": 4, "group_size": 16}
@@ -61,7 +60,7 @@ def test_a_variant_is_near_its_model_and_as_large_as_planned(
     folder = make_model(kind)
     compress_to(folder, tmp_path / "variant", step)
     info = VariantInfo.read(tmp_path / "variant")
-    shape = read_shape("tiny", folder)
+    shape = folder_of(folder).shape
     wanted = {shape.token_table} if step.method == "embeddings" else set(shape.block_linears)
     assert set(info.quantized) == wanted
     texts = mixed_texts[:40]
@@ -70,7 +69,7 @@ def test_a_variant_is_near_its_model_and_as_large_as_planned(
     # NF4's blocks of 64 reach over rows of 48 and 80 weights, whose sizes differ: coarser here than on real widths.
     assert (0.8 if step.method == "bitsandbytes" else 0.9) < cosine.mean() < cosine.max() < 1 - 1e-7
     # Factors that a norm or a layer has taken over are planned for and not stored.
-    after, stored = step.estimate(shape).after, read_shape("tiny", tmp_path / "variant")
+    after, stored = step.estimate(shape).after, folder_of(tmp_path / "variant").shape
     kept = {name: info for name, info in after.tensors.items() if not name.endswith("input_factor") or name in stored.tensors}
     ours = {name: info for name, info in stored.tensors.items() if not name.endswith("position_ids")}
     assert {name: (info.dtype, info.shape) for name, info in ours.items()} == {
@@ -104,7 +103,7 @@ def test_overrides_and_skip_go_by_pattern(bert: Path) -> None:
     )  # fmt: skip
     found = {
         name.removeprefix("encoder.layer.0."): layer
-        for name, layer in apply_in_memory(load_network(bert, torch.float32), step).items()
+        for name, layer in apply_in_memory(load_network(folder_of(bert), torch.float32), step).items()
     }
     assert {name: (layer.bits, layer.group_size, layer.symmetric) for name, layer in found.items()} == {
         "attention.self.query": (4, None, True),
@@ -115,7 +114,7 @@ def test_overrides_and_skip_go_by_pattern(bert: Path) -> None:
         "output.dense": (8, None, True),
     }
     with pytest.raises(ValueError, match=r"'\*\.nosuch' matches none"):
-        GPTQ(overrides={"*.nosuch": {"bits": 8}}).estimate(read_shape("tiny", bert))
+        GPTQ(overrides={"*.nosuch": {"bits": 8}}).estimate(folder_of(bert).shape)
     with pytest.raises(UserError, match="overrides"):
         parse_recipe({"steps": [{"method": "gptq", "overrides": {"*.dense": {"bit": 8}}}]})
     with pytest.raises(UserError, match="groups and zeros go with `activations: none`"):
@@ -127,7 +126,7 @@ def test_a_second_step_takes_what_the_first_has_left(bert: Path, tmp_path: Path)
     compress_to(bert, tmp_path / "variant", first, second)
     found = {name: layer.name for name, layer in VariantInfo.read(tmp_path / "variant").quantized.items()}
     assert {name for name, kind in found.items() if kind == "int8"} == {name for name in found if name.endswith("output.dense")}
-    shape = read_shape("tiny", bert)
+    shape = folder_of(bert).shape
     after = second.estimate(first.estimate(shape).after)
     assert "4 linear layers" in after.note
     with pytest.raises(ValueError, match="no linear layer left for rtn"):
@@ -155,18 +154,17 @@ def test_a_static_scale_is_where_the_calibration_texts_end(bert: Path, tmp_path:
     # Found again: the embeddings' largest output on the same texts.
     from compress.calibration.texts import CalibrationSource
     from compress.data.texts import calibration_texts
-    from compress.models.opened import read_text_side
 
-    spec, tokenizer = read_text_side(bert)
+    spec, tokenizer = text_side(bert)
     batches = CalibrationSource(calibration_texts()[:24], None, 120).batches(tokenizer, spec).batches
-    embeddings = load_network(bert, torch.float32).embeddings
+    embeddings = load_network(folder_of(bert), torch.float32).embeddings
     with torch.inference_mode():
         largest = max(float(embeddings(torch.from_numpy(ids))[torch.from_numpy(mask) == 1].abs().max()) for ids, mask in batches)
     assert float(first.input_scale) == pytest.approx(largest / 127, rel=1e-5)
 
 
 def test_the_token_table_and_no_other(bert: Path) -> None:
-    network = load_network(bert, torch.float32)
+    network = load_network(folder_of(bert), torch.float32)
     before = network.embeddings.word_embeddings.weight.detach().clone()
     assert set(apply_in_memory(network, Embeddings())) == {"embeddings.word_embeddings"}
     table = network.embeddings.word_embeddings
@@ -190,4 +188,4 @@ def test_the_folded_head_is_quantized_where_that_is_asked(nv_embed: Path, tmp_pa
         compress.load(str(tmp_path / "variant"), device="cpu", stream=True).encode(texts), variant, rtol=0, atol=0
     )
     with pytest.raises(ValueError, match="no folded latent-attention head"):
-        step.estimate(read_shape("tiny", nv_embed))
+        step.estimate(folder_of(nv_embed).shape)

@@ -6,21 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests_support import apply_in_memory
+from tests_support import apply_in_memory, folder_of
 
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.methods.quantize.rtn import RTN
 from compress.models.network.build import load_network
-from compress.models.shape import read_shape
 
 
 @pytest.mark.parametrize("kind", ["bert", "mistral"])
 def test_every_linear_layer_of_the_blocks_and_nothing_else(make_model, kind: str) -> None:
     folder = make_model(kind)
-    network = load_network(folder, torch.float32)
+    network = load_network(folder_of(folder), torch.float32)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     quantized = apply_in_memory(network, RTN())
-    assert set(quantized) == set(read_shape("tiny", folder).block_linears)
+    assert set(quantized) == set(folder_of(folder).shape.block_linears)
     for name, module in network.named_modules():
         assert isinstance(module, QuantizedLinear) == (name in quantized)
     for name, tensor in network.state_dict().items():
@@ -29,7 +28,7 @@ def test_every_linear_layer_of_the_blocks_and_nothing_else(make_model, kind: str
 
 
 def test_weights_are_the_nearest_integers(bert: Path) -> None:
-    network = load_network(bert, torch.float32)
+    network = load_network(folder_of(bert), torch.float32)
     name = "encoder.layer.0.attention.self.query"
     weight = network.get_submodule(name).weight.detach().clone()
     apply_in_memory(network, RTN())
@@ -40,18 +39,18 @@ def test_weights_are_the_nearest_integers(bert: Path) -> None:
 
 
 def test_skip_leaves_layers_alone(bert: Path) -> None:
-    network = load_network(bert, torch.float32)
+    network = load_network(folder_of(bert), torch.float32)
     quantized = apply_in_memory(network, RTN(skip=("*.intermediate.dense", "encoder.layer.1.*")))
     assert set(quantized) == {f"encoder.layer.0.{part}" for part in (
         "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense", "output.dense"
     )}  # fmt: skip
     with pytest.raises(ValueError, match=r"'\*\.nosuch' matches none"):
-        RTN(skip=("*.nosuch",)).estimate(read_shape("tiny", bert))
+        RTN(skip=("*.nosuch",)).estimate(folder_of(bert).shape)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(bert: Path, bad: float) -> None:
-    network = load_network(bert, torch.float32)
+    network = load_network(folder_of(bert), torch.float32)
     network.get_submodule("encoder.layer.1.output.dense").weight.data[3, 5] = bad
     with pytest.raises(ValueError, match=r"encoder\.layer\.1\.output\.dense\.weight holds NaN"):
         apply_in_memory(network, RTN())

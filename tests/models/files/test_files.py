@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests_support import folder_of
 
 import compress
 from compress.common.errors import UserError
 from compress.common.files import save_array
 from compress.models.architectures import is_block_linear
-from compress.models.files.headers import TensorInfo, fingerprint, read_header
-from compress.models.shape import check_patterns, known_shape, matching, read_shape
+from compress.models.files.headers import TensorInfo, read_header
+from compress.models.shape import check_patterns, known_shape, matching
 from compress.models.source import find, find_shape
-from compress.models.text.spec import read_spec
 
 
 def test_a_header_says_what_the_file_holds(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_settings_that_cannot_be_honoured_are_refused(bert: Path, copy_of, file:
     folder = copy_of(bert)
     (folder / file).write_text(content)
     with pytest.raises(UserError, match=message):
-        read_spec(folder)
+        print(folder_of(folder).spec)
 
 
 def test_unknown_architectures_are_refused(bert: Path, copy_of) -> None:
@@ -93,10 +93,10 @@ def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch
 
 def test_the_fingerprint_follows_the_content(bert: Path, copy_of) -> None:
     folder = copy_of(bert)
-    assert fingerprint(folder) == fingerprint(bert)
+    assert folder_of(folder).fingerprint == folder_of(bert).fingerprint
     config = json.loads((folder / "config.json").read_text()) | {"layer_norm_eps": 1e-6}
     (folder / "config.json").write_text(json.dumps(config))
-    assert fingerprint(folder) != fingerprint(bert)
+    assert folder_of(folder).fingerprint != folder_of(bert).fingerprint
 
 
 def test_an_array_is_written_or_the_reason_given(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_linear_layers_of_blocks_are_told_from_tables() -> None:
 
 
 def test_shape_reads_headers_and_leaves_the_pooler_out(bert: Path) -> None:
-    shape = read_shape("tiny", bert)
+    shape = folder_of(bert).shape
     network = compress.load(str(bert), device="cpu", dtype="float16").model
     assert shape.parameters == sum(parameter.numel() for parameter in network.parameters())
     assert len(shape.block_linears) == 12

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from tests_support import GOLDEN, SHARED, apply_in_memory
+from tests_support import GOLDEN, SHARED, apply_in_memory, folder_of
 
 import compress
 from compress.common.errors import UserError
@@ -19,9 +19,10 @@ from compress.methods.nv_embed.fold import Fold
 from compress.methods.quantize.rtn import RTN
 from compress.models.files.variant import VariantInfo
 from compress.models.network.build import load_network
-from compress.models.network.nv_embed import PREFIX, NVEmbedNetwork, fold, instruction_prompts, mean_of_rows
+from compress.models.network.nv_embed import NVEmbedNetwork, fold, mean_of_rows
 from compress.models.network.segments import begin, run_block, segments_of
-from compress.models.shape import known_shape, read_shape
+from compress.models.shape import known_shape
+from compress.models.text.nv_embed import PREFIX, instruction_prompts
 from compress.pipeline.recipe import steps_for
 from compress.pipeline.recipe_file import parse_recipe, read_recipe
 from compress.pipeline.run import run
@@ -36,7 +37,7 @@ def checkpoint(nv_embed: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["published", "folded"])
 def network(request: pytest.FixtureRequest, checkpoint: Path) -> NVEmbedNetwork:
-    loaded = load_network(checkpoint, torch.float32)
+    loaded = load_network(folder_of(checkpoint), torch.float32)
     assert isinstance(loaded, NVEmbedNetwork)
     if request.param == "folded":
         apply_in_memory(loaded, Fold())
@@ -56,7 +57,7 @@ def test_the_original_s_hidden_states(network: NVEmbedNetwork, checkpoint: Path)
     """To 1e-6, or where this CPU's kernels add in another order, to what float32 rounding moved the original's own numbers."""
     golden = load_file(GOLDEN / "golden.safetensors")
     ids, mask = (torch.from_numpy(golden[f"passages.{part}"]) for part in ("input_ids", "attention_mask"))
-    exact = load_network(checkpoint, torch.float64)
+    exact = load_network(folder_of(checkpoint), torch.float64)
     with torch.inference_mode():
         ours, precise = (
             model.embedding_model(input_ids=ids, attention_mask=mask).last_hidden_state[mask == 1].numpy()
@@ -113,7 +114,7 @@ def test_missing_and_extra_tensors_are_refused(checkpoint: Path, tmp_path: Path)
 
 
 def test_the_fold_keeps_the_function_in_half_precision_too(checkpoint: Path) -> None:
-    head = load_network(checkpoint, torch.float64).latent_attention_model
+    head = load_network(folder_of(checkpoint), torch.float64).latent_attention_model
     folded = fold(head)
     hidden = torch.randn(9, 64, dtype=torch.float64)
     mean = mean_of_rows(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2]), 3)
@@ -148,8 +149,8 @@ def test_recipes_run_on_it_from_end_to_end(checkpoint: Path, tmp_path: Path, ste
     lossy = {"method": "rtn"} in steps
     assert record.fidelity is not None
     assert record.fidelity["cosine_min"] > (0.95 if lossy else 0.9999)
-    stored = sum(info.bytes for info in read_shape("v", tmp_path / record.run / "variant").tensors.values())
-    shape = read_shape("tiny", checkpoint)
+    stored = sum(info.bytes for info in folder_of(tmp_path / record.run / "variant").shape.tensors.values())
+    shape = folder_of(checkpoint).shape
     for step in recipe.steps:
         shape = step.estimate(shape).after
     assert stored == shape.as_stored().bytes
@@ -160,7 +161,7 @@ def test_recipes_start_from_the_fold_unless_told_not_to(checkpoint: Path, tmp_pa
     record = run(recipe, model=str(checkpoint), output=tmp_path, device="cpu", compress_only=True)
     assert [step.config["method"] for step in record.steps] == ["fold", "rtn"]
     assert VariantInfo.read(tmp_path / record.run / "variant").folded
-    shape = read_shape("tiny", checkpoint)
+    shape = folder_of(checkpoint).shape
     assert [step.method for step in steps_for(recipe.model_copy(update={"fold": False}), shape)] == ["rtn"]
     lossless = read_recipe(Path(__file__).parents[3] / "recipes" / "lossless.yaml")
     assert [step.method for step in steps_for(lossless, shape)] == ["fold"]
@@ -181,7 +182,7 @@ def test_streamed_is_resident_bit_for_bit(checkpoint: Path, tmp_path: Path, step
 
 
 def test_a_block_that_is_called_alone_is_not_causal(checkpoint: Path) -> None:
-    network = load_network(checkpoint, torch.float32)
+    network = load_network(folder_of(checkpoint), torch.float32)
     segments, outputs = segments_of(network), []
     for ids in ([[1, 50, 60, 70]], [[1, 50, 60, 99]]):
         with torch.inference_mode():

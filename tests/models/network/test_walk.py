@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests_support import compress_to
+from tests_support import compress_to, folder_of
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
@@ -73,7 +73,7 @@ def test_a_model_stored_under_a_task_s_head_streams(make_model, copy_of) -> None
 
 
 def test_segments_of_an_encoder_and_a_decoder(make_model) -> None:
-    bert, mistral = (segments_of(load_network(make_model(kind), torch.float32)) for kind in ("bert", "mistral"))
+    bert, mistral = (segments_of(load_network(folder_of(make_model(kind)), torch.float32)) for kind in ("bert", "mistral"))
     assert [(segment.kind, segment.paths) for segment in bert] == [
         (Kind.EMBEDDINGS, ("embeddings",)),
         (Kind.BLOCK, ("encoder.layer.0",)),
@@ -96,7 +96,7 @@ def test_what_is_no_list_of_blocks_is_refused() -> None:
 
 
 def test_a_network_that_does_more_than_its_blocks_and_norm_is_refused(make_model) -> None:
-    network = load_network(make_model("mistral"), torch.float32)
+    network = load_network(folder_of(make_model("mistral")), torch.float32)
 
     class Doubling(nn.Module):
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ class Stopped(Exception):
 @pytest.mark.parametrize("stop_at", [0, 1, 2, 3])
 def test_a_walk_that_was_stopped_goes_on_where_it_was(make_model, tmp_path: Path, stop_at: int) -> None:
     folder = make_model("mistral")
-    network = empty_model(folder)
+    network = empty_model(folder_of(folder))
     batches = [(np.arange(4, 12).reshape(2, 4) + number, np.array([[1, 1, 1, 1], [1, 1, 0, 0]])) for number in range(3)]
     seen: list[int] = []
 
@@ -132,7 +132,7 @@ def test_a_walk_that_was_stopped_goes_on_where_it_was(make_model, tmp_path: Path
                 parameter.data = parameter.data * 1.5
 
     def source() -> Streamed:
-        return Streamed(network, weights_of(folder, network))
+        return Streamed(network, weights_of(folder_of(folder), network))
 
     again = True
     whole = Carry(batches, CPU)
