@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 
 import compress
 from compress.cli import app
+from compress.common.journal import Journal
+from compress.measure.record import Record
 
 # These are the only names from inside the package that this file uses; the rest goes through `compress.load`, `compress.run` and
 # the verbs.
-from compress.recipe import read_recipe
-from compress.record import Journal, Record
+from compress.pipeline.recipe_file import read_recipe
 from compress.runtimes.onnx_runtime import OnnxEmbedder
 
 FILES = Path(__file__).parent / "v0.1"

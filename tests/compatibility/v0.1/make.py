@@ -28,6 +28,9 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from compress.models.nv_embed import EOS, PREFIX
+from compress.recipe import Recipe, parse_recipe, read_recipe
+from compress.texts import suite_texts
 from pydantic import BaseModel
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -36,9 +39,6 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 import compress
 from compress.models import shards
 from compress.models.network import empty_network
-from compress.models.nv_embed import EOS, PREFIX
-from compress.recipe import Recipe, parse_recipe, read_recipe
-from compress.texts import suite_texts
 
 HERE = Path(__file__).parent
 WIDTH = 32
