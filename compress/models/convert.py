@@ -1,6 +1,6 @@
 """Pickled weights to safetensors: the one place that reads a pickle, with PyTorch's reader of tensors, in a process of its own.
 
-`convert` imports no torch. The process that it starts for each file runs this module (`python -m compress.models.convert`).
+`convert` imports no torch. The process that it starts runs this module (`python -m compress.models.convert`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +54,7 @@ def convert(model: str, target: Path) -> list[Path]:
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)  # of a link what it points to
-        for pickle, written in weights:
-            (folder / written.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            _in_a_process(pickle, folder / written.relative_to(source))
+        _in_a_process({pickle: folder / written.relative_to(source) for pickle, written in weights})
         for place in _places(source):
             _write_index(place, folder / place.relative_to(source))
     return [target / written.relative_to(source) for _, written in weights]
@@ -124,17 +122,17 @@ def _write_index(place: Path, target: Path) -> None:
     write_json(target / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _in_a_process(pickle: Path, written: Path) -> None:
-    """Convert one file in a process of its own, which ends with it whatever is in the file."""
-    command = [sys.executable, "-m", "compress.models.convert", str(pickle), str(written)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    answer = done.stdout.strip().rpartition("\n")[2]
-    if done.returncode != 0 or not answer.startswith("{"):
+def _in_a_process(files: Mapping[Path, Path]) -> None:
+    """Convert pickles in a process of its own, which ends with it whatever is in them."""
+    names = [str(name) for pair in files.items() for name in pair]
+    done = subprocess.run([sys.executable, "-m", "compress.models.convert", *names], capture_output=True, text=True, check=False)
+    said = done.stdout.strip().rpartition("\n")[2]
+    if done.returncode != 0 or not said.startswith("{"):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{pickle}: reading it ended with exit code {done.returncode} ({last})")
-    refused = json.loads(answer)["refused"]
-    if refused:
-        raise UserError(f"{pickle}: {refused}", "nothing of it was run; ask its author for safetensors")
+        raise UserError(f"{', '.join(names[::2])}: reading ended with exit code {done.returncode} ({last})")
+    for name, refused in json.loads(said).items():
+        if refused is not None:
+            raise UserError(f"{name}: {refused}", "nothing of it was run; ask its author for safetensors")
 
 
 def write_safetensors(pickle: Path, written: Path) -> str | None:
@@ -155,9 +153,11 @@ def write_safetensors(pickle: Path, written: Path) -> str | None:
         # Mapped where the format allows it, so that memory holds one copy.
         found = torch.load(pickle, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(pickle))
     except pickles.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global)[^\w]+([\w.]+)", str(error))
-        what = next(name for name in named.groups() if name) if named else _first_sentence(str(error))
-        return f"refused, because it holds more than tensors: {what}"
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named:
+            return f"refused, because it holds more than tensors: {named[1]}"
+        why = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        return f"refused by torch.load(weights_only=True): {why[1] if why else _first_sentence(str(error))}"
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         return f"not a whole file of torch.save ({_first_sentence(str(error)) or type(error).__name__})"
     refused = _not_tensors(found)
@@ -216,5 +216,16 @@ def _differs(tensors: Mapping[str, torch.Tensor], written: Path) -> str | None:
     return None
 
 
+def main(names: Sequence[str]) -> None:
+    """Convert files, named in pairs, until one is refused; print a JSON object from each to why it was refused, or null."""
+    said: dict[str, str | None] = {}
+    for pickle, written in zip(names[::2], names[1::2], strict=True):
+        Path(written).parent.mkdir(parents=True, exist_ok=True)
+        said[pickle] = write_safetensors(Path(pickle), Path(written))
+        if said[pickle] is not None:
+            break
+    print(json.dumps(said))
+
+
 if __name__ == "__main__":
-    print(json.dumps({"refused": write_safetensors(Path(sys.argv[1]), Path(sys.argv[2]))}))
+    main(sys.argv[1:])
