@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,29 +82,46 @@ assert not {"torch", "transformers", "datasets"} & set(sys.modules)
 """
 
 
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[StandIn]:
-    """A hub with nothing on it."""
-    (tmp_path / "uploaded").mkdir()
-    with StandIn(tmp_path / "uploaded") as server:
-        yield server
+@contextmanager
+def stand_in(folder: Path) -> Iterator[tuple[StandIn, Client]]:
+    """Start a hub with nothing on it, and a machine with an empty cache that knows it."""
+    for name in ("uploaded", "home"):
+        (folder / name).mkdir()
+    with StandIn(folder / "uploaded") as server:
+        yield server, Client(server.endpoint, folder / "home")
     assert server.faults == []
 
 
 @pytest.fixture
-def client(hub: StandIn, tmp_path: Path) -> Client:
-    """A machine with an empty cache that knows this hub."""
-    (tmp_path / "home").mkdir()
-    return Client(hub.endpoint, tmp_path / "home")
+def started(tmp_path: Path) -> Iterator[tuple[StandIn, Client]]:
+    with stand_in(tmp_path) as pair:
+        yield pair
 
 
 @pytest.fixture
-def tiny(bert: Path, tmp_path: Path) -> Path:
-    """A tiny embedder as it would lie on the hub: with a card, and with files that nobody should download."""
-    folder = shutil.copytree(bert, tmp_path / "tiny")
+def hub(started: tuple[StandIn, Client]) -> StandIn:
+    """A hub with nothing on it."""
+    return started[0]
+
+
+@pytest.fixture
+def client(started: tuple[StandIn, Client]) -> Client:
+    """A machine with an empty cache that knows this hub."""
+    return started[1]
+
+
+def as_published(model: Path, folder: Path) -> Path:
+    """Copy a model as it would lie on the hub: with a card, and with files that nobody should download."""
+    shutil.copytree(model, folder)
     (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n\n# tiny\n")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"onnx")
     (folder / "modeling.py").write_text("raise SystemExit('code of the hub was run')")
     (folder / "training_args.bin").write_bytes(b"a pickle")
     return folder
+
+
+@pytest.fixture
+def tiny(bert: Path, tmp_path: Path) -> Path:
+    """A tiny embedder as it would lie on the hub."""
+    return as_published(bert, tmp_path / "tiny")

@@ -241,8 +241,8 @@ class Handler(BaseHTTPRequestHandler):
         token, found = self._token(), self.hub.repositories.get((kind, name))
         readable = token is not None and name in token.readable
         if found is None or (found.private and not readable):
-            if token is None:
-                raise Refused(401, "Invalid username or password.")
+            if token is None:  # over https the client takes a plain 401 for this, too
+                raise Refused(401, "Invalid username or password.", "RepoNotFound")
             raise Refused(404, "Repository not found", "RepoNotFound")
         if contents and found.gated and not readable:
             raise Refused(401 if token is None else 403, f"Access to {name} is restricted.", "GatedRepo")
