@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,7 @@ class Client:
         done = subprocess.run(
             [sys.executable, *arguments], env=environment, cwd=self.home, capture_output=True, text=True, check=False, timeout=300
         )
-        left = self.home / "network.txt"
-        assert not left.exists(), f"asked for {left.read_text()}"
+        self.check_network()
         return done
 
     def compress(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -63,23 +63,28 @@ class Client:
 
     def find(self, *models: str, **variables: str) -> list[tuple[str, str]]:
         """Find models in a process of its own; of each `name`, `path` of what was found, or message and hint of the refusal."""
-        done = self.python("-c", FIND, *models, **variables)
-        assert done.returncode == 0, done.stderr
-        return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+        process = finder()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([models, self.variables(**variables)]) + "\n")
+        process.stdin.flush()
+        answers = json.loads(process.stdout.readline())
+        assert answers is not None, "a traceback instead of an answer; see standard error"
+        self.check_network()
+        return [tuple(answer) for answer in answers]
+
+    def check_network(self) -> None:
+        """See that nothing but loopback was asked for."""
+        left = self.home / "network.txt"
+        assert not left.exists(), f"asked for {left.read_text()}"
 
 
-FIND = """
-import json, sys
-from compress.common.errors import UserError
-from compress.models.source import find
-for model in sys.argv[1:]:
-    try:
-        found = find(model)
-        print(json.dumps([found.name, str(found.path)]))
-    except UserError as error:
-        print(json.dumps([error.message, error.hint]))
-assert not {"torch", "transformers", "datasets"} & set(sys.modules)
-"""
+@cache
+def finder() -> subprocess.Popen[str]:
+    """Start the process that finds models; it ends when its input does."""
+    environment = Client("http://localhost:9", Path.cwd()).variables()
+    command = [sys.executable, str(Path(__file__).with_name("finder.py"))]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @contextmanager
