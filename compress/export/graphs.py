@@ -10,8 +10,7 @@ from pathlib import Path
 
 from compress.common.files import write_json
 from compress.export.reader import Reader
-from compress.models.files.headers import weight_files
-from compress.models.files.variant import INDEX_FILE
+from compress.models.files.headers import INDEX_FILE, weight_files
 from compress.models.folder import ModelFolder
 from compress.runtimes.contract import INPUTS, RuntimeName, graph_file, pick_runtime
 

@@ -5,7 +5,9 @@ No torch here; transformers is imported only where a tokenizer or a config of it
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +16,18 @@ from typing import TYPE_CHECKING, Any
 from compress.common.errors import UserError
 from compress.common.inputs import read_json
 from compress.models.architectures import OWN_ARCHITECTURES, OwnArchitecture, imported
-from compress.models.files.headers import TensorInfo, fingerprint, read_header, weight_files
+from compress.models.files.headers import StoredTensor, TensorInfo, fingerprint, stored_tensors, weight_files
 from compress.models.files.variant import VARIANT_FILE, VariantInfo
 from compress.models.shape import ModelShape, without_task_head
-from compress.models.text.spec import EmbedderSpec, Module, read_modules, read_spec, transformer_of
+from compress.models.text.sentence_transformers import (
+    Module,
+    TransformerSettings,
+    read_modules,
+    read_settings,
+    read_spec,
+    transformer_of,
+)
+from compress.models.text.spec import EmbedderSpec
 from compress.models.text.tokens import TextTokenizer, open_tokenizer
 
 if TYPE_CHECKING:
@@ -88,7 +98,33 @@ class ModelFolder:
                 f"{self.transformer}: no config.json", "a model's folder holds config.json, tokenizer files and safetensors weights"
             )
         config: dict[str, Any] = read_json(path)
+        self._check_config(path, config)
         return config
+
+    def _check_config(self, path: Path, config: Mapping[str, Any]) -> None:
+        """See that the folder is that of an embedder, whole, and in floating point.
+
+        Raises:
+            UserError: it is not.
+        """
+        if (self.transformer / "adapter_config.json").exists():
+            raise UserError(
+                f"{self.transformer}: a LoRA adapter lies next to the weights, which are those of its base model",
+                "merge it first: peft's PeftModel.merge_and_unload() and save_pretrained()",
+            )
+        if "quantization_config" in config:
+            method = config["quantization_config"].get("quant_method", "unknown")
+            raise UserError(
+                f"{path}: quantization_config: quantized by another library ({method})", "start from the original model"
+            )
+        if config.get("auto_map"):
+            raise UserError(
+                f"{path}: auto_map: the model is remote code, which is never run: {config['auto_map']}",
+                "use a model whose architecture transformers has",
+            )
+        architecture = str((config.get("architectures") or [""])[0])
+        if architecture.endswith("ForSequenceClassification"):
+            raise UserError(f"{path}: architectures: {architecture} is a classifier or a reranker, not an embedder")
 
     @property
     def own_architecture(self) -> OwnArchitecture | None:
@@ -109,7 +145,9 @@ class ModelFolder:
 
         path, kind = self.transformer / "config.json", self.config.get("model_type", "missing")
         try:
-            config = AutoConfig.from_pretrained(self.transformer, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(
+                self.transformer, local_files_only=True, trust_remote_code=False, **self.settings.config
+            )
         except (ValueError, KeyError) as error:
             raise UserError(f"{path}: model_type {kind!r} is not an architecture that this version runs") from error
         if config.is_encoder_decoder:
@@ -126,9 +164,22 @@ class ModelFolder:
         return tuple(weight_files(self.transformer))
 
     @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The tensors of the network and of the modules after it, by the names that they have or will have in the network."""
+        return stored_tensors(self.transformer) if self.is_variant else self._with_head(stored_tensors(self.transformer))
+
+    def _with_head(self, found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Add the tensors of Dense and LayerNorm modules, each of which has a folder of its own."""
+        weighted = [module for module in self.modules if module.kind in ("Dense", "LayerNorm", "Normalize")]
+        for number, module in enumerate(weighted):
+            if module.kind != "Normalize":
+                found |= {f"text_head.after.{number}.{name}": tensor for name, tensor in stored_tensors(module.folder).items()}
+        return found
+
+    @cached_property
     def headers(self) -> dict[str, TensorInfo]:
         """The tensors that these files list, by their stored names; no tensor is read."""
-        return {name: info for path in self.weight_files for name, info in read_header(path).items()}
+        return {name: tensor.info for name, tensor in self.tensors.items()}
 
     @property
     def holds_its_network_alone(self) -> bool:
@@ -143,7 +194,7 @@ class ModelFolder:
     @property
     def dimension(self) -> int:
         """Width of the model's vectors."""
-        return self.shape.hidden_size
+        return self.spec.dimension(self.shape.hidden_size)
 
     @cached_property
     def spec(self) -> EmbedderSpec:
@@ -155,7 +206,10 @@ class ModelFolder:
         if self.variant is not None:
             return self.variant.spec
         own = self.own_architecture
-        return read_spec(self.path, self.modules) if own is None else imported(own.spec)(self.transformer)
+        if own is not None:
+            spec: EmbedderSpec = imported(own.spec)(self.transformer)
+            return spec
+        return read_spec(self.path, self.modules, self.settings, self.config, self._transformers_tokenizer[2])
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -172,24 +226,41 @@ class ModelFolder:
         if self.own_architecture is not None:
             # tokenizer.json as it stands: that is what the original code loads, and it needs nothing from a hub.
             return TextTokenizer(open_tokenizer(self.transformer), self.spec.max_length or LONGEST, self.spec)
-        backend, longest = self._transformers_tokenizer()
+        backend, longest, _ = self._transformers_tokenizer
         positions = getattr(self.network_config, "max_position_embeddings", None) or LONGEST
         return TextTokenizer(backend, self.spec.max_length or min(longest, positions, LONGEST), self.spec)
 
-    def _transformers_tokenizer(self) -> tuple[Tokenizer, int]:
-        """Return the tokenizer as transformers sets it up, and its `model_max_length`."""
-        from tokenizers import Tokenizer
+    @cached_property
+    def settings(self) -> TransformerSettings:
+        """The settings of the Transformer module.
+
+        Raises:
+            UserError: a key is not known, or asks for what this workbench does not do.
+        """
+        return read_settings(self.transformer)
+
+    @cached_property
+    def _transformers_tokenizer(self) -> tuple[Tokenizer, int, str]:
+        """The tokenizer as transformers sets it up, its `model_max_length`, and the end at which it cuts."""
+        from tokenizers import Tokenizer, normalizers
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.transformer, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.transformer, local_files_only=True, trust_remote_code=False, **self.settings.tokenizer
+            )
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.transformer}: no tokenizer that transformers can load ({reason})") from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise UserError(f"{self.transformer}: {type(tokenizer).__name__} has no Rust tokenizer (tokenizer.json)")
-        return backend, int(tokenizer.model_max_length)
+        if self.settings.lowercase and not _lowercases(backend):
+            # As sentence-transformers does it: before the tokenizer's own normalizer, so that special tokens stay as they are.
+            backend.normalizer = normalizers.Sequence(
+                [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
+            )
+        return backend, int(tokenizer.model_max_length), str(tokenizer.truncation_side)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -206,3 +277,9 @@ class ModelFolder:
             return None
         found = re.search(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text(encoding="utf-8"), re.M | re.S)
         return found.group(1).strip("\"'") if found else None
+
+
+def _lowercases(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer's normalizer holds a `Lowercase`."""
+    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
+    return any(step.get("type") == "Lowercase" for step in normalizer.get("normalizers", [normalizer]))

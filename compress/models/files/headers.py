@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from compress.common.errors import UserError
+from compress.common.inputs import read_json
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -47,25 +49,96 @@ class TensorInfo:
         return min(self.parameters * item, rows * -(-width // 8) + round(self.density * self.parameters) * item)
 
 
+INDEX_FILE = "model.safetensors.index.json"
+_WHOLE = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model's folder.
+    """Return the safetensors files that hold a network's weights, as transformers chooses them: one file, or those of an index.
+
+    Other safetensors files next to them (another precision, a merged copy, a shard that the index does not name) are not read.
 
     Raises:
-        UserError: there is none; pickles (`.bin`, `.pt`) are never opened.
+        UserError: there is none, or which ones they are cannot be told; pickles (`.bin`, `.pt`) are never opened.
     """
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if (folder / INDEX_FILE).exists():
+        return [_inside(folder, name) for name in sorted(set(read_index(folder).values()))]
     files = sorted(folder.glob("*.safetensors"))
+    shards = [found for path in files if (found := _WHOLE.fullmatch(path.name))]
+    if shards and len(shards) == int(shards[0].group(2)):
+        return [folder / found.group(0) for found in shards]
     if files:
-        return files
+        names = ", ".join(path.name for path in files)
+        raise UserError(
+            f"{folder}: no model.safetensors and no {INDEX_FILE}; which of {names} holds the weights cannot be told",
+            "name it model.safetensors",
+        )
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in folder.glob(pattern))
     if pickles:
         raise UserError(
             f"{folder}: holds only pickled weights ({', '.join(pickles)}), which can run code when opened",
-            "convert them to safetensors first (transformers: model.save_pretrained(folder))",
+            f"convert them to safetensors first: compress convert {folder} --to NEW",
         )
     raise UserError(
         f"{folder}: no *.safetensors file",
         "a model's folder holds config.json, tokenizer files and safetensors weights",
     )
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Return which file of a folder holds each tensor, as its index says; empty where there is none.
+
+    Raises:
+        UserError: the index is not one.
+    """
+    path = folder / INDEX_FILE
+    if (folder / "model.safetensors").exists() or not path.exists():
+        return {}
+    try:
+        places: dict[str, str] = dict(read_json(path)["weight_map"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: weight_map: missing, or not a table of tensors and their files") from error
+    return places
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if Path(name).name != name:
+        raise UserError(f"{folder / INDEX_FILE}: weight_map: {name!r} is not a file of this folder")
+    if not (folder / name).exists():
+        raise UserError(f"{folder / name}: missing, although {INDEX_FILE} names it", "download the model again")
+    return folder / name
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file."""
+
+    path: Path
+    name: str
+    """Its name in the file."""
+    info: TensorInfo
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a network's weight files by name; no tensor is read.
+
+    Raises:
+        UserError: as `weight_files`; or two files hold a tensor and no index says which one counts.
+    """
+    places, found = read_index(folder), dict[str, StoredTensor]()
+    for path in weight_files(folder):
+        for name, info in read_header(path).items():
+            if places and places.get(name) != path.name:
+                continue
+            if name in found:
+                raise UserError(f"{folder}: tensor {name!r} is in {found[name].path.name} and in {path.name}")
+            found[name] = StoredTensor(path, name, info)
+    missing = next((name for name in places if name not in found), None)
+    if missing is not None:
+        raise UserError(f"{folder / places[missing]}: tensor {missing!r} is missing, although {INDEX_FILE} names it")
+    return found
 
 
 def weight_bytes(folder: Path) -> int:

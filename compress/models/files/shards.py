@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from compress.common.files import write_text_atomic
 from compress.layers.bitmask import encode
 from compress.models.architectures import is_block_linear
-from compress.models.files.headers import MASK, read_header
-from compress.models.files.variant import INDEX_FILE, WEIGHTS_FILE
+from compress.models.files.headers import INDEX_FILE, MASK, read_header
+from compress.models.files.variant import WEIGHTS_FILE
 
 # A variant up to this size becomes one file.
 SINGLE_FILE_BYTES = 2 * 10**9

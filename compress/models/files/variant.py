@@ -15,7 +15,6 @@ from compress.models.text.spec import EmbedderSpec
 
 VARIANT_FILE = "variant.json"
 WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 
 
 class VariantInfo(BaseModel):

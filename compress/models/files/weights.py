@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,38 +13,46 @@ from torch import nn
 
 from compress.common.errors import UserError
 from compress.layers.bitmask import decode
-from compress.models.files.headers import MASK, read_header
+from compress.models.files.headers import MASK, StoredTensor
 
 # How checkpoints of older libraries name the parameters of a layer norm.
 _LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
+
+UNUSED = re.compile(
+    r"(?:^|\.)(?:pooler|lm_head|cls|vocab_transform|vocab_layer_norm|vocab_projector|generator_predictions|generator_lm_head)\."
+    r"|(?:^|\.)(?:position_ids|token_type_ids|rotary_emb\.inv_freq|masked_bias|attn\.bias)$|^(?:head|decoder)\.|^predictions\."
+)
+"""Tensors of checkpoints that no embedder uses: heads of language models, poolers, buffers that newer libraries make themselves."""
 
 
 class Weights:
     """The tensors of a checkpoint by the names that its network uses."""
 
-    def __init__(self, paths: Sequence[Path], network: nn.Module, *, exact: bool) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor], network: nn.Module, *, exact: bool) -> None:
         """Match the files' tensors with the network's, by names and shapes alone; no tensor is read.
 
         Args:
-            paths: the safetensors files of one checkpoint.
+            tensors: those of one checkpoint, by the names that they have there.
             network: its parameters need no values.
-            exact: whether the files must hold nothing else. Otherwise a task's head and a pooler are passed over, and the name
-                under which such a head keeps the network (`model.`, `bert.`) may stand before every name.
+            exact: whether these are the names that the network uses. Otherwise the name under which a task's head keeps the network
+                (`model.`, `bert.`) may stand before every name, and tensors that no embedder uses are passed over: a language
+                model's head, a pooler, position ids.
 
         Raises:
             UserError: a tensor is missing, is left over or has another shape.
         """
         self._wanted = network.state_dict(keep_vars=True)
         found: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
-        for path in paths:
-            for stored, info in read_header(path).items():
-                found[stored if exact else _network_name(stored, network)] = (path, stored, info.shape, info.dtype)
+        for stored, tensor in tensors.items():
+            name = stored if exact else _network_name(stored, network)
+            found[name] = (tensor.path, tensor.name, tensor.info.shape, tensor.info.dtype)
         self._masks = {name: found.pop(name + MASK)[:2] for name in self._wanted if name + MASK in found}
         missing = sorted(self._wanted.keys() - found.keys())
-        extra = sorted(found.keys() - self._wanted.keys()) if exact else []
+        extra = sorted(name for name in found.keys() - self._wanted.keys() if exact or not UNUSED.search(name))
         if missing or extra:
+            folder = next(iter(tensors.values())).path.parent if tensors else "the checkpoint"
             raise UserError(
-                f"{paths[0].parent}: does not fit its network: {len(missing) + len(extra)} tensors differ, "
+                f"{folder}: does not fit its network: {len(missing) + len(extra)} tensors differ, "
                 f"such as {(missing or extra)[0]!r} ({'missing' if missing else 'not wanted'})"
             )
         self._place: dict[str, tuple[Path, str]] = {}

@@ -13,9 +13,10 @@ from transformers import AutoModel
 
 from compress.common.errors import UserError
 from compress.models.architectures import imported
-from compress.models.files.weights import Weights
+from compress.models.files.weights import UNUSED, Weights
 from compress.models.folder import ModelFolder
-from compress.models.network.pooling import attach_head
+from compress.models.network.pooling import attach_head, head_of
+from compress.models.network.segments import HEAD
 
 
 def _quietly() -> None:
@@ -34,7 +35,7 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
     _quietly()
     if folder.own_architecture is not None:
         model = empty_network(folder)
-        Weights(folder.weight_files, model, exact=True).fill(model, dtype=dtype)
+        Weights(folder.tensors, model, exact=True).fill(model, dtype=dtype)
         return model
     model, report = AutoModel.from_pretrained(
         folder.transformer,
@@ -49,7 +50,16 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
         raise UserError(
             f"{folder.transformer}: the checkpoint lacks {len(missing)} tensors of its own network, such as {missing[0]!r}"
         )
-    return attach_head(_without_pooler(model), folder.spec)
+    unused = sorted(key for key in report["unexpected_keys"] if not UNUSED.search(key))
+    if unused:
+        raise UserError(
+            f"{folder.transformer}: the checkpoint holds {len(unused)} tensors that its network does not have, such as {unused[0]!r}"
+        )
+    attach_head(_without_pooler(model), folder.spec)
+    head = nn.ModuleDict({HEAD: head_of(model)})
+    mine = {name: tensor for name, tensor in folder.tensors.items() if name.startswith(f"{HEAD}.")}
+    Weights(mine, head, exact=True).fill(head, dtype=dtype)
+    return model
 
 
 def _uncached(folder: ModelFolder) -> Any:
@@ -99,4 +109,5 @@ def empty_network(folder: ModelFolder) -> nn.Module:
             network: nn.Module = imported(own.network)(folder)
             return network.eval()
         network = AutoModel.from_config(_uncached(folder))
-    return attach_head(_without_pooler(network.eval()), folder.spec)  # a new network is one to be trained, with dropout at work
+        attach_head(network, folder.spec)
+    return _without_pooler(network.eval())  # a new network is one to be trained, with dropout at work

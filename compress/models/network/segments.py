@@ -20,6 +20,8 @@ from compress.common.errors import UserError
 from compress.models.network.pooling import backbone_of
 
 # What common architectures call the norm between the last block and the output.
+HEAD = "text_head"
+"""Name of the head of a network of transformers; see `compress.models.network.pooling.attach_head`."""
 FINAL_NORMS = ("norm", "final_norm", "ln_f", "final_layernorm", "final_layer_norm")
 
 Parts = dict[str, nn.Module]
@@ -73,7 +75,7 @@ def segments_of(network: nn.Module) -> list[Segment]:
     before: list[str] = []
     owner, owner_path = backbone, ""
     for step in steps:
-        before += [f"{owner_path}{name}" for name, _ in owner.named_children() if name != step]
+        before += [f"{owner_path}{name}" for name, _ in owner.named_children() if name not in (step, HEAD)]
         owner, owner_path = owner.get_submodule(step), f"{owner_path}{step}."
     above = ".".join(steps[:-1])
     norms = [path for path in before if path.rpartition(".")[::2] in {(above, name) for name in FINAL_NORMS}]
@@ -81,7 +83,7 @@ def segments_of(network: nn.Module) -> list[Segment]:
         (Kind.EMBEDDINGS, [_join(prefix, path) for path in before if path not in norms]),
         *((Kind.BLOCK, [_join(prefix, f"{blocks_path}.{index}")]) for index in range(len(owner))),  # type: ignore[arg-type]
         (Kind.NORM, [_join(prefix, path) for path in norms]),
-        (Kind.HEAD, [name for name, module in network.named_children() if module is not backbone and backbone is not network]),
+        (Kind.HEAD, [name for name, _ in network.named_children() if name == HEAD or (prefix and name != prefix)]),
     ]
     segments = []
     for kind, paths in found:

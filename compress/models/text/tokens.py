@@ -47,7 +47,7 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer, max_length: int, spec: EmbedderSpec) -> None:
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length=max_length)
+        self._tokenizer.enable_truncation(max_length=max_length, direction=spec.truncation_side)
         self._spec = spec
         self.max_length = max_length
 
