@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from compress.common.errors import UserError
-from compress.models.embedder import BatchedEmbedder, Vectors, watched
+from compress.models.embedder import BatchedEmbedder, Vectors, with_progress
 from compress.models.files.headers import weight_bytes
 from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Batch, Ids
@@ -53,7 +53,7 @@ class GraphEmbedder(BatchedEmbedder):
             return
         running = [self._streams.submit(one, batch) for batch in batches]
         try:
-            for future in watched(running, "encoding", show):
+            for future in with_progress(running, "encoding", show):
                 yield future.result()
         finally:
             for future in running:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from compress.models.embedder import BatchedEmbedder, Vectors, watched
+from compress.models.embedder import BatchedEmbedder, Vectors, with_progress
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import backbone_of, head_of
 from compress.models.text.tokens import Batch
@@ -31,7 +31,7 @@ class TorchEmbedder(BatchedEmbedder):
 
     def forward(self, batches: Sequence[Batch], pool_from: int, show: bool) -> Iterator[Vectors]:
         """Embed padded batches; see `BatchedEmbedder.forward`."""
-        for ids, mask in watched(batches, "encoding", show):
+        for ids, mask in with_progress(batches, "encoding", show):
             yield self._embed(torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device), pool_from)
 
     @torch.inference_mode()

@@ -61,7 +61,7 @@ def drop_sublayer(block: nn.Module, sublayer: Sublayer) -> None:
     Raises:
         ValueError: its layers are laid out like none of those that are known.
     """
-    for name, stand_in in block_anatomy(block).without[sublayer].items():
+    for name, stand_in in block_anatomy(block).replacements[sublayer].items():
         block.set_submodule(name, STAND_INS[stand_in]())
 
 
@@ -72,11 +72,11 @@ def without(block: nn.Module, sublayers: Sequence[Sublayer]) -> Iterator[nn.Modu
         yield block
         return
     anatomy = block_anatomy(block)
-    names = [name for sublayer in sublayers for name in anatomy.without[sublayer]]
+    names = [name for sublayer in sublayers for name in anatomy.replacements[sublayer]]
     own = {name: block.get_submodule(name) for name in names}
     try:
         for sublayer in sublayers:
-            for name, stand_in in anatomy.without[sublayer].items():
+            for name, stand_in in anatomy.replacements[sublayer].items():
                 block.set_submodule(name, STAND_INS[stand_in]())
         yield block
     finally:
