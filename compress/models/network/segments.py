@@ -74,8 +74,8 @@ def segments_of(network: nn.Module) -> list[Segment]:
     prefix = next(name for name, module in network.named_modules() if module is backbone)
     blocks_path = _blocks_path(backbone)
     steps = blocks_path.split(".")
-    # Go down from the backbone to the list of blocks and collect the siblings at each level. A sibling of the list that has the name
-    # of a final norm is the norm; all others belong to the embeddings.
+    # Go down from the backbone to the list of blocks and collect the siblings at each level. A sibling of the list with the name of
+    # a final norm is the norm; all others belong to the embeddings.
     before: list[str] = []
     owner, owner_path = backbone, ""
     for step in steps:
