@@ -22,9 +22,9 @@ class Anatomy:
     """Names of the query, key and value projections, in that order, or of the one layer that computes all three."""
     output: str
     """Name of the attention's output projection. Its inputs are the concatenated outputs of the heads."""
-    rising: tuple[str, ...]
+    up: tuple[str, ...]
     """Names of the layers that expand to the MLP's channels: one layer, or gate and value."""
-    falling: str
+    down: str
     """Name of the layer that maps the MLP's channels back to the hidden size."""
     replacements: Mapping[Sublayer, Mapping[str, str]]
     """Classes of `compress.layers.dropped` that replace modules when a sublayer is dropped, by sublayer and module name.
@@ -43,23 +43,23 @@ _BERT_MLP = {"intermediate": "First", "output.dense": "Zeros"}
 _DECODER = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "output": "self_attn.o_proj",
-    "rising": ("mlp.gate_proj", "mlp.up_proj"),
-    "falling": "mlp.down_proj",
+    "up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": "mlp.down_proj",
 }
 BLOCK_LAYOUTS = {
     "BERT, RoBERTa, XLM-RoBERTa": Anatomy(
         attention=("attention.self.query", "attention.self.key", "attention.self.value"),
         output="attention.output.dense",
-        rising=("intermediate.dense",),
-        falling="output.dense",
+        up=("intermediate.dense",),
+        down="output.dense",
         replacements={"attention": {"attention.self": "FirstOfTwo", "attention.output.dense": "Zeros"}, "mlp": _BERT_MLP},
         heads_in_config=False,
     ),
     "MPNet": Anatomy(
         attention=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         output="attention.attn.o",
-        rising=("intermediate.dense",),
-        falling="output.dense",
+        up=("intermediate.dense",),
+        down="output.dense",
         replacements={"attention": {"attention.attn": "ZerosOfTwo"}, "mlp": _BERT_MLP},
         heads_in_config=False,
     ),
@@ -81,9 +81,9 @@ BLOCK_LAYOUTS = {
     "ModernBERT": Anatomy(
         attention=("attn.Wqkv",),
         output="attn.Wo",
-        rising=("mlp.Wi",),
+        up=("mlp.Wi",),
         halves=2,
-        falling="mlp.Wo",
+        down="mlp.Wo",
         replacements={
             "attention": {"attn": "ZerosOfTwo", "attn_norm": "First"},
             "mlp": {"mlp": "Zeros", "mlp_norm": "First"},
@@ -105,7 +105,7 @@ def anatomy_of(tensors: Iterable[str]) -> Anatomy:
     names = set(tensors)
     for layout in BLOCK_LAYOUTS.values():
         attention = all(f"{layer}.weight" in names for layer in (*layout.attention, layout.output))
-        mlp = all(f"{layer}.weight" in names for layer in (*layout.rising, layout.falling))
+        mlp = all(f"{layer}.weight" in names for layer in (*layout.up, layout.down))
         # One sublayer is enough: a variant may have dropped the other.
         distinguished = not layout.distinguishing_module or f"{layout.distinguishing_module}.weight" in names
         if (attention or mlp) and distinguished:
