@@ -1,6 +1,6 @@
-"""From hidden states to vectors, in one place for every network: pooling, then what comes after it.
+"""From hidden states to vectors, in one place for every network: pooling, then normalisation.
 
-An embedder, a streamed walk, calibration, training and graphs all run a network's `text_head`.
+Embedders, streamed walks, calibration, training and graphs all run a network's `text_head`.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ HEAD_MODULES = {"Dense": Dense, "LayerNorm": LayerNorm, "Normalize": Normalize}
 
 
 class TextHead(nn.Module):
-    """From hidden states to vectors."""
+    """The part of a network that turns hidden states into vectors."""
 
     def __init__(
         self, pooling: nn.Module, modules: Sequence[nn.Module] = (), *, normalize: bool, dimensions: int | None = None
@@ -171,7 +171,7 @@ class TextHead(nn.Module):
         self.dimensions = dimensions
 
     def forward(self, hidden: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor, *, traced: bool = False) -> torch.Tensor:
-        """Make vectors of hidden states.
+        """Turn hidden states into vectors.
 
         Args:
             hidden: [texts, length, width], after the final norm, any floating dtype.
@@ -180,7 +180,7 @@ class TextHead(nn.Module):
             traced: whether a graph is made of it, in which no shape may depend on the masks.
 
         Returns:
-            float32 [texts, dimension]; gradients flow.
+            float32 [texts, dimension], differentiable.
         """
         vectors: torch.Tensor = self.pooling(hidden, tokens, pooled, traced=traced)
         for module in self.after:
@@ -191,9 +191,10 @@ class TextHead(nn.Module):
 
 
 class TextNetwork(Protocol):
-    """A network that embeds: what `compress.models.network.build` makes."""
+    """A network with a head that makes vectors, as `compress.models.network.build` returns it."""
 
     text_head: TextHead
+    """The head."""
 
 
 def attach_head(network: nn.Module, spec: EmbedderSpec) -> nn.Module:
@@ -209,26 +210,37 @@ def head_of(network: nn.Module) -> TextHead:
 
 
 def backbone_of(network: nn.Module) -> nn.Module:
-    """Return what makes hidden states of token ids; the network itself where it is one of transformers' own."""
+    """Return the module that computes hidden states from token ids: the network's `backbone`, or a transformers network itself."""
     return getattr(network, "backbone", network)
 
 
 def vectors_of(
     network: nn.Module, ids: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor, *, traced: bool = False
 ) -> torch.Tensor:
-    """Embed a padded batch, int64 [texts, length] three times: float32 [texts, dimension]; see `TextHead.forward`."""
+    """Embed a padded batch.
+
+    Args:
+        network: a network with a `text_head`.
+        ids: int64 [texts, length].
+        tokens: see `TextHead.forward`.
+        pooled: see `TextHead.forward`.
+        traced: see `TextHead.forward`.
+
+    Returns:
+        float32 [texts, dimension].
+    """
     hidden = backbone_of(network)(input_ids=ids, attention_mask=tokens).last_hidden_state
     vectors: torch.Tensor = head_of(network)(hidden, tokens, pooled, traced=traced)
     return vectors
 
 
 class TracedNetwork(nn.Module):
-    """From token ids to vectors, as a graph is made of it."""
+    """A network from token ids to vectors, in the form that is traced for a graph."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pool_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed a batch: int64 [texts, length] each to float32 [texts, dimension]; without `pool_mask` every token is pooled."""
+        """Embed a batch: int64 [texts, length] to float32 [texts, dimension]. Without `pool_mask` all tokens are pooled."""
         return vectors_of(self.network, input_ids, attention_mask, attention_mask if pool_mask is None else pool_mask, traced=True)

@@ -41,7 +41,7 @@ class HeadModule(BaseModel):
 
 
 class EmbedderSpec(BaseModel):
-    """The part of an embedder that is not its network; stored with every variant."""
+    """Everything about an embedder except its network. It is stored with every variant."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -64,9 +64,9 @@ class EmbedderSpec(BaseModel):
     lowercase: bool = False
     """Whether texts are lowercased before they are tokenized. Variants of version 0.1 only: tokenizers now do it themselves."""
     suffix: str = ""
-    """Appended to every text before tokenizing; lost, like any end of a text, when the text is too long."""
+    """String to append to every text before tokenizing. Truncation of a long text removes it."""
     prompt_specials: bool = True
-    """Whether the special tokens before a prompt count among its tokens."""
+    """Whether the special tokens before a prompt are counted as part of the prompt."""
     prompts: dict[str, str] = {}
     """Prompts by name."""
     default_prompt: str = ""
