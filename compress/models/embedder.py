@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from compress.models.text.tokens import Batch, Ids, TextTokenizer, batches_by_to
 
 Vectors = npt.NDArray[np.float32]
 Item = TypeVar("Item")
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 # Number of texts taken from the iterable at a time: enough that sorting by length pays, few enough to hold in memory.
 CHUNK_TEXTS = 16_384
@@ -90,7 +92,8 @@ class BatchedEmbedder(ABC):
 
         Raises:
             TypeError: `texts` is a single string, or an item is not a string.
-            ValueError: `batch_tokens` is not positive, or a prompt that is not pooled takes up the model's whole length.
+            ValueError: `batch_tokens` is not positive, a prompt that is not pooled takes up the model's whole length, or a text has
+                more tokens than the network has positions for.
             FloatingPointError: a vector is not finite.
         """
         if isinstance(texts, str):
@@ -107,6 +110,7 @@ class BatchedEmbedder(ABC):
             )
         chunks: list[Vectors] = []
         for chunk, rows in self._tokenized(texts, prompt):
+            self._check_lengths(rows, sum(map(len, chunks)))
             vectors = np.empty((len(rows), self.dimension), dtype=np.float32)
             order = list(batches_by_tokens([len(row) for row in rows], budget))
             batches = [pad_batch([rows[index] for index in batch]) for batch in order]
@@ -118,6 +122,20 @@ class BatchedEmbedder(ABC):
                 raise FloatingPointError(f"{self.name} gave a vector that is not finite, for {chunk[first][:80]!r}")
             chunks.append(vectors)
         return np.concatenate(chunks) if chunks else np.empty((0, self.dimension), dtype=np.float32)
+
+    def _check_lengths(self, rows: Sequence[Ids], before: int) -> None:
+        """Check that the network has positions for every text; `before`: number of texts in earlier chunks.
+
+        Raises:
+            ValueError: a text is longer, because the model's settings allow more tokens than its network has positions for.
+        """
+        limit = self.tokenizer.positions
+        for index, row in enumerate(rows) if limit is not None else ():
+            if len(row) > limit:  # type: ignore[operator]
+                raise ValueError(
+                    f"texts[{before + index}] has {len(row)} tokens; {self.name} has positions for {limit}, "
+                    f"although its settings allow {self.tokenizer.max_length}"
+                )
 
     def _tokenized(self, texts: Iterable[str], prompt: str) -> Iterator[tuple[list[str], list[Ids]]]:
         """Yield the texts in chunks with their ids; the next chunk is tokenized while the caller computes with this one."""
@@ -141,13 +159,15 @@ def checked_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     """Split texts into lists of at most `CHUNK_TEXTS`.
 
     Raises:
-        TypeError: an item is not a string.
+        TypeError: an item is not a string, or holds half of a surrogate pair, which no encoding of texts has.
     """
     iterator, seen = iter(texts), 0
     while chunk := list(islice(iterator, CHUNK_TEXTS)):
         for offset, text in enumerate(chunk):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{seen + offset}] is {type(text).__name__}, not str")
+            if not text.isascii() and (found := _LONE_SURROGATE.search(text)):
+                raise TypeError(f"texts[{seen + offset}] is no text: it holds half of a surrogate pair, {found.group(0)!r}")
         seen += len(chunk)
         yield chunk
 

@@ -36,6 +36,19 @@ if TYPE_CHECKING:
 RANDOM_FILE = "random.json"
 """The file that marks a checkpoint with random weights."""
 LONGEST = 2**31 - 1
+LEARNED_POSITIONS = re.compile(r"(?:^|\.)(?:position_embeddings|wpe)\.weight$")
+FAIRSEQ_POSITIONS = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "mpnet",
+    "roberta-prelayernorm",
+    "xmod",
+    "data2vec-text",
+)
+NATIVE = ("nomic_bert", "jina_embeddings_v3")
+"""Model types whose checkpoints name remote code, and which transformers 5 computes itself, from the same files."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +130,15 @@ class ModelFolder:
         if "quantization_config" in config:
             method = config["quantization_config"].get("quant_method", "unknown")
             raise UserError(
-                f"{path}: quantization_config: quantized by another library ({method})", "start from the original model"
+                f"{path}: quantization_config: quantized by another library ({method})",
+                "start from the model that it was made from",
             )
-        if config.get("auto_map"):
+        kind = str(config.get("model_type"))
+        if "AutoModel" in (config.get("auto_map") or {}) and kind not in (*OWN_ARCHITECTURES, *NATIVE):
             raise UserError(
-                f"{path}: auto_map: the model is remote code, which is never run: {config['auto_map']}",
-                "use a model whose architecture transformers has",
+                f"{path}: auto_map: the network is remote code ({config['auto_map']['AutoModel']}), which is never run, "
+                f"and may compute something else than transformers' own {kind}",
+                "if transformers' own is meant, remove auto_map from config.json",
             )
         architecture = str((config.get("architectures") or [""])[0])
         if architecture.endswith("ForSequenceClassification"):
@@ -224,13 +240,23 @@ class ModelFolder:
             UserError: there is no tokenizer, or it has no Rust implementation.
         """
         if self.variant is not None:
-            return TextTokenizer(open_tokenizer(self.path), self.variant.max_length, self.spec)
+            return TextTokenizer(open_tokenizer(self.path), self.variant.max_length, self.spec, self.positions)
         if self.own_architecture is not None:
             # The original code loads tokenizer.json directly too; transformers is not needed for it.
             return TextTokenizer(open_tokenizer(self.transformer), self.spec.max_length or LONGEST, self.spec)
         backend, longest, _ = self._transformers_tokenizer
         positions = getattr(self.network_config, "max_position_embeddings", None) or LONGEST
-        return TextTokenizer(backend, self.spec.max_length or min(longest, positions, LONGEST), self.spec)
+        return TextTokenizer(backend, self.spec.max_length or min(longest, positions, LONGEST), self.spec, self.positions)
+
+    @property
+    def positions(self) -> int | None:
+        """Number of tokens that the network has learned positions for; None where positions are computed."""
+        tables = [info.shape[0] for name, info in self.headers.items() if LEARNED_POSITIONS.search(name)]
+        if not tables:
+            return None
+        # These count positions from the pad token's id on (fairseq's convention): its row and those before it are never used.
+        unused = int(self.config.get("pad_token_id") or 0) + 1 if self.config.get("model_type") in FAIRSEQ_POSITIONS else 0
+        return min(tables) - unused
 
     @cached_property
     def settings(self) -> TransformerSettings:

@@ -78,7 +78,7 @@ def buffers_to(model: nn.Module, device: torch.device) -> None:
 
 def weights_of(folder: ModelFolder, model: nn.Module) -> Weights:
     """Open the weights of a model's or a variant's folder for `empty_model`'s network; none is read yet."""
-    return Weights(folder.tensors, model, exact=folder.holds_its_network_alone)
+    return Weights(folder.tensors, model, exact=folder.has_exact_weights)
 
 
 def open_model(folder: ModelFolder) -> OpenModel:

@@ -143,6 +143,7 @@ class Distill(Method):
         """
         from compress.methods.distill.data import Teacher
         from compress.methods.distill.job import WEIGHTS
+        from compress.models.files.headers import tensors_in
         from compress.models.files.weights import Weights
         from compress.models.source import find
 
@@ -152,7 +153,7 @@ class Distill(Method):
         student = self._student(model, bench, teacher, texts)
         found = bench.once(lambda: self._learned(student, teacher, bench, device, *texts()))
         bench.report(found)
-        return self, replace(student, weights=Weights([bench.folder / WEIGHTS], student.network, exact=True))
+        return self, replace(student, weights=Weights(tensors_in(bench.folder / WEIGHTS), student.network, exact=True))
 
     def _texts(self, bench: Bench) -> tuple[list[str], int]:
         """Read the texts that may be learned from; also return how many may not."""

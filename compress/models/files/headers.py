@@ -123,6 +123,11 @@ class StoredTensor:
     info: TensorInfo
 
 
+def tensors_in(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of one safetensors file by name; no tensor is read."""
+    return {name: StoredTensor(path, name, info) for name, info in read_header(path).items()}
+
+
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a network's weight files by name; no tensor is read.
 
@@ -187,7 +192,13 @@ def fingerprint(folder: Path, transformer: Path) -> str:
         transformer: the network's own folder: `folder` itself, or one inside it.
     """
     digest = hashlib.sha256()
-    names = {*weight_files(transformer), *folder.glob("*.json"), *transformer.glob("*.json"), *folder.glob("*/config.json")}
+    names = {
+        *weight_files(transformer),
+        *folder.glob("*.json"),
+        *transformer.glob("*.json"),
+        *folder.glob("*/config.json"),
+        *folder.glob("*/model.safetensors"),
+    }
     for path in sorted(names):
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:

@@ -37,7 +37,8 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
         model = empty_network(folder)
         Weights(folder.tensors, model, exact=True).fill(model, dtype=dtype)
         return model
-    model, report = AutoModel.from_pretrained(
+    network: nn.Module
+    network, report = AutoModel.from_pretrained(
         folder.transformer,
         config=_uncached(folder),
         dtype=dtype,
@@ -53,13 +54,13 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
     unused = sorted(key for key in report["unexpected_keys"] if not UNUSED.search(key))
     if unused:
         raise UserError(
-            f"{folder.transformer}: the checkpoint holds {len(unused)} tensors that its network does not have, such as {unused[0]!r}"
+            f"{folder.transformer}: the checkpoint has {len(unused)} tensors that its network has not, such as {unused[0]!r}"
         )
-    attach_head(_without_pooler(model), folder.spec)
-    head = nn.ModuleDict({HEAD: head_of(model)})
+    attach_head(_without_pooler(network), folder.spec)
+    head = nn.ModuleDict({HEAD: head_of(network)})
     mine = {name: tensor for name, tensor in folder.tensors.items() if name.startswith(f"{HEAD}.")}
     Weights(mine, head, exact=True).fill(head, dtype=dtype)
-    return model
+    return network
 
 
 def _uncached(folder: ModelFolder) -> Any:

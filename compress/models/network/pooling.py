@@ -87,7 +87,8 @@ class Dense(nn.Module):
 
     def __init__(self, described: HeadModule) -> None:
         super().__init__()
-        assert described.inputs is not None and described.width is not None
+        assert described.inputs is not None
+        assert described.width is not None
         self.linear = Float32Linear(described.inputs, described.width, described.bias)
         self.activation = getattr(nn, described.activation.rpartition(".")[2])()
         self.adds_input = described.residual

@@ -5,7 +5,7 @@ What a file says and this workbench does not understand is refused by its key, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -246,12 +246,20 @@ def _read_layer_norm(folder: Path) -> HeadModule:
     return HeadModule(kind="LayerNorm", width=config["dimension"])
 
 
-MODULES = {
+def _read_normalize(folder: Path) -> HeadModule:
+    return HeadModule(kind="Normalize")
+
+
+def _read_dropout(folder: Path) -> dict[str, Any]:
+    return {}  # it does nothing outside of training
+
+
+MODULES: Mapping[str, Callable[[Path], HeadModule | dict[str, Any]]] = {
     "Pooling": _read_pooling,
     "Dense": _read_dense,
     "LayerNorm": _read_layer_norm,
-    "Normalize": lambda _: HeadModule(kind="Normalize"),
-    "Dropout": lambda _: {},
+    "Normalize": _read_normalize,
+    "Dropout": _read_dropout,
 }
 """Modules that a model may have after its Transformer: from the module's folder to a `HeadModule`, or to fields of the spec."""
 

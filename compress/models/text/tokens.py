@@ -44,12 +44,21 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 class TextTokenizer:
     """The model's own tokenizer. It truncates to the model's maximum length and does not pad; `pad_batch` does."""
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int, spec: EmbedderSpec) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_length: int, spec: EmbedderSpec, positions: int | None = None) -> None:
+        """Set a tokenizer up for a model.
+
+        Args:
+            tokenizer: the model's; it is changed.
+            max_length: longest input in tokens, special tokens counted; longer texts are cut.
+            spec: how the model takes texts.
+            positions: how many tokens the network has positions for; None: any number.
+        """
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length=max_length, direction=spec.truncation_side)
         self._spec = spec
         self.max_length = max_length
+        self.positions = positions
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text, including special tokens: int64 [length], at most `max_length` of them."""
@@ -106,7 +115,7 @@ class TextTokenizer:
             template["single"].append({"SpecialToken": {"id": suffix, "type_id": 0}})
             template["special_tokens"][suffix] = {"id": suffix, "ids": [number], "tokens": [suffix]}
             definition["post_processor"] = template
-        return TextTokenizer(Tokenizer.from_str(json.dumps(definition)), self.max_length, spec)
+        return TextTokenizer(Tokenizer.from_str(json.dumps(definition)), self.max_length, spec, self.positions)
 
     @property
     def spec(self) -> EmbedderSpec:
@@ -119,7 +128,7 @@ class TextTokenizer:
         Args:
             definition: the content of its `tokenizer.json`.
         """
-        return TextTokenizer(Tokenizer.from_str(json.dumps(definition)), self.max_length, self._spec)
+        return TextTokenizer(Tokenizer.from_str(json.dumps(definition)), self.max_length, self._spec, self.positions)
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`."""
