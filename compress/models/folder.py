@@ -1,6 +1,6 @@
-"""A model's folder: what its files say, each read once. Everything else is handed this object, never a path to read again.
+"""A model's folder. Each of its files is read once; all other code gets this object, never a path to read again.
 
-No torch here; transformers is imported only where a tokenizer or a config of its own is asked for.
+No torch here. transformers is imported only when a tokenizer or config is read through it.
 """
 
 from __future__ import annotations
@@ -24,55 +24,57 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 RANDOM_FILE = "random.json"
-"""Marks a checkpoint whose weights are random."""
+"""The file that marks a checkpoint with random weights."""
 LONGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's, a variant's or an export's folder, and the name that the model is spoken of by."""
+    """The folder of a model, a variant or an export."""
 
     name: str
+    """The model's name in records and messages."""
     path: Path
+    """The path of the folder."""
 
     @cached_property
     def variant(self) -> VariantInfo | None:
-        """What `variant.json` says; None where the folder is not a variant.
+        """The content of `variant.json`; None if the folder is not a variant.
 
         Raises:
-            UserError: it is of a format that this version does not read.
+            UserError: this version does not read the file's format.
         """
         return VariantInfo.read(self.path) if (self.path / VARIANT_FILE).is_file() else None
 
     @property
     def is_variant(self) -> bool:
-        """Whether this workbench wrote it as a variant."""
+        """Whether the folder is a variant that this workbench wrote."""
         return self.variant is not None
 
     @cached_property
     def compressed(self) -> VariantInfo:
-        """What `variant.json` says.
+        """The content of `variant.json`, for code that needs a variant.
 
         Raises:
             UserError: the folder is not a variant.
         """
         if self.variant is None:
-            raise UserError(f"{self.path}: holds no variant", "compress run RECIPE writes one; give the folder of the run")
+            raise UserError(f"{self.path}: holds no variant", "`compress run RECIPE` writes one; give the folder of that run")
         return self.variant
 
     @cached_property
     def is_random(self) -> bool:
-        """Whether its weights are random, so that its vectors mean nothing."""
+        """Whether the weights are random, which makes the vectors meaningless."""
         return not self.variant.pretrained if self.variant else (self.path / RANDOM_FILE).exists()
 
     @cached_property
     def modules(self) -> tuple[Module, ...]:
-        """The modules that `modules.json` lists, in order; none where there is no such file."""
+        """The modules that `modules.json` lists, in order; empty if there is no such file."""
         return read_modules(self.path)
 
     @cached_property
     def transformer(self) -> Path:
-        """Where the network's own files are: the folder itself, or the one that `modules.json` gives the Transformer."""
+        """The path of the network's own files: the Transformer module's folder in `modules.json`, else the folder itself."""
         return transformer_of(self.path, self.modules)
 
     @cached_property
@@ -80,7 +82,7 @@ class ModelFolder:
         """The network's `config.json`.
 
         Raises:
-            UserError: there is none, or it is not JSON.
+            UserError: the file is missing, or is not JSON.
         """
         path = self.transformer / "config.json"
         if not path.exists():
@@ -92,15 +94,15 @@ class ModelFolder:
 
     @property
     def own_architecture(self) -> OwnArchitecture | None:
-        """The architecture, where it is one that transformers does not have and this project does."""
+        """The model's entry in `OWN_ARCHITECTURES`; None if transformers provides its architecture."""
         return OWN_ARCHITECTURES.get(str(self.config.get("model_type")))
 
     @cached_property
     def network_config(self) -> Any:
-        """The config as transformers' own class; never from a hub, never running code that came with it.
+        """The network's config as a transformers config object, read from local files without running code from the checkpoint.
 
         Raises:
-            UserError: its architecture is not one of transformers' own.
+            UserError: the architecture is unknown, or is an encoder-decoder.
         """
         own = self.own_architecture
         if own is not None:
@@ -118,26 +120,26 @@ class ModelFolder:
 
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:
-        """The network's safetensors files.
+        """The paths of the network's safetensors files.
 
         Raises:
-            UserError: there is none; pickles are never opened.
+            UserError: there are none. Pickles are never opened.
         """
         return tuple(weight_files(self.transformer))
 
     @cached_property
     def headers(self) -> dict[str, TensorInfo]:
-        """The tensors that these files list, by their stored names; no tensor is read."""
+        """The tensors that the headers of the weight files list, by stored name. No tensor is read."""
         return {name: info for path in self.weight_files for name, info in read_header(path).items()}
 
     @property
-    def holds_its_network_alone(self) -> bool:
-        """Whether the weights are the network's tensors by its own names, and nothing else."""
+    def has_exact_weights(self) -> bool:
+        """Whether the weight files hold exactly the network's tensors, under the network's names."""
         return self.is_variant or self.own_architecture is not None
 
     @cached_property
     def shape(self) -> ModelShape:
-        """Tensors and config, which costs follow from."""
+        """The model's tensors and config, from which costs are computed."""
         return ModelShape(self.name, without_task_head(self.headers), self.config)
 
     @property
@@ -150,7 +152,7 @@ class ModelFolder:
         """How the model takes texts and pools tokens.
 
         Raises:
-            UserError: a module, a pooling mode or a setting that this workbench does not know.
+            UserError: a module, pooling mode or setting is not supported.
         """
         if self.variant is not None:
             return self.variant.spec
@@ -159,18 +161,18 @@ class ModelFolder:
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
-        """The model's tokenizer, cut to its longest input.
+        """The model's tokenizer, which truncates texts to the model's maximum length.
 
-        The longest input is what the folder's settings say, else what both the tokenizer and the network's positions allow, as in
-        sentence-transformers.
+        The maximum comes from the folder's settings. Without one it is the smaller of the tokenizer's limit and the network's
+        number of positions, as in sentence-transformers.
 
         Raises:
-            UserError: there is no tokenizer, or only one without a Rust implementation.
+            UserError: there is no tokenizer, or it has no Rust implementation.
         """
         if self.variant is not None:
             return TextTokenizer(open_tokenizer(self.path), self.variant.max_length, self.spec)
         if self.own_architecture is not None:
-            # tokenizer.json as it stands: that is what the original code loads, and it needs nothing from a hub.
+            # The original code loads tokenizer.json directly too; transformers is not needed for it.
             return TextTokenizer(open_tokenizer(self.transformer), self.spec.max_length or LONGEST, self.spec)
         backend, longest = self._transformers_tokenizer()
         positions = getattr(self.network_config, "max_position_embeddings", None) or LONGEST
@@ -193,12 +195,12 @@ class ModelFolder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over its weights, configs and tokenizer."""
+        """The first 16 hex digits of a SHA-256 over the weights, configs and tokenizer."""
         return fingerprint(self.path, self.transformer)
 
     @cached_property
     def licence(self) -> str | None:
-        """The licence that the model card names in its front matter, or the variant's; None where none is named."""
+        """The licence from the variant, else from the front matter of the model card; None if neither names one."""
         if self.variant is not None:
             return self.variant.licence
         card = self.path / "README.md"

@@ -1,4 +1,4 @@
-"""From a name to a model's folder: built-in names, folders, runs, the hub."""
+"""Finds a model's folder by name: a built-in name, a local folder, a run, or a model on the hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compress.models.shape import ModelShape, known_shape
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-# Files of a model on the hub that are worth downloading: never a pickle, never code.
+# Files to download for a model on the hub: never pickles, never code.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md", "1_Pooling/*", "2_Normalize/*"]
 
 
@@ -39,18 +39,19 @@ def _nano() -> Path:
 BUILT_IN: dict[str, Callable[[], Path]] = {"nano": _nano, "minilm": _minilm}
 
 PUBLISHED = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
-"""What is built in and lies on the hub too, by its name there."""
+"""Hub names of the built-in models that are also published there."""
 
 
 def find(model: str) -> ModelFolder:
     """Find a model's folder.
 
     Args:
-        model: a built-in name; a folder (of a model, a variant or a run); a hub name, which is downloaded; or one of these between
-            `random:` and overrides of its config (`random:nvidia/NV-Embed-v2,num_hidden_layers=8`), which is written.
+        model: one of: a built-in name; the path of a model, a variant or a run; a hub name, which is downloaded; or `random:`, one
+            of these and overrides of its config (`random:nvidia/NV-Embed-v2,num_hidden_layers=8`), for which a checkpoint with
+            random weights is written.
 
     Raises:
-        UserError: it is nowhere, the hub cannot be reached, or the disk has no room.
+        UserError: there is no such model, the hub cannot be reached, or the disk is full.
     """
     if model.startswith(PREFIX):
         spec = RandomSpec.parse(model)
@@ -66,7 +67,7 @@ def find(model: str) -> ModelFolder:
 
 
 def _folder_without_weights(model: str) -> ModelFolder | None:
-    """Return a folder with a model's config and tokenizer; None where the project knows the shape and needs none."""
+    """Return a folder with a model's config and tokenizer; None if this package lists the model's shape, so none is needed."""
     if model in BUILT_IN or Path(model).is_dir():
         return find(model)
     if known_shape(model):
@@ -91,10 +92,10 @@ def _download(name: str, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
 
 
 def find_shape(model: str) -> ModelShape:
-    """Return a model's shape for planning; of a model whose tensors the project lists, without any of its files.
+    """Return a model's shape for planning. A model that this package lists needs none of its files.
 
     Raises:
-        UserError: as `find` does.
+        UserError: see `find`.
     """
     if model.startswith(PREFIX):
         spec = RandomSpec.parse(model)

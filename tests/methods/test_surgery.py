@@ -104,7 +104,7 @@ def test_a_dropped_sublayer_adds_nothing(model_of, copy_of, tmp_path: Path, kind
     whole = open_checkpoint(ModelFolder("whole", folder), device="cpu")
     anatomy = folder_of(folder).shape.anatomy
     block = blocks_of(whole.model)[1][1]
-    silenced = block.get_submodule(anatomy.output if what == "attention" else anatomy.falling)
+    silenced = block.get_submodule(anatomy.output if what == "attention" else anatomy.down)
     silenced.forward = lambda given: given.new_zeros(*given.shape[:-1], whole.dimension)  # type: ignore[method-assign]
     np.testing.assert_allclose(encoded(tmp_path / "variant"), whole.encode(TEXTS), atol=1e-6)
     assert VariantInfo.read(tmp_path / "variant").dropped == ((1, what),)
@@ -188,7 +188,7 @@ def test_channels_that_do_nothing_go_and_nothing_changes(model_of, copy_of, tmp_
     for path in folder.glob("*.safetensors"):
         weights = load_file(path)
         for name in weights:
-            if name.endswith(f".{anatomy.falling}.weight") and "latent" not in name and "attention." not in name:
+            if name.endswith(f".{anatomy.down}.weight") and "latent" not in name and "attention." not in name:
                 weights[name][:, ::2] = 0
             save_file(weights, path, metadata={"format": "pt"})
     for number, step in enumerate((Width(channels=0.5), Width(channels=0.5, criterion="activation", refit=False))):

@@ -176,7 +176,7 @@ class Depth(Method):
 
     @staticmethod
     def _without_sublayers(shape: ModelShape, places: Sequence[int], sublayer: Literal["attention", "mlp"]) -> ModelShape:
-        gone = tuple(f"{name}." for name in shape.anatomy.without[sublayer])
+        gone = tuple(f"{name}." for name in shape.anatomy.replacements[sublayer])
 
         def stays(name: str) -> bool:
             at = place_in_block(name)

@@ -101,13 +101,13 @@ class Width(Method):
                 widest = max(widest, info.shape[1])
                 tensors[name] = TensorInfo(info.dtype, (info.shape[0], columns[layer]))
         changes = {}
-        if anatomy.falling in columns:
-            changes["intermediate_size"] = columns[anatomy.falling]
+        if anatomy.down in columns:
+            changes["intermediate_size"] = columns[anatomy.down]
         if anatomy.output in columns and anatomy.heads_in_config:
             queries, keys = (rows[anatomy.attention[index]] // shape.head_width for index in (0, 1))
             changes |= {"num_attention_heads": queries, "num_key_value_heads": keys, "head_dim": shape.head_width}
         after = replace(shape, tensors=tensors, config=with_backbone(shape.config, **changes))
-        kept = [f"{columns[anatomy.falling]} channels"] if anatomy.falling in columns else []
+        kept = [f"{columns[anatomy.down]} channels"] if anatomy.down in columns else []
         kept += [f"{columns[anatomy.output] // shape.head_width} heads"] if anatomy.output in columns else []
         return Estimate(
             after=after,
@@ -125,14 +125,14 @@ class Width(Method):
             at = place_in_block(name)
             if at is not None:
                 sizes[at[1]] = info.shape
-        for layer in (anatomy.output, anatomy.falling):
+        for layer in (anatomy.output, anatomy.down):
             if f"{layer}.weight_scale" in sizes:
                 raise ValueError(f"{shape.name}: {layer} is quantized by a step before; put width before it")
         rows: dict[str, int] = {}
         columns: dict[str, int] = {}
         if self.channels < 1:
-            columns[anatomy.falling] = self._channels(sizes[f"{anatomy.falling}.weight"][1])
-            rows |= dict.fromkeys(anatomy.rising, anatomy.halves * columns[anatomy.falling])
+            columns[anatomy.down] = self._channels(sizes[f"{anatomy.down}.weight"][1])
+            rows |= dict.fromkeys(anatomy.up, anatomy.halves * columns[anatomy.down])
         if self.heads < 1:
             if len(anatomy.attention) == 1:
                 raise ValueError(f"{shape.name}: {anatomy.attention[0]} makes queries, keys and values in one; leave `heads` out")
@@ -181,18 +181,16 @@ def _narrow(step: Width, path: str, block: nn.Module, parts: Parts, inputs: Inpu
         for layer in (key, value):
             take(layer, rows=torch.arange(layer.out_features).view(keys, width)[left].flatten())
         count_heads(block, anatomy, len(left) * shared, len(left))
-    if step.channels < 1 and f"{anatomy.falling}.weight" in state:
-        falling = layers[anatomy.falling]
+    if step.channels < 1 and f"{anatomy.down}.weight" in state:
+        falling = layers[anatomy.down]
         channels = falling.in_features
-        rising = [layers[name] for name in anatomy.rising]
+        rising = [layers[name] for name in anatomy.up]
         makers = sum(
             (layer.weight.data.float().view(anatomy.halves, channels, -1).square().sum(dim=(0, 2)) for layer in rising),
             torch.zeros(channels, device=falling.weight.device),
         )
         groups = torch.arange(channels)[:, None]
-        left = _choose_and_refit(
-            step, f"{path}.{anatomy.falling}", falling, groups, makers, step._channels(channels), parts, inputs
-        )
+        left = _choose_and_refit(step, f"{path}.{anatomy.down}", falling, groups, makers, step._channels(channels), parts, inputs)
         for layer in rising:
             take(layer, rows=torch.cat([left + half * channels for half in range(anatomy.halves)]))
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: safetensors headers, read without torch, and fingerprints."""
+"""Checkpoints on disk: safetensors headers and fingerprints, read without torch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ DTYPE_BYTES = {
 
 
 MASK = "_mask"
-"""What the name of a matrix ends in that says where another one's values lie; see `compress.layers.bitmask`."""
+"""Suffix of the bitmask tensor that says which entries of a matrix are not zero; see `compress.layers.bitmask`."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a safetensors header describes it: dtype by its safetensors name, shape."""
+    """A tensor as a safetensors header describes it."""
 
     dtype: str
+    """Name of the dtype in safetensors, such as `F16`."""
     shape: tuple[int, ...]
+    """The tensor's shape."""
     density: float = 1.0
-    """Share of the values that are not zero; a matrix with few of them is stored as a bit for each value and these."""
+    """Share of the entries that are not zero. A sparse matrix is stored as a bitmask and its nonzero values."""
     offset: int | None = field(default=None, compare=False)
-    """Byte of its file at which it begins, where it was read from one."""
+    """Position of the tensor's first byte in its file; None if it was not read from one."""
 
     @property
     def parameters(self) -> int:
@@ -39,7 +41,7 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        """Bytes on disk."""
+        """Size on disk in bytes; for a sparse matrix, of the smaller of the two ways to store it."""
         item = DTYPE_BYTES[self.dtype]
         if self.density == 1 or len(self.shape) != 2:
             return self.parameters * item
@@ -51,7 +53,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model's folder.
 
     Raises:
-        UserError: there is none; pickles (`.bin`, `.pt`) are never opened.
+        UserError: there are none. Pickles (`.bin`, `.pt`) are never opened.
     """
     files = sorted(folder.glob("*.safetensors"))
     if files:
@@ -69,15 +71,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Return the size of a folder's safetensors files."""
+    """Return the size of a folder's safetensors files in bytes."""
     return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read the tensors that a safetensors file lists, without reading any of them.
+    """Read the header of a safetensors file, and no tensor.
+
+    Returns:
+        The file's tensors by name.
 
     Raises:
-        UserError: the file is cut short or is not safetensors.
+        UserError: the file is truncated or is not safetensors.
     """
     try:
         with path.open("rb") as file:
@@ -86,7 +91,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
     except (struct.error, ValueError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})", "download or write it again") from error
+        raise UserError(f"{path}: not a complete safetensors file ({error})", "download or write it again") from error
     tensors = {
         name: TensorInfo(entry["dtype"], tuple(entry["shape"]), offset=8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
@@ -95,7 +100,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     expected = 8 + length + sum(tensor.bytes for tensor in tensors.values())
     if path.stat().st_size != expected:
         raise UserError(
-            f"{path}: {path.stat().st_size:,} bytes where its header promises {expected:,}",
+            f"{path}: the file has {path.stat().st_size:,} bytes, its header needs {expected:,}",
             "download or write it again",
         )
     return tensors
@@ -104,7 +109,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def fingerprint(folder: Path, transformer: Path) -> str:
     """Return the first 16 hex digits of a SHA-256 over a model's weights, configs and tokenizer.
 
-    `transformer`: the network's own folder, inside of `folder` or the same.
+    Args:
+        folder: the model's folder.
+        transformer: the network's own folder: `folder` itself, or one inside it.
     """
     digest = hashlib.sha256()
     names = {*weight_files(transformer), *folder.glob("*.json"), *transformer.glob("*.json"), *folder.glob("*/config.json")}

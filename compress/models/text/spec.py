@@ -1,7 +1,7 @@
-"""Everything about an embedder besides its network: pooling, normalisation, prompts, lengths. No torch here.
+"""Everything about an embedder except its network: pooling, normalisation, prompts, lengths. No torch here.
 
-Read from a sentence-transformers folder (`modules.json` and what it points to); a plain transformers folder gets
-sentence-transformers' own defaults: mean pooling, no normalisation.
+The spec is read from a sentence-transformers folder (`modules.json` and the folders that it lists). A plain transformers folder
+gets the defaults of sentence-transformers: mean pooling, no normalisation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compress.common.inputs import read_json
 
 
 class Pooling(StrEnum):
-    """How token vectors become one text vector."""
+    """How the hidden states of a text's tokens become one vector: the first token's, the mean, or the last token's."""
 
     CLS = "cls"
     MEAN = "mean"
@@ -27,30 +27,34 @@ class Pooling(StrEnum):
 
 
 class EmbedderSpec(BaseModel):
-    """The part of an embedder that is not its network; stored with every variant."""
+    """Everything about an embedder except its network. It is stored with every variant."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     pooling: Pooling = Pooling.MEAN
+    """How hidden states are pooled into one vector."""
     pool_prompt: bool = True
-    """Whether the prompt's own tokens enter the mean (sentence-transformers' `include_prompt`)."""
+    """Whether the prompt's tokens are pooled too (`include_prompt` in sentence-transformers)."""
     normalize: bool = False
+    """Whether vectors are scaled to unit length."""
     max_length: int | None = None
-    """Longest input in tokens, special tokens counted; None: what the tokenizer or the network's positions allow."""
+    """Maximum length of a text in tokens, including special tokens; None for the limit of the tokenizer and the network."""
     lowercase: bool = False
+    """Whether texts are converted to lower case before tokenizing."""
     suffix: str = ""
-    """Appended to every text before tokenizing; lost, like any end of a text, when the text is too long."""
+    """String to append to every text before tokenizing. Truncation of a long text removes it."""
     prompt_specials: bool = True
-    """Whether the special tokens before a prompt count among its tokens."""
+    """Whether the special tokens before a prompt are counted as part of the prompt."""
     prompts: dict[str, str] = {}
+    """The model's prompts by name."""
     default_prompt: str = ""
-    """Put before every text for which the caller names no prompt."""
+    """Prompt to put before texts for which the caller gives none."""
 
 
 def _read_pooling(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"{path}: missing, though modules.json names a pooling module there")
+        raise UserError(f"{path}: missing, but modules.json lists a pooling module in this folder")
     config = read_json(path)
     legacy = {
         "pooling_mode_cls_token": "cls",
@@ -74,7 +78,7 @@ MODULES: Mapping[str, Callable[[Path], dict[str, Any]]] = {
     "Pooling": _read_pooling,
     "Normalize": lambda _: {"normalize": True},
 }
-"""Modules that a model may have, and what each one's folder says of the spec."""
+"""The supported modules, each with the function that reads its part of the spec from its folder."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,13 @@ class Module:
     """An entry of sentence-transformers' `modules.json`."""
 
     kind: str
-    """Name of its class, without the package."""
+    """Name of the module's class, without the package."""
     folder: Path
-    """Where its own files are."""
+    """The path of the module's own files."""
 
 
 def read_modules(folder: Path) -> tuple[Module, ...]:
-    """Return the modules that a folder's `modules.json` lists, in order; none where there is no such file."""
+    """Return the modules that a folder's `modules.json` lists, in order; empty if there is no such file."""
     path = folder / "modules.json"
     if not path.exists():
         return ()
@@ -96,7 +100,7 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
 
 
 def transformer_of(folder: Path, modules: Sequence[Module]) -> Path:
-    """Return where the network's own files are: the Transformer module's folder; the model's own where none is listed."""
+    """Return the path of the network's own files: the Transformer module's folder if one is listed, else the model's folder."""
     return next((module.folder for module in modules if module.kind == TRANSFORMER), folder)
 
 
@@ -104,7 +108,7 @@ def read_spec(folder: Path, modules: Sequence[Module]) -> EmbedderSpec:
     """Read the spec of a sentence-transformers or plain transformers folder.
 
     Raises:
-        UserError: a module, a pooling mode or a file that this workbench does not know or cannot read.
+        UserError: a module or pooling mode is not supported, or a file cannot be read.
     """
     found: dict[str, Any] = {}
     for module in modules:
