@@ -14,8 +14,9 @@ from compress.models.files.headers import weight_files
 from compress.models.files.variant import INDEX_FILE, VariantInfo
 from compress.models.shape import read_shape
 from compress.models.source import Source
-from compress.runtimes.contract import INPUTS, RuntimeName, graph_file, pick_runtime
+from compress.runtimes.contract import graph_file, graph_inputs, pick_runtime
 
+ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 SETTINGS_FILE = "embedder.json"
 
 EXAMPLE = """\
@@ -64,9 +65,9 @@ def write_onnx(source: Source, folder: Path) -> Reader:
     Raises:
         UserError: onnxruntime does not execute the variant's numbers.
     """
-    graph = _lowered(source, folder, RuntimeName.ONNXRUNTIME)
+    graph = _lowered(source, folder, ONNXRUNTIME)
     graph.rename(folder / "model.onnx")
-    return _reader(source, folder, RuntimeName.ONNXRUNTIME, IN_ONNXRUNTIME)
+    return _reader(source, folder, ONNXRUNTIME, IN_ONNXRUNTIME)
 
 
 def write_openvino(source: Source, folder: Path) -> Reader:
@@ -75,17 +76,17 @@ def write_openvino(source: Source, folder: Path) -> Reader:
     Raises:
         UserError: openvino is not installed, or does not execute the variant's numbers.
     """
-    graph = _lowered(source, folder, RuntimeName.OPENVINO)
+    graph = _lowered(source, folder, OPENVINO)
     import openvino
 
     # Weights stay in the numbers that they are stored in.
     openvino.save_model(openvino.Core().read_model(graph), folder / "model.xml", compress_to_fp16=False)
     for path in (graph, *weight_files(folder), folder / INDEX_FILE):
         path.unlink(missing_ok=True)
-    return _reader(source, folder, RuntimeName.OPENVINO, IN_OPENVINO)
+    return _reader(source, folder, OPENVINO, IN_OPENVINO)
 
 
-def _lowered(source: Source, folder: Path, runtime: RuntimeName) -> Path:
+def _lowered(source: Source, folder: Path, runtime: str) -> Path:
     """Copy a variant and write its graph for a runtime beside its weights."""
     from compress.runtimes.lower import lower
 
@@ -99,7 +100,7 @@ def _lowered(source: Source, folder: Path, runtime: RuntimeName) -> Path:
     return graph_file(folder, runtime)
 
 
-def _reader(source: Source, folder: Path, runtime: RuntimeName, words: dict[str, str]) -> Reader:
+def _reader(source: Source, folder: Path, runtime: str, words: dict[str, str]) -> Reader:
     """Write what lies beside a graph, and say how it is run."""
     info = VariantInfo.read(source.folder)
     info.tokenizer(source.folder).save(folder / "tokenizer.json")  # with its longest input, which it cuts itself
@@ -114,7 +115,7 @@ def _reader(source: Source, folder: Path, runtime: RuntimeName, words: dict[str,
         "lowercase": spec.lowercase,
         "suffix": spec.suffix,
         "normalized": spec.normalize,
-        "inputs": list(INPUTS[:2] if spec.pool_prompt else INPUTS),
+        "inputs": list(graph_inputs(spec.pool_prompt)),
     }
     write_json(folder / SETTINGS_FILE, settings)
-    return Reader(str(runtime), (str(runtime), "tokenizers", "numpy"), EXAMPLE.format(**words), runtime, quantizes=True)
+    return Reader(runtime, (runtime, "tokenizers", "numpy"), EXAMPLE.format(**words), runtime, quantizes=True)

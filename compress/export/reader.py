@@ -20,7 +20,7 @@ from compress.models.embedder import Embedder
 from compress.models.files.variant import VariantInfo
 from compress.models.source import Source
 from compress.models.text.spec import EmbedderSpec, Pooling
-from compress.runtimes.contract import RuntimeName
+from compress.runtimes.contract import TORCH
 from compress.runtimes.loading import open_source
 
 READ_BACK_TEXTS, READ_BACK_COSINE = 20, 0.9999
@@ -82,7 +82,7 @@ class Reader:
     """Of pip; each is imported by its name with underscores."""
     example: str
     """A program that defines `embed(texts, prompt="")`, run in the export's folder."""
-    runtime: RuntimeName = RuntimeName.TORCH
+    runtime: str = TORCH
     """Whose vectors of the variant it is to give."""
     lowest: float = READ_BACK_COSINE
     """What its vectors' cosine to the variant's is to be at least; less where it rounds what layers take or give."""
@@ -157,7 +157,7 @@ def read_back(source: Source, folder: Path, reader: Reader, python: Path) -> Che
 
 def own(source: Source, reader: Reader) -> Embedder:
     """Open the variant as the reader is to run it."""
-    if reader.runtime is RuntimeName.TORCH and not reader.quantizes:
+    if reader.runtime == TORCH and not reader.quantizes:
         from compress.runtimes.torch_runtime import open_variant
 
         return open_variant(source.folder, source.name, device="cpu", activations=False)

@@ -9,9 +9,9 @@ import onnxruntime
 
 from compress.models.embedder import Vectors
 from compress.models.text.tokens import Ids
-from compress.runtimes.contract import RuntimeName
 from compress.runtimes.graph_embedder import GraphEmbedder, lowered, threads_and_streams
 
+NAME = "onnxruntime"  # in `compress.runtimes.contract`
 # On a CPU these fusions cost more than they save (onnxruntime 1.32; 840 tokens x 384, one thread): a SkipLayerNormalization takes
 # 1.4 ms, the addition and the normalisation that it replaces 0.2; a BiasGelu 1.0, Gelu alone 0.6, its bias being in the product.
 SLOWER_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
@@ -24,7 +24,7 @@ class OnnxEmbedder(GraphEmbedder):
 
     def __init__(self, name: str, folder: Path, dtype: str | None = None, threads: int | None = None) -> None:
         """Open a variant's folder; see `open_variant`."""
-        graph = lowered(folder, RuntimeName.ONNXRUNTIME, dtype)
+        graph = lowered(folder, NAME, dtype)
         threads, streams = threads_and_streams(folder, threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads // streams
