@@ -15,7 +15,7 @@ from compress.common.errors import UserError
 from compress.common.files import write_json
 from compress.layers.compressed import CompressedLayer, CompressedLinear
 from compress.layers.quantized_embedding import QuantizedEmbedding
-from compress.layers.scheme import BITSANDBYTES, QuantizedLayer
+from compress.layers.scheme import Numbers, QuantizedLayer
 from compress.layers.torch_packing import pack
 from compress.models.files.shards import join_shards, shard, write_tensors
 from compress.models.files.variant import VariantInfo
@@ -32,7 +32,7 @@ Convert = Callable[[Any], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Opened:
+class Exportable:
     """A variant whose weights are still in its files."""
 
     info: VariantInfo
@@ -56,11 +56,17 @@ class Opened:
         return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
 
-def open_variant(source: Source, layout: str, *, integers: bool = True) -> Opened:
-    """Open a variant to be written in a layout of integers, or (`integers` False) of half-precision values.
+def open_for_export(source: Source, layout: str, numbers: frozenset[Numbers] | None = None) -> Exportable:
+    """Open a variant for writing.
+
+    Args:
+        source: the variant.
+        layout: name of the layout, for errors.
+        numbers: kinds of weights that the layout stores as they are; at least one linear layer must then be quantized. None: the
+            layout is not asked here, or stores half-precision values.
 
     Raises:
-        UserError: NV-Embed's architecture, which only its own code runs; numbers that the layout does not hold; a layer that
+        UserError: NV-Embed's architecture, which only its own code runs; weights that the layout does not store; a layer that
             divides its input; blocks that the architecture's config cannot describe; texts that end in a token of their own.
     """
     folder = source.folder
@@ -73,16 +79,16 @@ def open_variant(source: Source, layout: str, *, integers: bool = True) -> Opene
     network = empty_model(folder)
     tables = [name for name in info.quantized if isinstance(network.get_submodule(name), QuantizedEmbedding)]
     linears = {name: layer for name, layer in info.quantized.items() if name not in tables}
-    if integers:
-        check_integers(linears, layout)
-    if not linears and integers:
+    if numbers is not None:
+        check_linears(linears, layout, numbers)
+    if not linears and numbers is not None:
         raise UserError(f"{source.name}: no linear layer is quantized", "sentence-transformers is the layout of such a model")
     if info.heads is not None or info.dropped:
         lacks = f"{info.heads} heads a block" if info.heads is not None else f"{len(info.dropped)} blocks without a sublayer"
         kind = read_json(folder / "config.json")["model_type"]
         raise UserError(
             f"{source.name}: cannot be written as {layout}: it has {lacks}, which a {kind} config cannot say",
-            "use the variant as it is, or prune whole blocks and MLP channels alone",
+            "use the variant as it is, or prune only whole blocks and MLP channels",
         )
     if info.spec.suffix:
         raise UserError(
@@ -94,25 +100,38 @@ def open_variant(source: Source, layout: str, *, integers: bool = True) -> Opene
     plain = [name for name, module in full.named_modules() if isinstance(module, nn.Linear) and name not in linears]
     block = next(segment for segment in segments_of(network) if segment.kind is Kind.BLOCK)
     prefix = str(getattr(network, "base_model_prefix", "") or "")
-    return Opened(info, folder, network, linears, tables, plain, block.paths[0].rpartition(".")[0], f"{prefix}." if prefix else "")
+    return Exportable(
+        info, folder, network, linears, tables, plain, block.paths[0].rpartition(".")[0], f"{prefix}." if prefix else ""
+    )
 
 
-def check_integers(linears: Mapping[str, QuantizedLayer], layout: str) -> None:
-    """See that linear layers are integers of ours, for the input as it comes.
+def check_linears(linears: Mapping[str, QuantizedLayer], layout: str, numbers: frozenset[Numbers]) -> None:
+    """Check that a layout stores the weights of linear layers, and that these take their input as it is.
 
     Raises:
-        UserError: one is stored by another package, or divides its input.
+        UserError: the weights are of another kind than `numbers`, or a layer divides its input; names the layer.
     """
     for name, layer in linears.items():
-        if layer.numbers in BITSANDBYTES:
-            raise refusal(name, layout, f"are stored by the bitsandbytes package ({layer.numbers})", "use rtn, gptq or awq")
+        check_numbers(name, layer, layout, numbers)
         if layer.input_factor:
             raise refusal(
                 name,
                 layout,
-                "want their input divided channel by channel first",
-                "awq and smoothquant make none under `keep_factors: false`; rtn and gptq never do",
+                "need their input divided channel by channel first",
+                "awq and smoothquant avoid that with `keep_factors: false`; rtn and gptq never need it",
             )
+
+
+def check_numbers(name: str, layer: QuantizedLayer, layout: str, numbers: frozenset[Numbers]) -> None:
+    """Check that a layout stores a layer's kind of weights.
+
+    Raises:
+        UserError: the kind is not in `numbers`; a kind that is added later is refused until the layout lists it.
+    """
+    if layer.numbers not in numbers:
+        stored = " and ".join(sorted(numbers))
+        hint = "rtn, gptq and awq make integers; compressed-tensors stores fp8 too"
+        raise refusal(name, layout, f"are {layer.numbers} numbers, and it stores {stored}", hint)
 
 
 def refusal(name: str, layout: str, why: str, hint: str) -> UserError:
@@ -120,7 +139,7 @@ def refusal(name: str, layout: str, why: str, hint: str) -> UserError:
     return UserError(f"{name}: cannot be written as {layout}: its weights {why}", hint)
 
 
-def write_weights(opened: Opened, folder: Path, convert: Convert, prefix: str = "") -> None:
+def write_weights(opened: Exportable, folder: Path, convert: Convert, prefix: str = "") -> None:
     """Write a variant's tensors, segment by segment: quantized linear layers converted, tables in half precision, others as stored.
 
     `prefix`: put before every name.
@@ -134,7 +153,7 @@ def write_weights(opened: Opened, folder: Path, convert: Convert, prefix: str = 
     join_shards(folder, parts)
 
 
-def stored(opened: Opened) -> Iterator[tuple[dict[str, CompressedLayer], dict[str, torch.Tensor]]]:
+def stored(opened: Exportable) -> Iterator[tuple[dict[str, CompressedLayer], dict[str, torch.Tensor]]]:
     """Read a variant, segment by segment: its compressed layers by name, and all other tensors, the biases of these layers too."""
     source = Streamed(opened.network, weights_of(opened.folder, opened.network))
     for segment in segments_of(opened.network):
@@ -172,7 +191,7 @@ def words(integers: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def write_config(
-    opened: Opened, folder: Path, quantization: Mapping[str, Any] | None, dtype: str, changes: Mapping[str, Any]
+    opened: Exportable, folder: Path, quantization: Mapping[str, Any] | None, dtype: str, changes: Mapping[str, Any]
 ) -> None:
     """Write the model's `config.json` with its quantization, if any.
 
@@ -188,7 +207,7 @@ def write_config(
     write_json(folder / "config.json", config)
 
 
-def table_notes(opened: Opened) -> tuple[str, ...]:
+def table_notes(opened: Exportable) -> tuple[str, ...]:
     """Say that tables are written in half precision, where there are quantized ones."""
     if not opened.tables:
         return ()

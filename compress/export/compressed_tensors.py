@@ -7,13 +7,22 @@ Three formats, chosen layer by layer: weights alone in packed integers (`pack-qu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress.export.base import Opened, open_variant, refusal, table_notes, words, write_config, write_weights
+from compress.export.base import (
+    Exportable,
+    check_numbers,
+    open_for_export,
+    refusal,
+    table_notes,
+    words,
+    write_config,
+    write_weights,
+)
 from compress.export.loader_files import write_modules, write_tokenizer
 from compress.export.reader import Reader, in_sentence_transformers, in_transformers
 from compress.layers.float8_linear import Float8Linear
@@ -25,6 +34,16 @@ from compress.models.source import Source
 LAYOUT = "compressed-tensors"
 # The release whose layout this is.
 VERSION = "0.20.0"
+NUMBERS = frozenset({Numbers.INTEGER, Numbers.FLOAT8})
+# How the layout describes activations of integer layers; a scheme that is not here is refused.
+INTEGER_ACTIVATIONS: Mapping[ActivationScheme, Mapping[str, Any]] = {
+    ActivationScheme.STATIC_PER_TENSOR: {"strategy": "tensor", "dynamic": False},
+    ActivationScheme.DYNAMIC_PER_TOKEN: {"strategy": "token", "dynamic": True},
+}
+# And of FP8 layers.
+FLOAT8_ACTIVATIONS: Mapping[ActivationScheme, Mapping[str, Any]] = {
+    ActivationScheme.DYNAMIC_PER_TOKEN: {"strategy": "token", "dynamic": True}
+}
 # Bits that divide a 32-bit word, which every release packs alike; others were packed with gaps up to release 0.17.
 EVEN_BITS = (2, 4, 8)
 
@@ -42,7 +61,7 @@ def write(source: Source, folder: Path) -> Reader:
     Raises:
         UserError: the layout cannot hold a layer; see `scheme_of`.
     """
-    opened = open_variant(source, LAYOUT)
+    opened = open_for_export(source, LAYOUT, NUMBERS)
     quantization = quantization_config(opened)
     write_weights(opened, folder, tensors_of)
     config = read_json(opened.folder / "config.json")
@@ -85,7 +104,7 @@ def _notes(layers: Iterable[QuantizedLayer], mixed: bool, rounds: bool) -> list[
     return notes
 
 
-def quantization_config(opened: Opened) -> dict[str, Any]:
+def quantization_config(opened: Exportable) -> dict[str, Any]:
     """Return the `quantization_config` of `config.json`: a group for each precision that differs.
 
     Raises:
@@ -124,10 +143,10 @@ def scheme_of(name: str, layer: QuantizedLayer, inputs: int) -> dict[str, Any]:
         UserError: its inputs are no multiple of its group; quantized activations beside weights of other than 8 bits, or with
             one dynamic scale per tensor.
     """
+    check_numbers(name, layer, LAYOUT, NUMBERS)
     if layer.numbers is Numbers.FLOAT8:
         weights = _arguments(8, "float", strategy="channel")
-        activations = None if layer.activations is ActivationScheme.NONE else _arguments(8, "float", strategy="token", dynamic=True)
-        return _scheme("float-quantized", weights, activations)
+        return _scheme("float-quantized", weights, _activations(name, layer, "float", FLOAT8_ACTIVATIONS))
     if layer.group_size and inputs % layer.group_size:
         raise refusal(
             name, LAYOUT, f"have {inputs} inputs, no multiple of the group of {layer.group_size}", "choose another group_size"
@@ -148,15 +167,22 @@ def scheme_of(name: str, layer: QuantizedLayer, inputs: int) -> dict[str, Any]:
             f"have {layer.bits} bits and quantized activations",
             "use 8 bits, or leave the activations alone (`activations: none`)",
         )
-    if layer.activations is ActivationScheme.DYNAMIC_PER_TENSOR:
-        raise refusal(
-            name,
-            LAYOUT,
-            "go with activations of one scale per tensor found while running, which no reader runs",
-            "use dynamic_per_token",
-        )
-    static = layer.activations is ActivationScheme.STATIC_PER_TENSOR
-    return _scheme("int-quantized", weights, _arguments(8, "int", strategy="tensor" if static else "token", dynamic=not static))
+    return _scheme("int-quantized", weights, _activations(name, layer, "int", INTEGER_ACTIVATIONS))
+
+
+def _activations(
+    name: str, layer: QuantizedLayer, kind: str, known: Mapping[ActivationScheme, Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Describe a layer's activations; None where they stay in floating point.
+
+    Raises:
+        UserError: the scheme is not one of those that readers of the layout run.
+    """
+    if layer.activations is ActivationScheme.NONE:
+        return None
+    if layer.activations not in known:
+        raise refusal(name, LAYOUT, f"go with {layer.activations} activations, which no reader runs", f"use {' or '.join(known)}")
+    return _arguments(8, kind, **known[layer.activations])
 
 
 def tensors_of(layer: QuantizedLinear | Float8Linear) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compress.export.base import Opened, half_values, open_variant, table_notes, write_config, write_weights
+from compress.export.base import Exportable, half_values, open_for_export, table_notes, write_config, write_weights
 from compress.export.loader_files import write_modules, write_tokenizer
 from compress.export.reader import Reader, in_sentence_transformers, in_transformers
 from compress.models.source import Source
@@ -35,15 +35,15 @@ def write_transformers(source: Source, folder: Path) -> Reader:
     return Reader(TRANSFORMERS, (TRANSFORMERS, "torch"), in_transformers(opened.info.spec), notes=_notes(opened))
 
 
-def _write(source: Source, folder: Path, layout: str) -> Opened:
-    opened = open_variant(source, layout, integers=False)
+def _write(source: Source, folder: Path, layout: str) -> Exportable:
+    opened = open_for_export(source, layout)
     write_weights(opened, folder, half_values)
     write_config(opened, folder, None, "float16", {})
     write_tokenizer(opened, folder)
     return opened
 
 
-def _notes(opened: Opened) -> tuple[str, ...]:
+def _notes(opened: Exportable) -> tuple[str, ...]:
     if not opened.linears:
         return table_notes(opened)
     return (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.common.errors import UserError
-from compress.export.base import Opened, check_integers, open_variant, refusal, stored
+from compress.export.base import Exportable, check_linears, check_numbers, open_for_export, refusal, stored
 from compress.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from compress.export.reader import READ_BACK_COSINE, Reader
 from compress.layers.compressed import CompressedLinear
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 LAYOUT, FILE = "gguf", "model.gguf"
+NUMBERS = frozenset({Numbers.INTEGER})
 BLOCK = 32
 Q4_0, Q4_1, Q8_0 = "Q4_0", "Q4_1", "Q8_0"
 # Of plain tensors with two dimensions, those that llama.cpp wants in float32.
@@ -68,10 +69,10 @@ def write(source: Source, folder: Path) -> Reader:
     except ImportError as error:
         raise UserError(f"{LAYOUT} files want a package of their own", "pip install 'compress-embedders[gguf]'") from error
 
-    opened = open_variant(source, LAYOUT, integers=False)
+    opened = open_for_export(source, LAYOUT)
     spec, config = opened.info.spec, read_json(opened.folder / "config.json")
     architecture = architecture_of(config, source.name)
-    check_integers(opened.linears, LAYOUT)
+    check_linears(opened.linears, LAYOUT, NUMBERS)
     for name, layer in opened.linears.items():
         check(name, layer, opened.shape(name)[1])
     for name in opened.tables:
@@ -125,8 +126,7 @@ def check(name: str, layer: QuantizedLayer, inputs: int) -> None:
     Raises:
         UserError: they cannot: FP8, zeros beside more than four bits, widths.
     """
-    if layer.numbers is Numbers.FLOAT8:
-        raise refusal(name, LAYOUT, "are FP8 numbers, and it stores integers", "export as compressed-tensors")
+    check_numbers(name, layer, LAYOUT, NUMBERS)
     if layer.bits > 4 and not layer.symmetric:
         raise refusal(name, LAYOUT, f"have {layer.bits} bits and zeros of their own", "make them symmetric, or take four bits")
     for what, width in (("inputs", inputs), ("inputs a group", layer.group_size or BLOCK)):
@@ -169,7 +169,7 @@ def blocks(kind: str, integers: np.ndarray, scale: np.ndarray, zero: np.ndarray,
     return np.concatenate(parts, axis=2).reshape(rows, -1)
 
 
-def _tensors(opened: Opened, config: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray, str | None]]:
+def _tensors(opened: Exportable, config: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray, str | None]]:
     """Yield names, values and the kind of their blocks; None: as they are, in half precision."""
     for layers, tensors in stored(opened):
         for name, layer in layers.items():
@@ -218,7 +218,7 @@ def _describe(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_causal_attention(bool(config.get("is_causal", True)))
 
 
-def _reader(opened: Opened, vocabulary: Vocabulary, by_token: bool) -> Reader:
+def _reader(opened: Exportable, vocabulary: Vocabulary, by_token: bool) -> Reader:
     spec = opened.info.spec
     length = min(opened.info.max_length, LONGEST)
     example = OPENED.format(length=length)

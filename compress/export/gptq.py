@@ -13,7 +13,16 @@ import torch
 
 from compress.common.errors import UserError
 from compress.common.files import write_json
-from compress.export.base import Opened, open_variant, refusal, table_notes, words, write_config, write_weights
+from compress.export.base import (
+    Exportable,
+    check_numbers,
+    open_for_export,
+    refusal,
+    table_notes,
+    words,
+    write_config,
+    write_weights,
+)
 from compress.export.loader_files import write_modules, write_tokenizer
 from compress.export.reader import Reader, in_sentence_transformers
 from compress.layers.quantized_linear import QuantizedLinear
@@ -22,6 +31,7 @@ from compress.models.architectures import is_in_block
 from compress.models.source import Source
 
 LAYOUT = "gptq"
+NUMBERS = frozenset({Numbers.INTEGER})
 BITS = (2, 3, 4, 8)
 # auto-gptq makes room for whole runs of 32 values along the inputs and along the outputs.
 RUN = 32
@@ -37,7 +47,7 @@ def write(source: Source, folder: Path) -> Reader:
     Raises:
         UserError: the layout cannot hold a layer; see `check` and `quantization_config`.
     """
-    opened = open_variant(source, LAYOUT)
+    opened = open_for_export(source, LAYOUT, NUMBERS)
     quantization = quantization_config(opened)
     write_weights(opened, folder, tensors_of, opened.prefix)
     # auto-gptq makes a causal language model, whose head an embedder lacks; tied to the table, it would overwrite the table.
@@ -69,7 +79,7 @@ def _notes(layers: list[QuantizedLayer]) -> list[str]:
     return notes
 
 
-def quantization_config(opened: Opened) -> dict[str, Any]:
+def quantization_config(opened: Exportable) -> dict[str, Any]:
     """Return what `quantize_config.json`, and `quantization_config` in `config.json`, say.
 
     Raises:
@@ -109,8 +119,7 @@ def check(name: str, layer: QuantizedLayer, outputs: int, inputs: int) -> None:
     Raises:
         UserError: it cannot: quantized activations, FP8, bits, widths.
     """
-    if layer.numbers is Numbers.FLOAT8:
-        raise refusal(name, LAYOUT, "are FP8 numbers, and it stores integers", "export as compressed-tensors")
+    check_numbers(name, layer, LAYOUT, NUMBERS)
     if layer.activations is not ActivationScheme.NONE:
         raise refusal(
             name,
@@ -147,7 +156,7 @@ def _described(layer: QuantizedLayer) -> str:
     return layer.name + ("" if layer.symmetric else " with zeros")
 
 
-def _chosen(opened: Opened) -> list[str] | None:
+def _chosen(opened: Exportable) -> list[str] | None:
     """Return the names inside a block of its quantized layers; None where all linear layers of the blocks are quantized.
 
     Raises:

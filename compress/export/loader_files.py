@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.common.files import write_json
-from compress.export.base import Opened
+from compress.export.base import Exportable
 from compress.models.files.variant import VariantInfo
 from compress.models.folder import read_json
 from compress.models.text.spec import Pooling
@@ -23,7 +23,7 @@ USUAL = {
 }
 
 
-def write_tokenizer(opened: Opened, folder: Path) -> None:
+def write_tokenizer(opened: Exportable, folder: Path) -> None:
     """Write the tokenizer's files."""
     config = read_json(opened.folder / "config.json")
     shutil.copy(opened.folder / "tokenizer.json", folder / "tokenizer.json")
@@ -31,7 +31,7 @@ def write_tokenizer(opened: Opened, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def write_modules(opened: Opened, folder: Path) -> None:
+def write_modules(opened: Exportable, folder: Path) -> None:
     """Write sentence-transformers' files."""
     width = opened.network.config.hidden_size  # type: ignore[union-attr]
     for name, content in sentence_transformers_files(opened.info, int(width)).items():  # type: ignore[arg-type]

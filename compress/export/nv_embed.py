@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compress.common.errors import UserError
 from compress.common.files import write_json
-from compress.export.base import Opened, half_values, refusal, write_weights
+from compress.export.base import Exportable, half_values, refusal, write_weights
 from compress.export.reader import OURS, Reader
 from compress.models.files.variant import VariantInfo
 from compress.models.folder import read_json
@@ -43,7 +43,7 @@ def write(source: Source, folder: Path) -> Reader:
             f"{source.name}: cannot be written as {LAYOUT}: it has {lacks}, which the published keys cannot say",
             "`fold: false` in the recipe leaves the head alone" if info.folded else "use the variant as it is (compress encode)",
         )
-    write_weights(Opened(info, source.folder, empty_model(source.folder), {}, [], [], "", ""), folder, half_values)
+    write_weights(Exportable(info, source.folder, empty_model(source.folder), {}, [], [], "", ""), folder, half_values)
     write_json(folder / "config.json", read_json(source.folder / "config.json"))
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": info.max_length, "do_lower_case": False})
     shutil.copy(source.folder / "tokenizer.json", folder / "tokenizer.json")

@@ -30,8 +30,6 @@ class Numbers(StrEnum):
     FP4 = "fp4"
 
 
-BITSANDBYTES = (Numbers.LLM_INT8, Numbers.NF4, Numbers.FP4)
-"""Stored and multiplied by the bitsandbytes package."""
 BLOCK = 64
 """Weights that share a scale in NF4 and FP4."""
 NESTED_BLOCK = 256

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+from importlib.metadata import entry_points
 
+from compress.common.lazy import attribute
 from compress.methods.base import Method
 
 METHODS = {
@@ -27,12 +28,25 @@ METHODS = {
 }
 
 
+GROUP = "compress.methods"
+"""Entry points of this group, `name = "module:Class"`, add the methods of other packages."""
+
+
+def _places() -> dict[str, str]:
+    """Return where every method is, by its name; a method of this project is never replaced by another package's."""
+    return {point.name: point.value for point in entry_points(group=GROUP)} | METHODS
+
+
+def method_names() -> list[str]:
+    """Return the names of all methods: this project's, then those of installed packages."""
+    return [*METHODS, *sorted(_places().keys() - METHODS.keys())]
+
+
 def method_class(name: str) -> type[Method]:
     """Return the config class of a method.
 
     Raises:
         KeyError: there is no such method.
     """
-    module, _, attribute = METHODS[name].partition(":")
-    found: type[Method] = getattr(importlib.import_module(module), attribute)
+    found: type[Method] = attribute(_places()[name])
     return found

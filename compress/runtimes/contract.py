@@ -1,8 +1,8 @@
 """The table of runtimes, and what each of them executes. No torch here.
 
-A variant stores weights and, for each layer, how its activations are quantized (`compress.layers.scheme`). A runtime executes both as
-stored or refuses the variant; it never quantizes anew. So the numbers that were calibrated are the numbers that run, and the same
-integers score the same in every runtime, up to rounding.
+A variant stores weights and, for each layer, how its activations are quantized (`compress.layers.scheme`). A runtime executes
+both as stored or refuses the variant; it never quantizes anew. So the numbers that were calibrated are the numbers that run, and
+the same integers score the same in every runtime, up to rounding.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ RUNTIMES: Mapping[str, Runtime] = {
         ),
     )
 }
-"""The runtimes by name, fastest first, as measured on CPUs with int8 or bfloat16 products. A new runtime is a row here and the module
-that the row names; help, schema, refusals and exports follow from the row."""
+"""The runtimes by name, fastest first, as measured on CPUs with int8 or bfloat16 products. A new runtime is a row here and the
+module that the row names; help, schema and refusals follow from the row."""
 GRAPH_RUNTIMES = tuple(runtime.name for runtime in RUNTIMES.values() if runtime.linear is not None)
 """Names of the runtimes that execute a graph written by `lower`, without torch."""
 
@@ -132,9 +132,7 @@ def runtime_named(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
-def pick_runtime(
-    wanted: str, quantized: Mapping[str, QuantizedLayer], *, device: str = "cpu", dtype: str | None = None
-) -> str:
+def pick_runtime(wanted: str, quantized: Mapping[str, QuantizedLayer], *, device: str = "cpu", dtype: str | None = None) -> str:
     """Return the name of the runtime that is to execute a variant.
 
     Args:

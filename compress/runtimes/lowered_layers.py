@@ -122,9 +122,7 @@ def translations(runtime: str) -> dict[Any, Callable[..., Any]]:
     }
 
 
-def openvino_linear(
-    x: Any, weight: Any, scale: Any, zero: Any, bias: Any, input_scale: Any, factor: Any, layer: str
-) -> Any:
+def openvino_linear(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, input_scale: Any, factor: Any, layer: str) -> Any:
     """Quantize and dequantize around a floating-point product, which OpenVINO turns into an integer one."""
     inputs, x, stored = x.shape[-1], _divided(x, factor), QuantizedLayer.model_validate_json(layer)
     if stored.activations is ActivationScheme.STATIC_PER_TENSOR:
@@ -135,9 +133,7 @@ def openvino_linear(
     return _plus(op.MatMul(x, _dequantized(weight, scale, zero, stored, inputs)), bias)
 
 
-def onnxruntime_linear(
-    x: Any, weight: Any, scale: Any, zero: Any, bias: Any, input_scale: Any, factor: Any, layer: str
-) -> Any:
+def onnxruntime_linear(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, input_scale: Any, factor: Any, layer: str) -> Any:
     """Multiply integers by the operator that onnxruntime's own quantizer fuses to, or four-bit weights by `MatMulNBits`."""
     inputs, x, stored = x.shape[-1], _divided(x, factor), QuantizedLayer.model_validate_json(layer)
     if stored.activations is ActivationScheme.NONE:

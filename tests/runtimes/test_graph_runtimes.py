@@ -95,7 +95,9 @@ def test_integer_weights_give_torch_s_vectors(
 ) -> None:
     compress_to(bert, tmp_path / "variant", *steps)
     if "ragged-openvino" in request.node.name:
-        with pytest.raises(UserError, match="has 48 four-bit inputs in groups of 32; openvino takes only groups that divide the inputs"):
+        with pytest.raises(
+            UserError, match="has 48 four-bit inputs in groups of 32; openvino takes only groups that divide the inputs"
+        ):
             lower(tmp_path / "variant", runtime)
         return
     ours, theirs = (opened(tmp_path / "variant", name).encode(TEXTS) for name in (runtime, "torch"))
