@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import entry_points
 
 from compress.common.lazy import attribute
@@ -32,14 +33,15 @@ GROUP = "compress.methods"
 """Entry points of this group, `name = "module:Class"`, add the methods of other packages."""
 
 
-def _places() -> dict[str, str]:
-    """Return where every method is, by its name; a method of this project is never replaced by another package's."""
-    return {point.name: point.value for point in entry_points(group=GROUP)} | METHODS
+@cache
+def _added() -> dict[str, str]:
+    """Return where the methods of other packages are, by name; none of them replaces a method of this project."""
+    return {point.name: point.value for point in entry_points(group=GROUP) if point.name not in METHODS}
 
 
 def method_names() -> list[str]:
     """Return the names of all methods: this project's, then those of installed packages."""
-    return [*METHODS, *sorted(_places().keys() - METHODS.keys())]
+    return [*METHODS, *sorted(_added())]
 
 
 def method_class(name: str) -> type[Method]:
@@ -48,5 +50,5 @@ def method_class(name: str) -> type[Method]:
     Raises:
         KeyError: there is no such method.
     """
-    found: type[Method] = attribute(_places()[name])
+    found: type[Method] = attribute(METHODS.get(name) or _added()[name])
     return found

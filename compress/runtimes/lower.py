@@ -71,6 +71,9 @@ def lower(folder: Path, runtime: str) -> Path:
             )
     network = empty_model(folder)
     for name, layer in info.quantized.items():
+        refused = runtime_named(runtime).refusal(name, layer)
+        if refused is not None:
+            raise UserError(f"{folder}: {refused}")
         module = network.get_submodule(name)
         assert isinstance(module, CompressedLayer)
         stand_in = traced(module)

@@ -76,7 +76,7 @@ def test_integers_scales_and_zeros_are_the_variant_s(
     ("step", "words"),
     [
         (RTN(), "no activation scheme"),
-        (FP8(), "FP8"),
+        (FP8(), "fp8 numbers"),
         (RTN(bits=5, activations="none"), "5 bits"),
         (RTN(bits=4, group_size=24, activations="none"), "no multiple of the group of 24"),
         (RTN(bits=4, activations="none", overrides={"*.down_proj": {"bits": 8}}), "one precision"),
