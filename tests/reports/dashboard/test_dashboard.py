@@ -17,8 +17,8 @@ import pytest
 
 from compress.common.errors import UserError
 from compress.measure.record import Record
-from compress.reports.dashboard.page import STATE_PATH, handler, render, state_of
 from compress.methods import METHODS, method_class
+from compress.reports.dashboard.page import STATE_PATH, handler, render, state_of
 from compress.reports.dashboard.payload import ORDER, family, payload
 
 pytest.importorskip("plotly", reason="the extra `dashboard` is not installed")
