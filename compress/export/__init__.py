@@ -27,9 +27,9 @@ FORMATS: Mapping[str, str] = {
     "gptq": "compress.export.gptq:write",
     "gguf": "compress.export.gguf:write",
 }
-"""The export formats and the functions that write them, `module:function`. A new format is a row here and the file that the row names:
-the recipe's `export` key, the help of `--format` and the errors follow from this table, and the `Reader` that the function returns
-says which library reads the format and which packages that takes."""
+"""The export formats and the functions that write them, `module:function`. A new format is a row here and the file that the row
+names: the recipe's `export` key, the help of `--format` and the errors follow from this table, and the `Reader` that the function
+returns says which library reads the format and which packages that takes."""
 
 Say = Callable[[str], None]
 Writer = Callable[["Source", Path], "Reader"]
@@ -61,8 +61,9 @@ def export(
         `target`.
 
     Raises:
-        UserError: the format is not known, the source is not a variant, the target already exists, the layout cannot hold the variant
-            (names the layer and the reason), the library's vectors differ from the variant's, or `licence` is not the model's.
+        UserError: the format is not known, the source is not a variant, the target already exists, the layout cannot hold the
+            variant (names the layer and the reason), the library's vectors differ from the variant's, or `licence` is not the
+            model's.
     """
     if format not in FORMATS:
         raise UserError(f"export format {format!r} is not known", nearest(format, FORMATS))
