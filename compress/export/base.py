@@ -1,4 +1,4 @@
-"""What every layout of a torch checkpoint shares: a variant opened, its layers told apart, its tensors and config written."""
+"""Shared by the layouts of torch checkpoints: opening a variant, checking its layers, writing its tensors and its config."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from compress.models.opened import empty_model, weights_of
 from compress.models.source import Source
 
 Convert = Callable[[Any], dict[str, torch.Tensor]]
-"""From a quantized linear layer to its tensors in a layout, without its bias."""
+"""Converts a quantized linear layer to its tensors in a layout, without the bias."""
 
 
 @dataclass(frozen=True)
 class Exportable:
-    """A variant whose weights are still in its files."""
+    """A variant that is about to be written in another layout; its weights are still in its files."""
 
     info: VariantInfo
     folder: Path
     network: nn.Module
-    """Without values."""
+    """The network on the meta device."""
     linears: dict[str, QuantizedLayer]
     """Quantized linear layers by name."""
     tables: list[str]
     """Names of quantized embedding tables."""
     plain: list[str]
-    """Names of linear layers that are not quantized; those that readers' network has and the variant lacks (BERT's pooler) too."""
+    """Names of linear layers that are not quantized, including those that only the reader's network has (BERT's pooler)."""
     blocks: str
     """Name of the list of blocks."""
     prefix: str
-    """What stands before every name in the checkpoint of a model with a task's head: `model.`, `bert.`."""
+    """Prefix of every name in the checkpoint of a model with a task head: `model.`, `bert.`."""
 
     def shape(self, name: str) -> tuple[int, int]:
-        """Return outputs and inputs of a quantized linear layer."""
+        """Return the numbers of outputs and inputs of a quantized linear layer."""
         layer = self.network.get_submodule(name)
         return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
@@ -72,8 +72,8 @@ def open_for_export(source: Source, layout: str, numbers: frozenset[Numbers] | N
     folder = source.folder
     if is_nv_embed(folder):
         raise UserError(
-            f"{source.name}: NV-Embed's latent-attention head has no home in {layout} files",
-            "onnx and openvino hold it; or leave it out and heal: the steps mean_pooling and distill",
+            f"{source.name}: NV-Embed's latent-attention head cannot be stored in {layout} files",
+            "onnx and openvino store it; or replace it with the steps mean_pooling and distill",
         )
     info = VariantInfo.read(folder)
     network = empty_model(folder)
@@ -82,7 +82,7 @@ def open_for_export(source: Source, layout: str, numbers: frozenset[Numbers] | N
     if numbers is not None:
         check_linears(linears, layout, numbers)
     if not linears and numbers is not None:
-        raise UserError(f"{source.name}: no linear layer is quantized", "sentence-transformers is the layout of such a model")
+        raise UserError(f"{source.name}: no linear layer is quantized", "export it as sentence-transformers")
     if info.heads is not None or info.dropped:
         lacks = f"{info.heads} heads a block" if info.heads is not None else f"{len(info.dropped)} blocks without a sublayer"
         kind = read_json(folder / "config.json")["model_type"]
@@ -92,7 +92,7 @@ def open_for_export(source: Source, layout: str, numbers: frozenset[Numbers] | N
         )
     if info.spec.suffix:
         raise UserError(
-            f"{source.name}: cannot be written as {layout}: texts end in {info.spec.suffix!r}, which readers would not add",
+            f"{source.name}: cannot be written as {layout}: texts end in {info.spec.suffix!r}, which other libraries do not add",
             "use the variant as it is (compress encode)",
         )
     with torch.device("meta"):
@@ -135,14 +135,14 @@ def check_numbers(name: str, layer: QuantizedLayer, layout: str, numbers: frozen
 
 
 def refusal(name: str, layout: str, why: str, hint: str) -> UserError:
-    """Say that a layout cannot hold a layer: `why` goes on after "its weights"."""
+    """Return the error of a layout that cannot store a layer; `why` continues the sentence after "its weights"."""
     return UserError(f"{name}: cannot be written as {layout}: its weights {why}", hint)
 
 
 def write_weights(opened: Exportable, folder: Path, convert: Convert, prefix: str = "") -> None:
     """Write a variant's tensors, segment by segment: quantized linear layers converted, tables in half precision, others as stored.
 
-    `prefix`: put before every name.
+    `prefix`: prefix of every name.
     """
     parts = len(segments_of(opened.network))
     for index, (layers, tensors) in enumerate(stored(opened)):
@@ -154,7 +154,7 @@ def write_weights(opened: Exportable, folder: Path, convert: Convert, prefix: st
 
 
 def stored(opened: Exportable) -> Iterator[tuple[dict[str, CompressedLayer], dict[str, torch.Tensor]]]:
-    """Read a variant, segment by segment: its compressed layers by name, and all other tensors, the biases of these layers too."""
+    """Read a variant, segment by segment: its compressed layers by name, and all other tensors, including the layers' biases."""
     source = Streamed(opened.network, weights_of(opened.folder, opened.network))
     for segment in segments_of(opened.network):
         layers: dict[str, CompressedLayer] = {}
@@ -174,17 +174,17 @@ def stored(opened: Exportable) -> Iterator[tuple[dict[str, CompressedLayer], dic
 
 
 def half_values(layer: CompressedLinear) -> dict[str, torch.Tensor]:
-    """Return a quantized linear layer's weight as the values that it stands for, in half precision."""
+    """Return the dequantized weight of a linear layer, in half precision."""
     return {"weight": layer.values().half()}
 
 
 def words(integers: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack rows without gaps into 32-bit words: uint8 [rows, n] to int32 [rows, ceil(n x bits / 32)], the first value lowest.
 
-    Our own packing is the same in bytes, so this is it, filled up to whole words.
+    This is our own packing, padded to whole words.
     """
     packed = pack(integers, bits)
-    # Copied into a tensor of its own: a single row may come with strides that no view as words takes.
+    # Copy into a new tensor: the strides of a single row may not allow a view as words.
     filled = packed.new_zeros(packed.shape[0], -(-packed.shape[1] // 4) * 4)
     filled[:, : packed.shape[1]] = packed
     return filled.view(torch.int32)
@@ -195,11 +195,11 @@ def write_config(
 ) -> None:
     """Write the model's `config.json` with its quantization, if any.
 
-    `dtype`: what readers compute in unless they are told otherwise, under its name of today and that of transformers 4.
+    `dtype`: default dtype of readers, written under its current name and that of transformers 4.
     """
     config = read_json(opened.folder / "config.json")
     rope = config.get("rope_parameters")
-    if rope and "rope_theta" in rope:  # where transformers 4 looks for it
+    if rope and "rope_theta" in rope:  # where transformers 4 expects it
         config.setdefault("rope_theta", rope["rope_theta"])
     config |= {**changes, "dtype": dtype, "torch_dtype": dtype}
     if quantization is not None:
@@ -208,10 +208,10 @@ def write_config(
 
 
 def table_notes(opened: Exportable) -> tuple[str, ...]:
-    """Say that tables are written in half precision, where there are quantized ones."""
+    """Return a note that quantized tables are written in half precision, if there are any."""
     if not opened.tables:
         return ()
-    return (f"{', '.join(opened.tables)}: in half precision here; readers of this layout look up no quantized tables.",)
+    return (f"{', '.join(opened.tables)}: written in half precision; readers of this layout do not support quantized tables.",)
 
 
 def _half_table(table: QuantizedEmbedding) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""The layout of the compressed-tensors package, which transformers, sentence-transformers and vLLM load (the last not tried here).
+"""The layout of the compressed-tensors package, which transformers, sentence-transformers and vLLM load (vLLM is not tested here).
 
-Three formats, chosen layer by layer: weights alone in packed integers (`pack-quantized`), int8 weights with int8 activations
+Three formats, chosen per layer: packed integer weights only (`pack-quantized`), int8 weights with int8 activations
 (`int-quantized`), FP8 weights (`float-quantized`).
 """
 
@@ -32,7 +32,7 @@ from compress.models.folder import read_json
 from compress.models.source import Source
 
 LAYOUT = "compressed-tensors"
-# The release whose layout this is.
+# Release of compressed-tensors that defines this layout.
 VERSION = "0.20.0"
 NUMBERS = frozenset({Numbers.INTEGER, Numbers.FLOAT8})
 # How the layout describes activations of integer layers; a scheme that is not here is refused.
@@ -44,13 +44,13 @@ INTEGER_ACTIVATIONS: Mapping[ActivationScheme, Mapping[str, Any]] = {
 FLOAT8_ACTIVATIONS: Mapping[ActivationScheme, Mapping[str, Any]] = {
     ActivationScheme.DYNAMIC_PER_TOKEN: {"strategy": "token", "dynamic": True}
 }
-# Bits that divide a 32-bit word, which every release packs alike; others were packed with gaps up to release 0.17.
+# Bits that divide a 32-bit word, which every release packs in the same way; others were packed with gaps up to release 0.17.
 EVEN_BITS = (2, 4, 8)
 
 DEQUANTIZE = "from transformers import CompressedTensorsConfig\n"
 NO_ROUNDING = """\
 for module in model.modules():
-    module.quantization_enabled = False  # of activations, whose range it finds in another way than the variant
+    module.quantization_enabled = False  # of activations, whose range it finds in a different way than the variant
 """
 OPTIONS = '"quantization_config": CompressedTensorsConfig(dequantize=True)'
 
@@ -59,7 +59,7 @@ def write(source: Source, folder: Path) -> Reader:
     """Write a variant into an empty folder.
 
     Raises:
-        UserError: the layout cannot hold a layer; see `scheme_of`.
+        UserError: the layout cannot store a layer; see `scheme_of`.
     """
     opened = open_for_export(source, LAYOUT, NUMBERS)
     quantization = quantization_config(opened)
@@ -73,7 +73,7 @@ def write(source: Source, folder: Path) -> Reader:
     mixed = len(quantization["config_groups"]) > 1
     rounds = opened.info.activations != ActivationScheme.NONE
     notes = (*table_notes(opened), *_notes(opened.linears.values(), mixed, rounds))
-    if mixed:  # sentence-transformers 6.2 does not open these, and transformers does
+    if mixed:  # transformers opens these, sentence-transformers 6.2 does not
         example = in_transformers(opened.info.spec, NO_ROUNDING if rounds else "")
         return Reader("transformers", ("transformers", "torch", LAYOUT), example, notes=notes)
     example = in_sentence_transformers(DEQUANTIZE, OPTIONS)
@@ -81,31 +81,31 @@ def write(source: Source, folder: Path) -> Reader:
 
 
 def _notes(layers: Iterable[QuantizedLayer], mixed: bool, rounds: bool) -> list[str]:
-    """Say what readers of today do not do with such layers."""
+    """Return notes on what current readers do not support for such layers."""
     layers = list(layers)
     notes = []
     odd = sorted({layer.bits for layer in layers if layer.activations is ActivationScheme.NONE} - set(EVEN_BITS))
     if odd:
         bits = " and ".join(map(str, odd))
-        notes.append(f"{bits} bits: packed without gaps, as compressed-tensors does from release 0.19 on.")
+        notes.append(f"{bits} bits: packed without gaps, as in compressed-tensors 0.19 and later.")
     zeros = not all(layer.symmetric for layer in layers)
     if mixed and zeros:
-        notes.append("Several precisions, and zeros of their own: transformers 5.23 loads such files neither way.")
+        notes.append(
+            "Several precisions, some asymmetric: transformers 5.23 loads such files neither with nor without `dequantize=True`."
+        )
     elif mixed:
         notes.append(
-            "Several precisions: under `dequantize=True` transformers 5.23 takes all layers for the first one's; leave it out."
+            "Several precisions: with `dequantize=True`, transformers 5.23 applies the first layer's to all; leave it out."
         )
     elif zeros:
-        notes.append("Zeros of their own: transformers 5.23 loads these, its own files too, under `dequantize=True` alone.")
+        notes.append("Asymmetric: transformers 5.23 loads such files, its own too, only with `dequantize=True`.")
     if rounds:
-        notes.append(
-            "Activations: `dequantize=True` leaves them in floating point; readers that multiply 8-bit numbers quantize them."
-        )
+        notes.append("Activations: `dequantize=True` leaves them in floating point; readers with 8-bit products quantize them.")
     return notes
 
 
 def quantization_config(opened: Exportable) -> dict[str, Any]:
-    """Return the `quantization_config` of `config.json`: a group for each precision that differs.
+    """Return the `quantization_config` of `config.json`: one group per precision.
 
     Raises:
         UserError: see `scheme_of`.
@@ -132,16 +132,16 @@ def quantization_config(opened: Exportable) -> dict[str, Any]:
 
 
 def exactly(names: Iterable[str]) -> Iterable[str]:
-    """Return patterns of single modules, whatever a reader puts before their names: transformers nothing, vLLM `model.`."""
+    """Return patterns that match single modules, with any prefix that a reader adds: none in transformers, `model.` in vLLM."""
     return (rf"re:(.*\.)?{re.escape(name)}$" for name in names)
 
 
 def scheme_of(name: str, layer: QuantizedLayer, inputs: int) -> dict[str, Any]:
-    """Describe a layer's numbers as a group of the config does, its targets left out.
+    """Describe a layer's numbers as a group of the config, without its targets.
 
     Raises:
-        UserError: its inputs are no multiple of its group; quantized activations beside weights of other than 8 bits, or with
-            one dynamic scale per tensor.
+        UserError: the layout does not store the kind of numbers; the inputs are not a multiple of the group size; quantized
+            activations with weights of other than 8 bits; an activation scheme that no reader runs.
     """
     check_numbers(name, layer, LAYOUT, NUMBERS)
     if layer.numbers is Numbers.FLOAT8:
@@ -149,7 +149,7 @@ def scheme_of(name: str, layer: QuantizedLayer, inputs: int) -> dict[str, Any]:
         return _scheme("float-quantized", weights, _activations(name, layer, "float", FLOAT8_ACTIVATIONS))
     if layer.group_size and inputs % layer.group_size:
         raise refusal(
-            name, LAYOUT, f"have {inputs} inputs, no multiple of the group of {layer.group_size}", "choose another group_size"
+            name, LAYOUT, f"have {inputs} inputs, not a multiple of the group size {layer.group_size}", "choose another group_size"
         )
     weights = _arguments(
         layer.bits,
@@ -165,7 +165,7 @@ def scheme_of(name: str, layer: QuantizedLayer, inputs: int) -> dict[str, Any]:
             name,
             LAYOUT,
             f"have {layer.bits} bits and quantized activations",
-            "use 8 bits, or leave the activations alone (`activations: none`)",
+            "use 8 bits, or keep activations in floating point (`activations: none`)",
         )
     return _scheme("int-quantized", weights, _activations(name, layer, "int", INTEGER_ACTIVATIONS))
 
@@ -181,21 +181,23 @@ def _activations(
     if layer.activations is ActivationScheme.NONE:
         return None
     if layer.activations not in known:
-        raise refusal(name, LAYOUT, f"go with {layer.activations} activations, which no reader runs", f"use {' or '.join(known)}")
+        raise refusal(
+            name, LAYOUT, f"are used with {layer.activations} activations, which no reader runs", f"use {' or '.join(known)}"
+        )
     return _arguments(8, kind, **known[layer.activations])
 
 
 def tensors_of(layer: QuantizedLinear | Float8Linear) -> dict[str, torch.Tensor]:
-    """Return a layer's tensors: scales [out, 1] or [out, groups] in the dtype that the variant stores them in.
+    """Return a layer's tensors; scales are [out, 1] or [out, groups] in the variant's dtype.
 
-    Packed integers are unsigned, the middle of their range standing for zero, as in the variant; rows of weights are filled up to
-    whole words, and zeros are packed along the outputs.
+    Packed integers are unsigned, with zero at the middle of their range, as in the variant. Rows of weights are padded to whole
+    words; zeros are packed along the outputs.
     """
     scale = layer.weight_scale.view(layer.out_features, -1)
     if isinstance(layer, Float8Linear):
         return {"weight": layer.weight, "weight_scale": scale}
     if layer.scheme is not ActivationScheme.NONE:
-        assert layer.weight is not None, "as it was read"  # int8 as it stands: 8 bits, symmetric
+        assert layer.weight is not None, "the layer is not packed for a kernel"  # plain int8: 8 bits, symmetric
         tensors = {"weight": layer.weight, "weight_scale": scale}
         if layer.input_scale is not None:
             tensors["input_scale"] = layer.input_scale.view(1)

@@ -1,4 +1,4 @@
-"""A variant as an ordinary model of its architecture in half precision, for sentence-transformers or for plain transformers."""
+"""A variant as a half-precision model of its architecture, for sentence-transformers or for plain transformers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ SENTENCE_TRANSFORMERS, TRANSFORMERS = "sentence-transformers", "transformers"
 
 
 def write_sentence_transformers(source: Source, folder: Path) -> Reader:
-    """Write a variant into an empty folder: weights, tokenizer, and the modules that pool and normalise.
+    """Write a variant into an empty folder: weights, tokenizer, and the modules for pooling and normalisation.
 
-    Pruned weights are written as zeros, integers as the values that they stand for.
+    Pruned weights are written as zeros, integers as dequantized values.
 
     Raises:
         UserError: the architecture's config cannot describe the variant.
@@ -26,7 +26,7 @@ def write_sentence_transformers(source: Source, folder: Path) -> Reader:
 
 
 def write_transformers(source: Source, folder: Path) -> Reader:
-    """Write a variant into an empty folder, weights and tokenizer alone; the card's example pools.
+    """Write a variant into an empty folder: only weights and tokenizer. The card's example does the pooling.
 
     Raises:
         UserError: the architecture's config cannot describe the variant.
@@ -47,7 +47,7 @@ def _notes(opened: Exportable) -> tuple[str, ...]:
     if not opened.linears:
         return table_notes(opened)
     return (
-        f"{len(opened.linears)} linear layers of {opened.info.weights}: written out in half precision as the values that they stand"
-        " for, so that the file is as large as the model's before; activations are not quantized.",
+        f"{len(opened.linears)} linear layers of {opened.info.weights}: dequantized to half precision, so the file is as large as"
+        " the original model's; activations are not quantized.",
         *table_notes(opened),
     )

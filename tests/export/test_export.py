@@ -90,7 +90,7 @@ def test_nv_embed_and_models_of_other_numbers_are_refused(bert: Path, make_varia
         with pytest.raises(UserError, match="no linear layer is quantized"):
             export(run, format, tmp_path / "out")
     change(run / "variant" / "config.json", model_type=MODEL_TYPE)
-    with pytest.raises(UserError, match="head has no home") as refused:
+    with pytest.raises(UserError, match="head cannot be stored") as refused:
         export(run, format, tmp_path / "out")
     assert "mean_pooling" in str(refused.value.hint)
 
