@@ -1,4 +1,4 @@
-"""Every format of `compress export`, of the two embedded models: read back by its own library, or why it is refused.
+"""Every format of `compress export` for the two embedded models: read back by its library, or the reason for a refusal.
 
     python benchmarks/exports.py
     python benchmarks/exports.py --formats onnx,gptq --environments FOLDER
@@ -52,7 +52,7 @@ LOWEST = re.compile(r"Read back with (.*): lowest cosine ([\d.]+)")
 
 
 def outcome(variant: Path, format: str, target: Path, environments: Path) -> str:
-    """Export, and say what came of it."""
+    """Export, and return the outcome."""
     python = ENVIRONMENTS[format](root=environments) if format in ENVIRONMENTS else Path(sys.executable)
     said: list[str] = []
     try:

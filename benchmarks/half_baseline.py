@@ -1,4 +1,4 @@
-"""Whether float32 may stand in for the float16 baseline on a CPU, where float16 is slow: scores and cosines of both.
+"""Can float32 replace the float16 baseline on a CPU, where float16 is slow? Scores and cosines of both.
 
 python benchmarks/half_baseline.py [--model minilm] [--tasks mini] [--data FOLDER]
 """
@@ -18,7 +18,7 @@ from compress.measure.vectors.fidelity import fidelity
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="minilm")
-    parser.add_argument("--tasks", default="mini", help="task names, joined by commas")
+    parser.add_argument("--tasks", default="mini", help="task names, separated by commas")
     parser.add_argument("--data", type=Path, default=None)
     arguments = parser.parse_args()
 

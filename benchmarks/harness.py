@@ -1,4 +1,4 @@
-"""What the harness costs: our evaluation against mteb's own with sentence-transformers, and where its time goes.
+"""Overhead of the evaluation: ours against mteb's own with sentence-transformers, and how its time is spent.
 
     python benchmarks/harness.py
     python benchmarks/harness.py --data FOLDER --tasks STSBenchmark,SciFact --rounds 1
@@ -27,7 +27,7 @@ from compress.models.source import find
 
 
 class Timed:
-    """An embedder that adds up the time of its calls, and keeps its answers for a second round that costs nothing."""
+    """An embedder that sums the time of its calls and caches its vectors, so that a second round takes no time."""
 
     def __init__(self, embedder: Any) -> None:
         self._embedder = embedder
@@ -50,7 +50,7 @@ SCORERS = ("Scoring", "Searching corpus", "Computing similarity")
 
 
 def ours(embedder: Any, task: Task) -> tuple[float, float, float, float]:
-    """Return score, seconds in all, seconds of encoding, seconds of mteb's scorers."""
+    """Return the score, the total seconds, the seconds of encoding and the seconds of mteb's scorers."""
     timed = Timed(embedder)
     start = time.perf_counter()
     found = evaluate(timed, task)
@@ -60,7 +60,7 @@ def ours(embedder: Any, task: Task) -> tuple[float, float, float, float]:
 
 
 def theirs(model: SentenceTransformer, task: Task) -> tuple[float, float]:
-    """Return mteb's own score and seconds; its random draws start anew, as ours do."""
+    """Return mteb's own score and seconds; its random state is reset, as ours is."""
     task.mteb.rng_state = random.Random(task.mteb.seed)
     start = time.perf_counter()
     result = mteb.evaluate(
@@ -71,7 +71,7 @@ def theirs(model: SentenceTransformer, task: Task) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measure in turn and print."""
+    """Measure both in turn and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--tasks", default="mini")

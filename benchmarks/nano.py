@@ -1,4 +1,4 @@
-"""The embedded reference model beside its teacher: scores with NV-Embed's instructions and without, texts a second.
+"""The embedded reference model against its teacher: scores with and without NV-Embed's instructions, texts per second.
 
 python benchmarks/nano.py --data FOLDER --tasks STSBenchmark,STS12,SICK-R,BIOSSES,Banking77Classification,SciFact
 """

@@ -1,4 +1,4 @@
-"""What pruning costs each kind of linear layer, before later layers make more or less of it.
+"""Pruning error of each kind of linear layer, before later layers amplify or damp it.
 
     python benchmarks/pruning_errors.py minilm
     python benchmarks/pruning_errors.py random:nvidia/NV-Embed-v2,num_hidden_layers=2,hidden_size=1024,intermediate_size=3584,...
@@ -48,7 +48,7 @@ def linears_of(parts: Parts) -> dict[str, torch.nn.Linear]:
 
 
 def main() -> None:
-    """Prune copies of every block, print the table."""
+    """Prune copies of every block and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--texts", type=int, default=512, help="calibration texts")

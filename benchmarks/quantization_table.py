@@ -1,4 +1,4 @@
-"""The README's table of quantized variants, from their records: what each keeps, with its interval, and what it takes.
+"""The table of quantized variants, from their records: score kept with its interval, size, speed.
 
     compress run recipes/int8.yaml --data FOLDER --tasks STSBenchmark,STS12,SICK-R,BIOSSES,Banking77Classification,SciFact
     ...
@@ -24,12 +24,12 @@ BITS = re.compile(r"([\d.]+) bits a weight")
 
 
 def bits_of_layers(record: Record) -> str:
-    """Return the bits a weight that the steps say."""
+    """Return the bits per weight according to the steps."""
     return ", ".join(found.group(1) for step in record.steps if (found := BITS.search(step.note)))
 
 
 def bits_of_all(record: Record) -> str:
-    """Return the file's bits over the baseline's parameters."""
+    """Return the bits of the file per parameter of the baseline."""
     return f"{8 * record.row('variant').size_bytes / record.model.parameters:.2f}"
 
 
@@ -49,7 +49,7 @@ CELLS: dict[str, Callable[[Record], str]] = {
 
 
 def main() -> None:
-    """Print the table, the best first."""
+    """Print the table, best first."""
     records = [Record.read(Path(folder)) for folder in sys.argv[1:]]
     print("| " + " | ".join(CELLS) + " |")
     print("|" + "---|" * len(CELLS))

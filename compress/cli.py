@@ -14,6 +14,9 @@ import typer
 
 from compress.common.errors import UserError
 from compress.common.files import write_text_atomic
+from compress.export import FORMATS as EXPORT_FORMATS
+from compress.reports import FORMATS as COMPARE_FORMATS
+from compress.runtimes.contract import RUNTIMES
 
 app = typer.Typer(
     help="Makes text embedders smaller and faster, and measures what that cost.",
@@ -31,7 +34,7 @@ ModelOption = Annotated[
 DeviceOption = Annotated[str | None, typer.Option(metavar="D", help="cpu or cuda; by default the GPU where there is one.")]
 RuntimeOption = Annotated[
     str | None,
-    typer.Option(metavar="R", help="torch, onnxruntime, openvino or auto; by default what the variant was made for."),
+    typer.Option(metavar="R", help=f"{', '.join(RUNTIMES)} or auto; by default what the variant was made for."),
 ]
 RunsArgument = Annotated[list[Path], typer.Argument(metavar="[FOLDER ...]", help="Runs, or folders of runs; by default results.")]
 RESULTS = [Path("results")]
@@ -185,7 +188,7 @@ def export(
         typer.Option(
             "--format",
             metavar="F",
-            help="transformers, sentence-transformers, onnx, openvino, compressed-tensors, gptq, gguf, nv-embed.",
+            help=f"{', '.join(EXPORT_FORMATS)}.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to be written.")],
@@ -222,7 +225,7 @@ def _asked_licence(run: Path) -> str:
 @app.command()
 def compare(
     runs: RunsArgument = RESULTS,
-    format: Annotated[str, typer.Option("--format", metavar="F", help="table, markdown, svg, csv or json.")] = "table",
+    format: Annotated[str, typer.Option("--format", metavar="F", help=f"{', '.join(COMPARE_FORMATS)}.")] = "table",
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Written there, not printed.")] = None,
 ) -> None:
     """Show runs side by side, those apart that are not comparable; no other run beats those that are marked."""

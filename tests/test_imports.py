@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1] / "compress"
 LEVELS = [
     ["cli"],
     ["pipeline"],
-    ["methods", "export", "reports"],
+    ["reports"],
+    ["methods", "export"],
     ["measure", "calibration"],
     ["runtimes"],
     ["models"],

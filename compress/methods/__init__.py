@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+from functools import cache
+from importlib.metadata import entry_points
 
+from compress.common.lazy import attribute
 from compress.methods.base import Method
 
 METHODS = {
@@ -27,12 +29,26 @@ METHODS = {
 }
 
 
+GROUP = "compress.methods"
+"""Entry points of this group, `name = "module:Class"`, add the methods of other packages."""
+
+
+@cache
+def _added() -> dict[str, str]:
+    """Return where the methods of other packages are, by name; none of them replaces a method of this project."""
+    return {point.name: point.value for point in entry_points(group=GROUP) if point.name not in METHODS}
+
+
+def method_names() -> list[str]:
+    """Return the names of all methods: this project's, then those of installed packages."""
+    return [*METHODS, *sorted(_added())]
+
+
 def method_class(name: str) -> type[Method]:
     """Return the config class of a method.
 
     Raises:
         KeyError: there is no such method.
     """
-    module, _, attribute = METHODS[name].partition(":")
-    found: type[Method] = getattr(importlib.import_module(module), attribute)
+    found: type[Method] = attribute(METHODS.get(name) or _added()[name])
     return found

@@ -76,6 +76,9 @@ class Method(BaseModel):
 
     method: str
 
+    family: ClassVar[str]
+    """What it does to a model, in one word for reports: `smaller`, `sparse`, `distilled`, `quantized`. Empty: the model computes
+    the same as before."""
     whole: ClassVar[bool] = False
     """Whether it looks at the model whole or changes what the texts are made of. Such steps come before all others: when they are
     through, the model is walked, segment by segment."""

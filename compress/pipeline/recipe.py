@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from itertools import pairwise, takewhile
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 
+from compress.export import FORMATS
 from compress.methods import method_class
 from compress.methods.base import Method
 from compress.models.shape import ModelShape
+from compress.runtimes.contract import AUTO, RUNTIMES, TORCH
+
+if TYPE_CHECKING:
+    RuntimeChoice = str
+    ExportChoice = str
+else:  # the tables' names, so that a row there is all that a new runtime or format takes
+    RuntimeChoice = Literal[(*reversed(RUNTIMES), AUTO)]
+    ExportChoice = Literal[("variant", *FORMATS)]
 
 
 class Section(BaseModel):
@@ -100,7 +109,7 @@ class Recipe(Section):
     """When to use it, in a line."""
     model: str = "nano"
     """A built-in name, a folder or a hub name; `--model` overrides it."""
-    runtime: Literal["torch", "onnxruntime", "openvino", "auto"] = "torch"
+    runtime: RuntimeChoice = TORCH
     """What executes the variant: `torch`; `onnxruntime` and `openvino`, on a CPU and without torch; `auto`: the fastest that is
     installed and executes the numbers that the steps make."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -115,12 +124,7 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     measure: Measure = Measure()
     gates: Gates = Gates()
-    export: tuple[
-        Literal[
-            "variant", "transformers", "sentence-transformers", "nv-embed", "onnx", "openvino", "compressed-tensors", "gptq", "gguf"
-        ],
-        ...,
-    ] = ("variant",)
+    export: tuple[ExportChoice, ...] = ("variant",)
     """What the run's folder keeps besides the record: `variant`, the model that was measured, and beside it the same weights in
     layouts that other libraries load, each in a folder of its name. Empty: the record alone."""
 

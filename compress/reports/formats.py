@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 from compress.common.errors import UserError, nearest
+from compress.common.lazy import attribute
 from compress.common.memory import gigabytes
+from compress.reports import FORMATS
 from compress.reports.compare import WIDTH, Comparison, Group, Line
 from compress.reports.plot import Panel, Point, figure
 
@@ -131,15 +133,6 @@ def _panels(group: Group) -> list[Panel]:
     return panels
 
 
-FORMATS: Mapping[str, Callable[[Comparison], str]] = {
-    "table": as_table,
-    "markdown": as_markdown,
-    "svg": as_svg,
-    "csv": as_csv,
-    "json": as_json,
-}
-
-
 def written(found: Comparison, format: str) -> str:
     """Write a comparison in a format.
 
@@ -148,4 +141,5 @@ def written(found: Comparison, format: str) -> str:
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r} is not known", nearest(format, FORMATS))
-    return FORMATS[format](found)
+    write: Callable[[Comparison], str] = attribute(FORMATS[format])
+    return write(found)

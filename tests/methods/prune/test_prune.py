@@ -44,7 +44,7 @@ def test_a_matrix_taken_apart_is_put_together_again(width: int) -> None:
     assert bits.shape == (5, -(-width // 8))
     assert len(values) == int((matrix != 0).sum())
     assert torch.equal(decode(bits, values, width), matrix)
-    with pytest.raises(ValueError, match="values are to be placed"):
+    with pytest.raises(ValueError, match=r"values, \d+ are stored"):
         decode(bits, torch.cat((values, values.new_ones(1))), width)
     assert encode(torch.tensor([[0, 5, 0, 0, 0, 0, 0, 0, 7]]))[0].tolist() == [[2, 1]]  # the first value is the lowest bit
 
@@ -172,7 +172,7 @@ def test_refusals(bert: Path, tmp_path: Path) -> None:
     name = next(name for name in tensors if name.endswith("_mask"))
     tensors[name] = tensors[name].bitwise_xor(1)
     save_file(tensors, tmp_path / "variant" / "model.safetensors")
-    with pytest.raises(UserError, match="values are to be placed"):
+    with pytest.raises(UserError, match=r"values, \d+ are stored"):
         compress.load(str(tmp_path / "variant"), device="cpu")
 
 
