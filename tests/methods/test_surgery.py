@@ -403,5 +403,5 @@ def test_a_block_runs_without_a_sublayer_only_for_a_while(bert: Path) -> None:
 
 
 def test_width_after_quantizing_is_refused(bert: Path) -> None:
-    with pytest.raises(ValueError, match="is quantized by a step before; put width before it"):
+    with pytest.raises(ValueError, match="is quantized by an earlier step; put width before it"):
         Width(channels=0.5).estimate(RTN().estimate(read_shape("tiny", bert)).after)
