@@ -31,6 +31,7 @@ class Vocabulary(Method):
     of every kind that will be embedded.
     """
 
+    family: ClassVar[str] = "smaller"
     method: Literal["vocabulary"] = "vocabulary"
     whole: ClassVar[bool] = True
     texts: str
@@ -85,7 +86,7 @@ class Vocabulary(Method):
             again = model.tokenizer.redefined(with_tokens(definition, kept))(texts)
             for text, row, new in zip(texts, rows, again, strict=True):
                 if [kept[number] for number in new] != row.tolist():
-                    raise ValueError(f"{text[:60]!r} would be spelled in another way; this tokenizer cannot be trimmed")
+                    raise ValueError(f"{text[:60]!r} would be split in another way; this tokenizer cannot be trimmed")
         return kept
 
     def estimate(self, shape: ModelShape) -> Estimate:
@@ -100,7 +101,9 @@ class Vocabulary(Method):
         rows, width = shape.tensors[f"{table}.weight"].shape
         left = rows if self.tokens is None else self.tokens
         tensors = {**shape.as_stored().tensors, f"{table}.weight": TensorInfo("F16", (left, width))}
-        said = f"{left:,} of {rows:,} tokens stay" if self.tokens is not None else f"of {rows:,} tokens those in {self.texts} stay"
+        said = (
+            f"{left:,} of {rows:,} tokens kept" if self.tokens is not None else f"of {rows:,} tokens those in {self.texts} are kept"
+        )
         return Estimate(
             after=replace(shape, tensors=tensors, config=with_backbone(shape.config, vocab_size=left)),
             memory_bytes=0,

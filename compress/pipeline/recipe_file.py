@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from compress.common.errors import UserError, nearest
-from compress.methods import METHODS, method_class
+from compress.methods import method_class, method_names
 from compress.methods.base import Method
 from compress.pipeline.recipe import Recipe
 
@@ -81,11 +81,11 @@ def parse_recipe(data: Mapping[str, Any], place: str = "recipe") -> Recipe:
 def _parse_step(raw: Any, data: Any, index: int, faults: list[Fault]) -> Method | None:
     where = ("steps", index)
     if not isinstance(raw, dict) or "method" not in raw:
-        faults.append(_fault(data, where, f"a step is a mapping with a 'method'; {nearest('', METHODS)}"))
+        faults.append(_fault(data, where, f"a step is a mapping with a 'method'; {nearest('', method_names())}"))
         return None
     name = raw["method"]
-    if not isinstance(name, str) or name not in METHODS:
-        faults.append(_fault(data, (*where, "method"), f"unknown method {name!r}; {nearest(str(name), METHODS)}"))
+    if not isinstance(name, str) or name not in method_names():
+        faults.append(_fault(data, (*where, "method"), f"unknown method {name!r}; {nearest(str(name), method_names())}"))
         return None
     kind = method_class(name)
     try:
@@ -171,7 +171,7 @@ def schema() -> dict[str, Any]:
     definitions = described.setdefault("$defs", {})
     definitions.pop("Method", None)
     references = []
-    for name in METHODS:
+    for name in method_names():
         definition = method_class(name).model_json_schema()
         definitions |= definition.pop("$defs", {})
         definition["required"] = ["method"]  # it has a default, which only Python callers may rely on

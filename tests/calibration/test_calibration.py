@@ -133,7 +133,7 @@ def test_prompts_come_in_turn_and_too_few_tokens_are_refused(nv_embed: Path) -> 
     made = calibration_batches(tokenizer, texts, ("find: ", ""), pool_prompt=True, max_tokens=40)
     expected = {tuple(row[:40]) for row in tokenizer([f"find: {texts[0]}", texts[1], f"find: {texts[2]}", texts[3]])}
     assert {tuple(ids[i, : mask[i].sum()]) for ids, mask in made.batches for i in range(len(ids))} == expected
-    with pytest.raises(UserError, match="8 tokens leave none of a text"):
+    with pytest.raises(UserError, match="8 tokens leave no room for a text"):
         calibration_batches(tokenizer, texts, (max(spec.prompts.values(), key=len),), pool_prompt=False, max_tokens=8)
 
 

@@ -19,6 +19,7 @@ OBJECTIVE_NAMES = ("cosine", "mse", "similarity", "ranking_kl", "margin")
 class DistillSettings(Method):
     """What a recipe may set for `distill`."""
 
+    family: ClassVar[str] = "distilled"
     whole: ClassVar[bool] = True
     anywhere: ClassVar[bool] = True
     texts: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Estimate, Method
@@ -27,6 +27,7 @@ class Fold(Method):
     refused.
     """
 
+    family: ClassVar[str] = "as it was"
     method: Literal["fold"] = "fold"
 
     def estimate(self, shape: ModelShape) -> Estimate:

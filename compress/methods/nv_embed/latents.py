@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,7 @@ class Latents(Method):
     through the softmax.
     """
 
+    family: ClassVar[str] = "smaller"
     method: Literal["latents"] = "latents"
     keep: float = Field(1.0, gt=0, le=1)
     """Share of each head's latents that is kept, those with the largest mean attention over pooled tokens; rounded, halves up."""

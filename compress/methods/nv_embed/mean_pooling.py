@@ -27,6 +27,7 @@ class MeanPooling(Method):
     tokenizer that adds the end-of-text token itself.
     """
 
+    family: ClassVar[str] = "smaller"
     method: Literal["mean_pooling"] = "mean_pooling"
     whole: ClassVar[bool] = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,7 @@ class PruneWeights(LinearsMethod):
     products do not get faster.
     """
 
+    family: ClassVar[str] = "sparse"
     sparsity: float = Field(0.5, gt=0, lt=1)
     """Share of a layer's weights that are set to zero."""
     pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"

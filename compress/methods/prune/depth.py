@@ -27,6 +27,7 @@ class Depth(Method):
     missing, so such a variant runs only here.
     """
 
+    family: ClassVar[str] = "smaller"
     method: Literal["depth"] = "depth"
     whole: ClassVar[bool] = True
     what: Literal["blocks", "attention", "mlp"] = "blocks"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -51,6 +51,7 @@ class Width(Method):
     runs only here.
     """
 
+    family: ClassVar[str] = "smaller"
     method: Literal["width"] = "width"
     channels: float = Field(1.0, gt=0, le=1)
     """Share of the MLP channels that is kept, rounded to a multiple of 8."""

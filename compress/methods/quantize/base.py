@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,6 +32,8 @@ Bits = Literal[2, 3, 4, 5, 6, 8]
 
 class QuantizeLinears(LinearsMethod):
     """A method that replaces linear layers by quantized ones."""
+
+    family: ClassVar[str] = "quantized"
 
     @abstractmethod
     def numbers_of(self, name: str) -> QuantizedLayer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,7 @@ class Embeddings(Method):
     The table holds 53 % of MiniLM's parameters and 2 % of NV-Embed-v2's. Tables of positions and token types are left unchanged.
     """
 
+    family: ClassVar[str] = "quantized"
     method: Literal["embeddings"] = "embeddings"
     bits: Bits = 8
     """Bits per value."""
