@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from distill_support import TEXTS
-from tests_support import compress_to
+from tests_support import TEXTS, compress_to
 
 import compress
 from compress.data.texts import suite_texts

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distill_support import TEXTS
+from tests_support import TEXTS
 
 import compress
 from compress.common.errors import UserError

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distill_support import SMALL, TEXTS
+from distill_support import SMALL
 from safetensors.torch import load_file
-from tests_support import compress_to
+from tests_support import TEXTS, compress_to
 from tokenizers import Tokenizer
 
 import compress

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distill_support import TEXTS, stored
-from tests_support import compress_to
+from distill_support import stored
+from tests_support import TEXTS, compress_to
 
 import compress
 from compress.common.errors import UserError
