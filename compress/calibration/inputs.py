@@ -30,14 +30,14 @@ class Inputs:
         self._carry, self._texts, self._index, self._segment = carry, texts, index, segment
 
     def see(
-        self, parts: Parts, layers: Mapping[str, nn.Module], told: See, *, pooled_only: bool = False
+        self, parts: Parts, layers: Mapping[str, nn.Module], receive: See, *, pooled_only: bool = False
     ) -> dict[str, tuple[str, ...]]:
         """Run the segment on all texts and pass on the inputs of its layers.
 
         Args:
             parts: the segment's modules.
             layers: modules inside of them, by name. Layers that get the same tensor form a group, which is named after the first.
-            told: called for each batch and each group.
+            receive: called for each batch and each group.
             pooled_only: weigh tokens as in their text's mean: a pooled token counts 1 / their number, others count nothing.
 
         Returns:
@@ -62,7 +62,7 @@ class Inputs:
                 rows, counts = self._rows(caught[leader], batch, pooled_only)
                 if not torch.isfinite(rows).all():
                     raise ValueError(f"the input of {leader} on the calibration texts holds NaN or infinity")
-                told(leader, rows, counts)
+                receive(leader, rows, counts)
         return {leader: tuple(names) for leader, names in groups.items()}
 
     def gather(
@@ -75,12 +75,12 @@ class Inputs:
         """
         found: dict[str, S] = {}
 
-        def told(leader: str, rows: torch.Tensor, counts: torch.Tensor) -> None:
+        def add(leader: str, rows: torch.Tensor, counts: torch.Tensor) -> None:
             if leader not in found:
                 found[leader] = make(rows.shape[1], rows.device)
             found[leader].add(rows, counts)
 
-        return self.see(parts, layers, told, pooled_only=pooled_only), found
+        return self.see(parts, layers, add, pooled_only=pooled_only), found
 
     def sample(self, parts: Parts) -> torch.Tensor:
         """Return the segment's output for the batch of the shortest texts: hidden states, or vectors if it is the head."""

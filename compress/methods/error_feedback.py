@@ -85,7 +85,7 @@ def factor(moment: torch.Tensor, damping: float, act_order: bool) -> Feedback:
 
     Args:
         moment: the second moment H.
-        damping: share of the mean diagonal that is added to the diagonal (GPTQ, section 3.3: 1 %).
+        damping: share of the mean diagonal that is added to the diagonal (1 % in GPTQ).
         act_order: whether channels are taken in descending order of their mean square, as in the code of GPTQ's authors.
 
     Raises:

@@ -193,7 +193,7 @@ class Distill(DistillSettings):
         return find_shape(self.teacher)
 
     def _shape_of(self, shape: ModelShape) -> ModelShape:
-        """Return the shape of the student: the model's own, another model's, or a new one's from its settings alone."""
+        """Return the shape of the student: the model's own, another model's, or a new one's from its settings."""
         if self.student is None:
             return shape.as_stored()
         if isinstance(self.student, str):

@@ -1,7 +1,7 @@
 """The training loop: a student's vectors are compared with the teacher's, batch by batch, with checkpoints to resume from.
 
-A plain loop over `accelerate`, which adds gradient accumulation and several processes. The order of the texts follows from the seed
-alone, so a training that was killed goes on as if it had not been. A batch is split among the processes and its vectors are
+A plain loop over `accelerate`, which adds gradient accumulation and several processes. The order of the texts follows only from the
+seed, so a training that was killed goes on as if it had not been. A batch is split among the processes and its vectors are
 gathered before they are compared, so the number of processes changes only the time.
 """
 

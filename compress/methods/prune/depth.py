@@ -111,7 +111,7 @@ class Depth(Method):
             return self._least_angle(survey, places, goes)
         if self.criterion == "greedy":
             return self._one_after_another(survey, places, part, goes)
-        # Each one alone: ShortGPT's block influence of the tokens, or what is lost of the texts' vectors. Drop the smallest.
+        # Each one on its own: ShortGPT's block influence of the tokens, or what is lost of the texts' vectors. Drop the smallest.
         parts = [(place, part) for place in places]
         losses = survey.influence(parts) if self.criterion == "influence" else _losses(survey, [frozenset([one]) for one in parts])
         ranked = sorted(range(len(places)), key=losses.__getitem__)

@@ -81,12 +81,12 @@ def _prune_rows(exact: torch.Tensor, feedback: Feedback, sparsity: float, group:
         inner = upper[start:stop, start:stop].t().contiguous()
         gone = torch.zeros(errors.shape, dtype=torch.bool, device=exact.device)
         if group is None:
-            # M: remove the share p of the block's weights with the smallest w^2 / [H^-1]_cc^2 (section 3.3, adaptive mask
-            # selection).
+            # M: remove the share p of the block's weights with the smallest w^2 / [H^-1]_cc^2 ("adaptive mask
+            # selection").
             gone = lowest(_if_kept(exact[start:stop], heard[start:stop], inner).square() * costs, sparsity)
         for place in range(stop - start):  # for j = i, ..., i + B - 1
             if group and place % group[1] == 0:
-                # M for N:M sparsity: B_s = M, and N of every M neighbours are removed (section 3.4).
+                # M for N:M sparsity: B_s = M, and N of every M neighbours are removed ("semi-structured sparsity").
                 near = slice(place, place + group[1])
                 wanted = torch.addmm(heard[start:stop][near], inner[near, :place], errors[:place])
                 wanted = _if_kept(exact[start:stop][near], wanted, inner[near, near])

@@ -178,7 +178,8 @@ class Width(Method):
         _, found = inputs.gather(parts, {reader.name: layer}, Spread)
         mean, spread = found[reader.name].about(mean=self.refit and layer.bias is not None)
         covariance = damped(spread, self.damping)
-        # Choose: by the error that is left after the refit (ZipLM), by E[x^2] |w|^2 (as FLAP and Wanda do), or by size.
+        # Choose: by the error that is left after the refit (ZipLM), by E[x^2] |w|^2 (Wanda; by the variance, as in FLAP, where the
+        # bias # takes up the mean), or by size.
         if self.criterion == "error":
             left = by_error(weight, covariance, groups, keep)
         elif self.criterion == "activation":

@@ -125,7 +125,7 @@ def _round_rows(
             torch.sub(exact[channel], value, out=errors[place])
             loss.addcmul_(value.sub_(wanted), value, value=costs[channel])
             loss.addcmul_(errors[place], errors[place], value=-feedback.damping)
-        # W_:,(i+B): is updated by the errors of the whole block ("lazy batch updates", section 3.3)
+        # W_:,(i+B): is updated by the errors of the whole block (step 2 of the paper, "lazy batch-updates")
         heard[stop:].addmm_(upper[start:stop, stop:].t(), errors)
     result = torch.empty_like(integers)
     result[order] = integers
