@@ -15,7 +15,7 @@ import compress.export
 from compress.common.errors import UserError
 from compress.common.lazy import attribute
 from compress.methods import METHODS
-from compress.models.architectures import KINDS, Anatomy, anatomy_of
+from compress.models.architectures import BLOCK_LAYOUTS, Anatomy, anatomy_of
 from compress.models.files.variant import VariantInfo
 from compress.runtimes.contract import RUNTIMES, Runtime, pick_runtime
 
@@ -93,7 +93,7 @@ def test_an_architecture_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [*nomic.attention, nomic.output, *nomic.rising, nomic.falling]
     with pytest.raises(ValueError, match="laid out like none of those known here"):
         anatomy_of(f"{layer}.weight" for layer in layers)
-    monkeypatch.setitem(KINDS, "Nomic BERT", nomic)
+    monkeypatch.setitem(BLOCK_LAYOUTS, "Nomic BERT", nomic)
     assert anatomy_of(f"{layer}.weight" for layer in layers) is nomic
 
 

@@ -127,7 +127,7 @@ def test_plan_describes_a_model_without_its_files(tmp_path: Path, recipe: Path) 
     result = call("plan", recipe, "--model", "nvidia/NV-Embed-v2", cwd=tmp_path)
     assert result.returncode == 0
     assert "7,851.0 M parameters" in result.stdout
-    assert "latent head folded, 505.4 M parameters fewer" in result.stdout
+    assert "latent-attention head folded, 505.4 M fewer parameters" in result.stdout
     assert "224 linear layers, 6,979.3 M weights to int8" in result.stdout
     assert "15.70 GB in half precision -> 7.72 GB" in result.stdout
     assert not (tmp_path / "results").exists()

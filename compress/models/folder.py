@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.common.errors import UserError
 from compress.common.inputs import read_json
-from compress.models.architectures import OWN_ARCHITECTURES, OwnArchitecture, imported
+from compress.common.lazy import attribute
+from compress.models.architectures import OWN_ARCHITECTURES, OwnArchitecture
 from compress.models.files.headers import TensorInfo, fingerprint, read_header, weight_files
 from compress.models.files.variant import VARIANT_FILE, VariantInfo
 from compress.models.shape import ModelShape, without_task_head
@@ -106,7 +107,7 @@ class ModelFolder:
         """
         own = self.own_architecture
         if own is not None:
-            return imported(own.config)(self.transformer)
+            return attribute(own.config)(self.transformer)
         from transformers import AutoConfig
 
         path, kind = self.transformer / "config.json", self.config.get("model_type", "missing")
@@ -157,7 +158,7 @@ class ModelFolder:
         if self.variant is not None:
             return self.variant.spec
         own = self.own_architecture
-        return read_spec(self.path, self.modules) if own is None else imported(own.spec)(self.transformer)
+        return read_spec(self.path, self.modules) if own is None else attribute(own.spec)(self.transformer)
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:

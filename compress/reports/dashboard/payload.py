@@ -10,11 +10,8 @@ from typing import Any
 from compress.common.machine import now
 from compress.measure.record import Record
 from compress.methods import method_class, method_names
+from compress.methods.base import FAMILIES, UNCHANGED
 from compress.reports.compare import Group, grouped, read_records
-
-# Families in the order in which they are named; others follow.
-ORDER = ("smaller", "sparse", "distilled", "quantized")
-UNCHANGED = "as it was"
 
 
 def family(methods: Sequence[str]) -> str:
@@ -23,8 +20,10 @@ def family(methods: Sequence[str]) -> str:
     Each method says its family itself. A method of a package that is not installed here is shown by its own name.
     """
     known = set(method_names())
-    found = {method_class(name).family if name in known else name for name in methods} - {""}
-    return " + ".join(sorted(found, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))) or UNCHANGED
+    found = {method_class(name).family if name in known else name for name in methods} - {UNCHANGED}
+    return (
+        " + ".join(sorted(found, key=lambda name: (FAMILIES.index(name) if name in FAMILIES else len(FAMILIES), name))) or UNCHANGED
+    )
 
 
 def payload(places: Sequence[Path]) -> dict[str, Any]:
