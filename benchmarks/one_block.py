@@ -194,6 +194,7 @@ def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str,
     from compress.models.shape import read_shape
     from compress.models.source import find
     from compress.pipeline.apply import make_variant
+    from compress.pipeline.stage import BuildOptions
 
     class Ids(CalibrationSource):
         def batches(self, *_: Any) -> CalibrationTexts:
@@ -216,7 +217,8 @@ def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str,
     if arguments.method == "sparsegpt":
         method = SparseGPT(pattern=arguments.pattern, damping=DAMPING)
     texts = Ids([""] * len(all_ids), (), all_ids.shape[1])
-    make_variant(find(str(folder)), read_shape("block", folder), [method], "0", variant, journal, lambda _: None, texts)
+    options = BuildOptions("0", lambda _: None, calibration=texts)
+    make_variant(find(str(folder)), read_shape("block", folder), [method], variant, journal, options)
     # From where the embeddings are written to where the norm behind the block is: the texts have passed the block by then.
     seconds = journal.at["segment 2"] - journal.at["segment 0"]
 

@@ -144,7 +144,7 @@ def main() -> None:
 
     from compress.common.cache import cache_root
     from compress.measure.accuracy.statistics import Interval
-    from compress.measure.evaluate import evaluate
+    from compress.measure.evaluate import EvaluationOptions, evaluate
 
     parser.add_argument("--run", type=Path, required=True, help="folder of our run, its variant kept")
     parser.add_argument("--tasks", default="mini")
@@ -164,7 +164,7 @@ def main() -> None:
     summary: dict[str, Any] = {}
     for peer, folder in folders.items():
         found = evaluate(
-            str(arguments.run), arguments.tasks.split(","), against=str(folder), data=arguments.data,
+            str(arguments.run), arguments.tasks.split(","), EvaluationOptions(data=arguments.data), against=str(folder),
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
         summary[peer] = found.model_dump(mode="json", exclude={"mteb"})

@@ -277,7 +277,7 @@ class Bench:
 
     def score(self, tasks: Sequence[Task]) -> None:
         """Score the rows on tasks, one process at a time; what was scored before is read."""
-        from compress.measure.accuracy.score import evaluate
+        from compress.measure.accuracy.score import score_task
 
         journal = Journal(self.output / "scores")
         width = read_shape(self.source.name, self.source.folder).hidden_size
@@ -290,7 +290,7 @@ class Bench:
                     with self.start(row) as process:
                         embedder = PeerEmbedder(row.name, width, self.spec, process, self.output / "scored.npy")
                         for task in missing:
-                            found = evaluate(embedder, task)
+                            found = score_task(embedder, task)
                             say(f"{row.name}: {task.name} {100 * found.score:.2f} ({found.seconds:.0f} s)")
                             journal.put(keys[task.name], found.model_dump(mode="json", include={"metric", "score", "seconds"}))
             except PeerError as error:

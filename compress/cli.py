@@ -131,26 +131,24 @@ def evaluate(
     """Score a model on tasks, alone or against another. With --against, a regression is exit code 1."""
     with stoppable():
         from compress.common.files import write_text_atomic
+        from compress.measure.evaluate import EvaluationOptions
         from compress.measure.evaluate import evaluate as evaluate_model
         from compress.reports.terminal import print_evaluation
 
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         told = partial(print, file=sys.stderr, flush=True)
-        found = evaluate_model(
-            model,
-            names,
-            against=against,
+        options = EvaluationOptions(
             data=data,
             runtime=runtime,
             device=device,
             dtype=dtype,
             stream=stream,
             margin=margin,
-            outputs=[name.strip() for name in outputs.split(",") if name.strip()],
+            vector_formats=[name.strip() for name in outputs.split(",") if name.strip()],
             calibration=calibration,
             lengths=lengths,
-            say=told,
         )
+        found = evaluate_model(model, names, options, against=against, say=told)
         if output is not None:
             for task, result in found.mteb.items():
                 write_text_atomic(output / f"{task}.json", json.dumps(result, indent=1) + "\n")
@@ -226,7 +224,7 @@ def compare(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Written there, not printed.")] = None,
 ) -> None:
     """Show runs side by side, those apart that are not comparable; no other run beats those that are marked."""
-    from compress.reports.compare import compare as compare_runs
+    from compress.reports.compare import compare_runs
     from compress.reports.formats import written
 
     text = written(compare_runs(runs), format)

@@ -18,6 +18,7 @@ from compress.models.network.walk import Resident
 from compress.models.shape import read_shape
 from compress.models.source import find
 from compress.pipeline.apply import make_variant
+from compress.pipeline.stage import BuildOptions
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = Path(__file__).parent / "models" / "golden"
@@ -54,4 +55,5 @@ def compress_to(folder: Path, target: Path, *steps: Method, count: int = 24, max
     """Write the variant of a model's folder, calibrated on some of the embedded texts."""
     texts = CalibrationSource(calibration_texts()[:count], None, max_tokens)
     journal = Journal(target.with_name(f"{target.name}-journal"))
-    make_variant(find(str(folder)), read_shape("tiny", folder), steps, "0", target, journal, lambda _: None, texts)
+    options = BuildOptions("0", lambda _: None, calibration=texts)
+    make_variant(find(str(folder)), read_shape("tiny", folder), steps, target, journal, options)

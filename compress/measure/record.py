@@ -13,6 +13,8 @@ from compress.common.errors import UserError
 from compress.common.files import write_text_atomic
 from compress.common.machine import Machine
 from compress.measure.accuracy.statistics import Interval
+from compress.measure.speed.timing import Speed
+from compress.measure.vectors.fidelity import Fidelity
 
 if TYPE_CHECKING:
     from compress.measure.accuracy.score import TaskScore
@@ -20,13 +22,13 @@ if TYPE_CHECKING:
 RECORD_FILE = "record.json"
 
 
-class Part(BaseModel):
+class RecordPart(BaseModel):
     """A part of a record."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class Model(Part):
+class Model(RecordPart):
     """The model that a run started from."""
 
     name: str
@@ -40,7 +42,7 @@ class Model(Part):
     max_length: int
 
 
-class Step(Part):
+class Step(RecordPart):
     """A method as it was applied."""
 
     config: dict[str, Any]
@@ -50,7 +52,7 @@ class Step(Part):
     """What it found on its way: of a training the curve, and how many texts it saw and left out."""
 
 
-class Row(Part):
+class Row(RecordPart):
     """One embedder as it was measured: a variant or a baseline, in one runtime."""
 
     name: str
@@ -63,12 +65,12 @@ class Row(Part):
     activations: str
     size_bytes: int
     """Bytes of the weights on disk at this precision."""
-    speed: dict[str, Any] | None = None
+    speed: Speed | None = None
     speedup: dict[str, float] = {}
     """Throughput relative to each baseline, median of the rounds' ratios."""
 
 
-class TaskRow(Part):
+class TaskRow(RecordPart):
     """A task's scores."""
 
     task: str
@@ -93,7 +95,7 @@ class TaskRow(Part):
         return self.variant - self.baseline
 
 
-class GateResult(Part):
+class GateResult(RecordPart):
     """A bound of the recipe, and whether it was kept."""
 
     name: str
@@ -102,7 +104,7 @@ class GateResult(Part):
     kept: bool
 
 
-class Record(Part):
+class Record(RecordPart):
     """A run, whole."""
 
     schema_version: Literal[1] = 1
@@ -120,7 +122,7 @@ class Record(Part):
     """Mean score of the variant over that of the baseline; None where accuracy was not measured."""
     overall: Interval | None = None
     """Of the difference of the mean over the tasks that have an interval."""
-    fidelity: dict[str, Any] | None
+    fidelity: Fidelity | None
     rows: tuple[Row, ...]
     measured_on: str
     gates: tuple[GateResult, ...]
@@ -130,8 +132,9 @@ class Record(Part):
     seed: int
 
     def write(self, folder: Path) -> None:
-        """Write `record.json`, whole or not at all."""
-        write_text_atomic(folder / RECORD_FILE, json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+        """Write `record.json`, whole or not at all. A record that was read is written as it was: without keys that it lacked."""
+        kept = {"schema_version": self.schema_version} | self.model_dump(mode="json", exclude_unset=True)
+        write_text_atomic(folder / RECORD_FILE, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Record:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compress.common.cache import use
 from compress.common.journal import Journal
 from compress.common.machine import gpu_name, machine, versions
-from compress.measure.vectors.codec import OutputScheme
+from compress.measure.vectors.codec import VectorFormat
 from compress.models.shape import read_shape
 from compress.models.source import Source, spec_of
 from compress.runtimes.stored_vectors import Mapped, StoredEmbedder, VectorStore
@@ -19,7 +19,7 @@ from compress.runtimes.stored_vectors import Mapped, StoredEmbedder, VectorStore
 if TYPE_CHECKING:
     from compress.measure.accuracy.score import TaskScore
     from compress.measure.accuracy.tasks import Task
-    from compress.measure.vectors.index import OutputRow
+    from compress.measure.vectors.index import VectorFormatRow
     from compress.models.embedder import Embedder, Vectors
 
 
@@ -53,36 +53,36 @@ class Scored:
 
     def score(self, task: Task) -> TaskScore:
         """Score the model on a task, or read what it scored on the same data with the same prompts."""
-        from compress.measure.accuracy.score import TaskScore, evaluate
+        from compress.measure.accuracy.score import TaskScore, score_task
 
         if self._scores is None:
-            return evaluate(self.embedder, task, None, self._prompts)
+            return score_task(self.embedder, task, None, self._prompts)
         decided = json.dumps([task.name, task.fingerprint, self._prompts], sort_keys=True)
         name = f"{task.name}-{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
         return TaskScore(
-            **self._scores.once(name, lambda: evaluate(self.embedder, task, None, self._prompts).model_dump(mode="json"))
+            **self._scores.once(name, lambda: score_task(self.embedder, task, None, self._prompts).model_dump(mode="json"))
         )
 
     def score_on(self, task: Task, documents: Scored, rotation: Vectors | None = None) -> float:
         """Score a retrieval task with this model's queries, rotated or as they are, on another's documents."""
-        from compress.measure.accuracy.score import evaluate
+        from compress.measure.accuracy.score import score_task
 
         queries = self.embedder if rotation is None else Mapped(self.embedder, lambda vectors: vectors @ rotation)
-        return evaluate(queries, task, None, self._prompts, documents.embedder).score
+        return score_task(queries, task, None, self._prompts, documents.embedder).score
 
-    def outputs(
-        self, schemes: Sequence[OutputScheme], tasks: Sequence[Task], texts: Sequence[str], margin: float
-    ) -> list[OutputRow]:
+    def vector_formats(
+        self, formats: Sequence[VectorFormat], tasks: Sequence[Task], texts: Sequence[str], margin: float
+    ) -> list[VectorFormatRow]:
         """Score retrieval with the documents' vectors stored in each of several ways, fitted on calibration texts."""
-        from compress.measure.accuracy.score import evaluate
-        from compress.measure.vectors.index import score_outputs
+        from compress.measure.accuracy.score import score_task
+        from compress.measure.vectors.index import score_vector_formats
 
         searched = {task.name: task for task in tasks if task.mteb.metadata.type == "Retrieval"}
-        return score_outputs(
-            schemes,
+        return score_vector_formats(
+            formats,
             self.embedder.encode(texts),
             {name: self.score(task) for name, task in searched.items()},
-            lambda name, index: evaluate(self.embedder, searched[name], None, self._prompts, index=index),
+            lambda name, index: score_task(self.embedder, searched[name], None, self._prompts, index=index),
             margin=margin,
         )
 

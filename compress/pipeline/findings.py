@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compress.common.machine import gpu_name, machine, now, versions
-from compress.measure.accuracy.statistics import Comparison, Interval
+from compress.measure.accuracy.statistics import Interval, PairedComparison
 from compress.measure.record import GateResult, Model, Record, Row, Step, TaskRow, task_row
 from compress.measure.speed.timing import Speed, speed_ratio
 from compress.measure.vectors.fidelity import Fidelity
@@ -75,7 +75,7 @@ def assemble(name: str, recipe: Recipe, source: Source, shape: ModelShape, folde
         tasks=tasks,
         retained=retained,
         overall=compared.overall,
-        fidelity=found.agreement.model_dump(mode="json") if found.agreement else None,
+        fidelity=found.agreement,
         rows=rows,
         measured_on=f"{recipe.measure.count} texts from {recipe.measure.texts}, {recipe.measure.rounds} rounds",
         gates=gates,
@@ -86,13 +86,13 @@ def assemble(name: str, recipe: Recipe, source: Source, shape: ModelShape, folde
     )
 
 
-def _compare(recipe: Recipe, found: Findings) -> Comparison:
+def _compare(recipe: Recipe, found: Findings) -> PairedComparison:
     if not found.scores:
-        return Comparison({}, None)
-    from compress.measure.accuracy.paired import compare
+        return PairedComparison({}, None)
+    from compress.measure.accuracy.paired import compare_scores  # imports mteb, and nothing was scored where it is not
 
     baseline, variant = ({name: roles[role] for name, roles in found.scores.items()} for role in ("baseline", VARIANT))
-    return compare(baseline, variant, recipe.evaluate.margin, seed=recipe.seed)
+    return compare_scores(baseline, variant, recipe.evaluate.margin, seed=recipe.seed)
 
 
 def _retained_at_least(retained: float | None, tasks: Sequence[TaskRow], overall: Interval | None) -> float | None:
@@ -121,7 +121,7 @@ def _rows(
                 weights=info.weights if is_variant else name,
                 activations=info.activations if is_variant else "none",
                 size_bytes=weight_bytes(folder / VARIANT) if is_variant else shape.parameters * DTYPE_BYTES[name],
-                speed=speeds[name].model_dump(mode="json") if speeds else None,
+                speed=speeds[name] if speeds else None,
                 speedup={other: speed_ratio(speeds[name], speeds[other]) for other in baselines if other != name},
             )
         )

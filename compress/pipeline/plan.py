@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from compress.calibration.texts import BATCH_TOKENS as CALIBRATION_BATCH_TOKENS
 from compress.common.errors import UserError
 from compress.common.memory import available_memory_bytes, gigabytes
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Estimate
 from compress.models.shape import ModelShape
 from compress.pipeline.recipe import Recipe, steps_for
-from compress.runtimes.contract import pick_runtime
+from compress.runtimes.contract import CPU_BATCH_TOKENS, pick_runtime
 
 # What the estimates of time rest on; rough by nature, and said to be so where they are printed.
 MEMORY_BYTES_PER_SECOND = 2e9  # elementwise passes over weights and reading files
@@ -26,8 +27,6 @@ EMBEDDED_TASK_TOKENS = 45_000  # the embedded suite, once
 GPU_OPERATIONS_PER_SECOND = 1.25e14  # 40 % of an A100's 312 TFLOPS in bfloat16, as its data sheet has it
 PROCESS_SECONDS = 8  # starting a process that measures
 TYPICAL_LENGTH = 64  # tokens, of the texts that speed is measured on
-CALIBRATION_BATCH_TOKENS = 2_048  # `calibration.BATCH_TOKENS`
-CPU_BATCH_TOKENS = 1_024  # `torch_embedder.BATCH_TOKENS`, which cannot be read without torch
 # Beside weights and live arrays: compiled kernels, the threads' buffers, and freed blocks that the allocator keeps, measured as
 # much again as the arrays that live at once.
 RUNTIME_BYTES = 96e6

@@ -118,7 +118,7 @@ def read_records(places: Sequence[Path]) -> tuple[dict[Path, Record], dict[str, 
     return records, broken
 
 
-def compare(places: Sequence[Path]) -> Comparison:
+def compare_runs(places: Sequence[Path]) -> Comparison:
     """Compare runs, given their folders or folders that hold these; raises as `read_records` does."""
     records, broken = read_records(places)
     return Comparison(grouped(records.values()), broken)
@@ -166,7 +166,7 @@ def _versions(record: Record) -> dict[str, str]:
 def line_of(record: Record) -> Line:
     """Return what is compared of a record."""
     variant = record.row("variant")
-    fidelity, speed = record.fidelity or {}, variant.speed
+    fidelity, speed = record.fidelity, variant.speed
     low = high = None
     if record.overall is not None:
         baseline = mean(task.baseline for task in record.tasks)
@@ -184,12 +184,12 @@ def line_of(record: Record) -> Line:
         high=high,
         verdict=record.overall.verdict if record.overall else None,
         regressed=tuple(task.task for task in record.tasks if task.verdict == "regressed"),
-        cosine=fidelity.get("cosine_mean"),
-        overlap=fidelity.get("overlap_at_10"),
+        cosine=fidelity.cosine_mean if fidelity else None,
+        overlap=fidelity.overlap_at_10 if fidelity else None,
         speedup=next(iter(variant.speedup.values()), None),
-        texts_per_second=speed["texts_per_second"] if speed else None,
-        latency_ms=speed["latency_p50_ms"] if speed else None,
-        peak_bytes=(speed["gpu_peak_bytes"] if record.machine.gpu else speed["peak_bytes"]) if speed else None,
+        texts_per_second=speed.texts_per_second if speed else None,
+        latency_ms=speed.latency_p50_ms if speed else None,
+        peak_bytes=(speed.gpu_peak_bytes if record.machine.gpu else speed.peak_bytes) if speed else None,
     )
 
 

@@ -64,6 +64,7 @@ from compress.models.text.spec import EmbedderSpec
 from compress.pipeline.apply import make_variant, stages_of
 from compress.pipeline.plan import describe, make_plan
 from compress.pipeline.recipe_file import parse_recipe
+from compress.pipeline.stage import BuildOptions
 
 TEXTS = ["the parcel never came", "rain by the evening", "who wrote it", "x", ""]
 SMALL = {"width": 16, "blocks": 2, "heads": 2, "mlp": 32, "latents": 4, "latent_heads": 2, "vocabulary": 600, "max_length": 64}
@@ -661,11 +662,9 @@ def test_a_new_student_s_tokenizer_never_sees_what_is_evaluated(bert: Path, text
             find(str(bert)),
             read_shape("t", bert),
             [step],
-            "0",
             tmp_path / name,
             journal,
-            lambda _: None,
-            evaluated=partial(frozenset, left_out),
+            BuildOptions("0", lambda _: None, evaluated=partial(frozenset, left_out)),
         )
         assert made[0]["found"]["left_out"] == len(left_out)
         assert [look["step"] for look in made[0]["found"]["curve"]] == [2]

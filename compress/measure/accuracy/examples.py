@@ -28,8 +28,8 @@ from compress.measure.accuracy.statistics import (
     Floats,
     Mean,
     Spearman,
-    Statistic,
     VMeasure,
+    WeightedScore,
     differences,
     score,
 )
@@ -39,7 +39,7 @@ _PER_QUERY = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precisi
 _CUT = re.compile(r"^(ndcg|map|recall|precision|hit_rate)_at_(\d+)$")
 
 
-class Part(BaseModel):
+class SplitExamples(BaseModel):
     """The examples of one split and subset of a task."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,7 +50,7 @@ class Part(BaseModel):
     k-means run the examples it saw, their labels, their clusters."""
     count: int
 
-    def statistic(self) -> Statistic:
+    def statistic(self) -> WeightedScore:
         """Return the score as a function of the examples' weights."""
         arrays = [np.asarray(values, dtype=np.float64) for values in self.values]
         if self.kind == "mean":
@@ -68,7 +68,7 @@ class Examples(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    parts: tuple[Part, ...] = ()
+    parts: tuple[SplitExamples, ...] = ()
 
     @property
     def count(self) -> int:
@@ -141,7 +141,7 @@ class Caught:
             parts.append(part)
         return Examples(parts=tuple(parts))
 
-    def _part(self, split: str, subset: str) -> Part | None:
+    def _part(self, split: str, subset: str) -> SplitExamples | None:
         task, predictions = self._task, self._predictions[split, subset]
         if isinstance(task, AbsTaskRetrieval):
             return _queries(self._queries[split, subset], task.metadata.main_score)
@@ -167,7 +167,9 @@ class Caught:
             return _legacy_clustering(predictions, rows[task.label_column_name])
         return None
 
-    def _clustering(self, predictions: Mapping[str, Sequence[Any]], labels: Sequence[Any], drawn: list[list[int]]) -> Part | None:
+    def _clustering(
+        self, predictions: Mapping[str, Sequence[Any]], labels: Sequence[Any], drawn: list[list[int]]
+    ) -> SplitExamples | None:
         """Pair each k-means run with the examples that it was given; a hierarchy of labels is not told apart."""
         if list(predictions) != ["Level 0"]:
             return None
@@ -178,7 +180,7 @@ class Caught:
         values: list[Sequence[float]] = []
         for chosen, clusters in zip(drawn[-len(runs) :], runs, strict=True):
             values += [[*chosen], [codes[flat[embedded[index]]] for index in chosen], clusters]
-        return Part(kind="v_measure", values=values, count=len(embedded))
+        return SplitExamples(kind="v_measure", values=values, count=len(embedded))
 
 
 def _rows(task: AbsTask, split: str, subset: str) -> Any:
@@ -187,15 +189,15 @@ def _rows(task: AbsTask, split: str, subset: str) -> Any:
     return found
 
 
-def _mean(values: Sequence[float] | Floats) -> Part:
-    return Part(kind="mean", values=[[float(value) for value in values]], count=len(values))
+def _mean(values: Sequence[float] | Floats) -> SplitExamples:
+    return SplitExamples(kind="mean", values=[[float(value) for value in values]], count=len(values))
 
 
-def _pairs(kind: Literal["spearman", "average_precision"], gold: Sequence[float], similarity: Sequence[float]) -> Part:
-    return Part(kind=kind, values=[[float(x) for x in gold], [float(x) for x in similarity]], count=len(gold))
+def _pairs(kind: Literal["spearman", "average_precision"], gold: Sequence[float], similarity: Sequence[float]) -> SplitExamples:
+    return SplitExamples(kind=kind, values=[[float(x) for x in gold], [float(x) for x in similarity]], count=len(gold))
 
 
-def _best_pairs(labels: Sequence[float], predictions: Mapping[str, Sequence[float]], metric: str) -> Part | None:
+def _best_pairs(labels: Sequence[float], predictions: Mapping[str, Sequence[float]], metric: str) -> SplitExamples | None:
     """Return pairs with their cosine, or for mteb's `max_ap` with the similarity that has the largest average precision."""
     if metric not in ("cosine_ap", "max_ap"):
         return None
@@ -207,7 +209,7 @@ def _best_pairs(labels: Sequence[float], predictions: Mapping[str, Sequence[floa
     return max(parts, key=lambda part: score(part.statistic()))
 
 
-def _queries(scores: Mapping[str, Mapping[str, float]], metric: str) -> Part | None:
+def _queries(scores: Mapping[str, Mapping[str, float]], metric: str) -> SplitExamples | None:
     found = _CUT.match(metric)
     if found is None:
         return None
@@ -215,7 +217,7 @@ def _queries(scores: Mapping[str, Mapping[str, float]], metric: str) -> Part | N
     return _mean([scores[query][name] for query in sorted(scores)])
 
 
-def _legacy_clustering(predictions: Sequence[Any], labels: Sequence[Any]) -> Part:
+def _legacy_clustering(predictions: Sequence[Any], labels: Sequence[Any]) -> SplitExamples:
     """Sets of texts, each clustered once; a task of one set keeps its labels and clusters unnested."""
     sets = list(zip(labels, predictions, strict=True)) if isinstance(labels[0], list) else [(labels, predictions)]
     values: list[Sequence[float]] = []
@@ -224,7 +226,7 @@ def _legacy_clustering(predictions: Sequence[Any], labels: Sequence[Any]) -> Par
         codes = {label: code for code, label in enumerate(sorted(set(own), key=str))}
         values += [list(range(start, start + len(own))), [codes[label] for label in own], [int(cluster) for cluster in clusters]]
         start += len(own)
-    return Part(kind="v_measure", values=values, count=start)
+    return SplitExamples(kind="v_measure", values=values, count=start)
 
 
 class _LabelsInMemory:

@@ -8,12 +8,12 @@ import numpy as np
 
 from compress.measure.accuracy.examples import paired_draws
 from compress.measure.accuracy.score import TaskScore
-from compress.measure.accuracy.statistics import RESAMPLES, Comparison, Interval, interval
+from compress.measure.accuracy.statistics import RESAMPLES, Interval, PairedComparison, interval
 
 
-def compare(
+def compare_scores(
     baseline: Mapping[str, TaskScore], variant: Mapping[str, TaskScore], margin: float, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Comparison:
+) -> PairedComparison:
     """Compare scores of the same tasks.
 
     Args:
@@ -35,9 +35,9 @@ def compare(
         intervals[name] = interval(drawn, theirs.score - ours.score, margin * ours.score, ours.examples.count)
     judged = [name for name, found in intervals.items() if found is not None]
     if not judged:
-        return Comparison(intervals, None)
+        return PairedComparison(intervals, None)
     means = [float(np.mean([scores[name].score for name in judged])) for scores in (baseline, variant)]
     examples = sum(baseline[name].examples.count for name in judged)
     # Tasks with equally many examples were drawn with the same numbers; shuffled, their draws are independent of each other.
     overall = np.mean([np.random.default_rng([seed, index]).permutation(drawn) for index, drawn in enumerate(draws)], axis=0)
-    return Comparison(intervals, interval(overall, means[1] - means[0], margin * means[0], examples))
+    return PairedComparison(intervals, interval(overall, means[1] - means[0], margin * means[0], examples))

@@ -92,7 +92,7 @@ def _without_bars() -> Iterator[None]:
         tqdm.__init__ = own
 
 
-def evaluate(
+def score_task(
     embedder: Embedder,
     task: Task,
     batch_tokens: int | None = None,

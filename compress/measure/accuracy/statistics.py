@@ -27,7 +27,7 @@ LEVEL = 0.95
 CHUNK = 4_000_000
 
 
-class Statistic(Protocol):
+class WeightedScore(Protocol):
     """One model's score on a task as a function of how often each example counts."""
 
     @property
@@ -226,14 +226,14 @@ class Interval(BaseModel):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedComparison:
     """Intervals by task (None where the examples of a task are not told apart) and of the mean over the tasks that have one."""
 
     tasks: Mapping[str, Interval | None]
     overall: Interval | None
 
 
-def differences(baseline: Statistic, variant: Statistic, *, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
+def differences(baseline: WeightedScore, variant: WeightedScore, *, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
     """Return the difference, variant minus baseline, on each of `resamples` draws of their common examples: [resamples].
 
     Raises:
@@ -252,7 +252,7 @@ def differences(baseline: Statistic, variant: Statistic, *, resamples: int = RES
     return np.concatenate(draws)
 
 
-def score(statistic: Statistic) -> float:
+def score(statistic: WeightedScore) -> float:
     """Return the score on the examples as they are."""
     return float(statistic(np.ones((1, statistic.count)))[0])
 

@@ -28,7 +28,7 @@ _NAME = re.compile(r"^(?:(truncate|pca)-(\d+))?\+?(float32|int8|binary)?(\+resco
 
 
 @dataclass(frozen=True)
-class OutputScheme:
+class VectorFormat:
     """What becomes of a vector before it is stored."""
 
     reduction: Literal["truncate", "pca"] | None
@@ -38,7 +38,7 @@ class OutputScheme:
     rescore: bool
 
     @classmethod
-    def parse(cls, name: str) -> OutputScheme:
+    def parse(cls, name: str) -> VectorFormat:
         """Read a name such as `int8`, `pca-192`, `truncate-256+int8`, `binary+rescore`.
 
         Raises:
@@ -47,7 +47,7 @@ class OutputScheme:
         found = _NAME.match(name)
         if not name or found is None or (found.group(4) and found.group(3) != "binary"):
             raise UserError(
-                f"output {name!r}: not [truncate-N|pca-N][+][float32|int8|binary][+rescore]",
+                f"vector format {name!r}: not [truncate-N|pca-N][+][float32|int8|binary][+rescore]",
                 "such as int8, pca-192, truncate-256+int8 or binary+rescore; only binary vectors are rescored",
             )
         reduction, dimensions, store, rescore = found.groups()
@@ -71,24 +71,24 @@ def unit(vectors: Vectors) -> Vectors:
     return scaled
 
 
-class OutputCodec:
-    """A scheme with what it learned from calibration vectors."""
+class VectorCodec:
+    """A format with what it learned from calibration vectors."""
 
-    def __init__(self, scheme: OutputScheme, calibration: Vectors) -> None:
+    def __init__(self, format: VectorFormat, calibration: Vectors) -> None:
         """Fit to the vectors of calibration texts, float32 [texts, dimension].
 
         Raises:
             UserError: more dimensions are to be kept than there are, or PCA is to find more than there are texts.
         """
         count, dimension = calibration.shape
-        kept = scheme.dimensions or dimension
-        if kept > dimension or (scheme.reduction == "pca" and kept > count):
-            limit = f"{dimension} dimensions" + (f" and {count} calibration texts" if scheme.reduction == "pca" else "")
-            raise UserError(f"output {scheme.name!r}: keeps {kept} dimensions of a model with {limit}")
-        self.scheme = scheme
+        kept = format.dimensions or dimension
+        if kept > dimension or (format.reduction == "pca" and kept > count):
+            limit = f"{dimension} dimensions" + (f" and {count} calibration texts" if format.reduction == "pca" else "")
+            raise UserError(f"vector format {format.name!r}: keeps {kept} dimensions of a model with {limit}")
+        self.format = format
         self._kept = kept
         self._axes: Vectors | None = None
-        if scheme.reduction == "pca":
+        if format.reduction == "pca":
             # Not centred: similarities are angles from the origin, and a shift would change every one of them.
             _, axes = np.linalg.eigh(np.asarray(unit(calibration).T @ unit(calibration), dtype=np.float64))
             self._axes = axes[:, ::-1][:, :kept].astype(np.float32)
@@ -98,24 +98,24 @@ class OutputCodec:
         self._median = np.median(reduced, axis=0).astype(np.float32)
 
     def reduce(self, vectors: Vectors) -> Vectors:
-        """Keep the scheme's dimensions, of unit length: float32 [n, dimension] to [n, kept]."""
+        """Keep the format's dimensions, of unit length: float32 [n, dimension] to [n, kept]."""
         scaled = unit(vectors)
         return unit(scaled @ self._axes if self._axes is not None else scaled[:, : self._kept])
 
     def encode(self, vectors: Vectors) -> npt.NDArray[np.generic]:
         """Return vectors as they are stored: float32, uint8 codes [n, kept], or bits [n, kept / 8]."""
         reduced = self.reduce(vectors)
-        if self.scheme.store == "int8":
+        if self.format.store == "int8":
             codes: npt.NDArray[np.generic] = np.clip(np.rint((reduced - self._low) / self._step), 0, LEVELS).astype(np.uint8)
             return codes
-        return np.packbits(reduced > self._median, axis=1) if self.scheme.store == "binary" else reduced
+        return np.packbits(reduced > self._median, axis=1) if self.format.store == "binary" else reduced
 
     def decode(self, stored: npt.NDArray[np.generic]) -> Vectors:
         """Return stored vectors as float32 [n, kept]; of binary ones -1 and 1."""
-        if self.scheme.store == "int8":
+        if self.format.store == "int8":
             decoded: Vectors = stored.astype(np.float32) * self._step + self._low
             return decoded
-        if self.scheme.store == "binary":
+        if self.format.store == "binary":
             return np.unpackbits(stored.astype(np.uint8), axis=1, count=self._kept).astype(np.float32) * 2 - 1
         return stored.astype(np.float32)
 
@@ -130,8 +130,8 @@ class OutputCodec:
         Returns:
             Scores [queries, found] and document numbers [queries, found], the best first.
         """
-        top = min(top, len(stored), RESCORED if self.scheme.rescore else len(stored))
-        if self.scheme.store != "binary":
+        top = min(top, len(stored), RESCORED if self.format.rescore else len(stored))
+        if self.format.store != "binary":
             return _best(self.reduce(queries) @ unit(self.decode(stored)).T, top)
         bits = self.encode(queries)
         scores = np.empty((len(queries), top), dtype=np.float32)
@@ -140,7 +140,7 @@ class OutputCodec:
         for index, (own, own_reduced) in enumerate(zip(bits, reduced, strict=True)):
             distance = _BITS_SET[np.bitwise_xor(stored, own)].sum(axis=1, dtype=np.int32)  # type: ignore[call-overload]
             similarity = (1 - 2 * distance / self._kept)[None].astype(np.float32)
-            if self.scheme.rescore:
+            if self.format.rescore:
                 _, chosen = _best(similarity, RESCORED)
                 again, order = _best((own_reduced[None] @ self.decode(stored[chosen[0]]).T).astype(np.float32), top)
                 scores[index], found[index] = again[0], chosen[0][order[0]]

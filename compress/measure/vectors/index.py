@@ -10,18 +10,18 @@ from pydantic import BaseModel, ConfigDict
 
 from compress.measure.accuracy.score import TaskScore
 from compress.measure.accuracy.statistics import Interval
-from compress.measure.vectors.codec import OutputCodec, OutputScheme
+from compress.measure.vectors.codec import VectorCodec, VectorFormat
 from compress.models.embedder import Vectors
 
 MILLION = 1_000_000
 
 
-class OutputRow(BaseModel):
+class VectorFormatRow(BaseModel):
     """One way of storing vectors, and what retrieval scores with it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    output: str
+    format: str
     dimensions: int
     bytes_per_million: int
     """Of the documents' vectors."""
@@ -34,7 +34,7 @@ class OutputRow(BaseModel):
 class CompressedIndex:
     """An index as mteb's search takes it: documents stored by a codec."""
 
-    def __init__(self, codec: OutputCodec) -> None:
+    def __init__(self, codec: VectorCodec) -> None:
         self._codec = codec
         self._stored: list[Any] = []
 
@@ -58,38 +58,38 @@ class CompressedIndex:
         self._stored = []
 
 
-def score_outputs(
-    schemes: Sequence[OutputScheme],
+def score_vector_formats(
+    formats: Sequence[VectorFormat],
     calibration: Vectors,
     whole: dict[str, TaskScore],
     score: Callable[[str, CompressedIndex], TaskScore],
     *,
     margin: float,
     seed: int = 0,
-) -> list[OutputRow]:
+) -> list[VectorFormatRow]:
     """Score ways of storing vectors.
 
     Args:
-        schemes: the ways.
+        formats: the ways.
         calibration: the model's vectors of calibration texts, float32 [texts, dimension].
         whole: scores of the retrieval tasks with the vectors as they are, by task.
         score: scores a task, by its name, with an index.
         margin: loss that is accepted, as a share of the whole's score.
         seed: of the bootstrap.
     """
-    from compress.measure.accuracy.paired import compare
+    from compress.measure.accuracy.paired import compare_scores
 
     rows = []
     dimension = calibration.shape[1]
-    for scheme in schemes:
-        codec = OutputCodec(scheme, calibration)
+    for format in formats:
+        codec = VectorCodec(format, calibration)
         scored = {name: score(name, CompressedIndex(codec)) for name in whole}
-        compared = compare(whole, scored, margin, seed=seed)
+        compared = compare_scores(whole, scored, margin, seed=seed)
         rows.append(
-            OutputRow(
-                output=scheme.name,
-                dimensions=scheme.dimensions or dimension,
-                bytes_per_million=scheme.bytes_per_vector(dimension) * MILLION,
+            VectorFormatRow(
+                format=format.name,
+                dimensions=format.dimensions or dimension,
+                bytes_per_million=format.bytes_per_vector(dimension) * MILLION,
                 scores={name: found.score for name, found in scored.items()},
                 intervals={name: found for name, found in compared.tasks.items() if found is not None},
             )

@@ -11,7 +11,7 @@ import pytest
 
 import compress
 from compress.common.errors import UserError
-from compress.measure.accuracy.score import MtebEncoder, evaluate
+from compress.measure.accuracy.score import MtebEncoder, score_task
 from compress.measure.accuracy.tasks import find_tasks
 from compress.models.text.spec import EmbedderSpec
 
@@ -45,7 +45,7 @@ def data(tmp_path: Path) -> Path:
 def test_the_folder_s_tasks_are_scored(bert: Path, data: Path) -> None:
     embedder = compress.load(str(bert), device="cpu")
     tasks = find_tasks(["STSBenchmark", "SciFact", "AmazonCounterfactualClassification"], data)
-    scores = {score.task: score for score in (evaluate(embedder, task) for task in tasks)}
+    scores = {score.task: score for score in (score_task(embedder, task) for task in tasks)}
     assert [score.metric for score in scores.values()] == ["cosine_spearman", "ndcg_at_10", "accuracy"]
     assert all(-1 <= score.score <= 1 for score in scores.values())
     assert set(scores["SciFact"].prompts) == {"query", "document"}
@@ -63,7 +63,7 @@ def test_the_score_of_sts_is_the_rank_correlation_of_cosines(bert: Path, data: P
         embedder.encode([f"parcel {i * i + 20}" for i in range(12)]),
     )
     expected = spearmanr((first * second).sum(axis=1), [i % 6 for i in range(12)]).statistic
-    assert evaluate(embedder, find_tasks(["STSBenchmark"], data)[0]).score == pytest.approx(expected, abs=1e-6)
+    assert score_task(embedder, find_tasks(["STSBenchmark"], data)[0]).score == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_each_text_is_embedded_once_and_put_back_where_it_was(data: Path) -> Non
 
 def test_queries_and_documents_get_the_model_s_own_prompts(data: Path) -> None:
     embedder = Listening(prompts={"query": "Q: ", "document": "D: "}, normalize=True)
-    score = evaluate(embedder, find_tasks(["SciFact"], data)[0])
+    score = score_task(embedder, find_tasks(["SciFact"], data)[0])
     assert score.prompts == {"query": "Q: ", "document": "D: "}
     assert {prompt for _, prompt in embedder.heard} == {"Q: ", "D: "}
 
@@ -173,7 +173,7 @@ FROM_THESE_FILES = {
 @pytest.mark.parametrize("name", FROM_THESE_FILES)
 def test_minilm_scores_what_mteb_says(minilm: Path, shared_mteb: Path, name: str) -> None:
     embedder = compress.load("minilm", device="cpu", dtype="float32")
-    score = evaluate(embedder, find_tasks([name], shared_mteb)[0])
+    score = score_task(embedder, find_tasks([name], shared_mteb)[0])
     (split,) = score.mteb["scores"].values()
     scores = {row["hf_subset"]: 100 * row["main_score"] for row in split}
     assert scores == pytest.approx(FROM_THESE_FILES[name], abs=0.05)
