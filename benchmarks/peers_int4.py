@@ -8,7 +8,7 @@ The GPTQ peers quantize the run's base model, each in an environment of its own:
 groups of 64, scales in half precision, as ours are stored. They calibrate on the run's own texts, batched by equal length, because
 neither leaves padding out of its statistics. The rest is as each does it by default (optimum: a pass for each layer, damping 0.1,
 `act_group_aware`; llm-compressor: static groups, damping 0.01). What they made is written with weights in float32 as an ordinary
-folder under `--output`. NF4 is our own `bitsandbytes` method: blocks of 64, their scales in 8 bits.
+folder under `--work`. NF4 is our own `bitsandbytes` method: blocks of 64, their scales in 8 bits.
 """
 
 from __future__ import annotations
@@ -149,11 +149,11 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of our run, its variant kept")
     parser.add_argument("--tasks", default="mini")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--output", type=Path, default=cache_root() / "peers-int4", help="folder for what the peers make")
+    parser.add_argument("--work", type=Path, default=cache_root() / "peers-int4", help="folder for what the peers make")
     add_environments_option(parser)
     arguments = parser.parse_args()
     check(arguments.run)
-    output = arguments.output.resolve()
+    output = arguments.work.resolve()
     folders = {**write_peers(arguments.run, output, arguments.environments), "nf4": write_nf4(arguments.run, output)}
 
     def shown(interval: Interval | None) -> str:

@@ -5,7 +5,7 @@
         --markdown table.md --json quantization.json --plot plot.svg
 
 Every row runs in a process of its own, in the environment that it needs (`ENVIRONMENTS`), as its library does by default.
-Conversions are made in earlier processes and kept under `--output`, as are scores: a stopped run goes on. Rounds are interleaved,
+Conversions are made in earlier processes and kept under `--work`, as are scores: a stopped run goes on. Rounds are interleaved,
 one process works at a time, and a ratio is the median of the rounds' own. Peak memory is the whole process's, its libraries and
 loading included, read after a first pass over the texts, which also warms. A row that cannot run here is reported with its reason.
 """
@@ -367,7 +367,7 @@ def busy_seconds() -> float:
 
 def elsewhere(words: Sequence[str]) -> list[str]:
     """Leave out of a command what says where this machine keeps things."""
-    places = ("--environments", "--output")
+    places = ("--environments", "--work")
     return [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & set(places)]
 
 
@@ -444,9 +444,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", help="tasks to score, with commas between; none by default")
     parser.add_argument("--data", type=Path, help="folder with the tasks' data")
-    parser.add_argument(
-        "--output", type=Path, default=cache_root() / "peers-quantization", help="folder for conversions and scores"
-    )
+    parser.add_argument("--work", type=Path, default=cache_root() / "peers-quantization", help="folder for conversions and scores")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="SVG file: speed against accuracy kept")
@@ -471,7 +469,7 @@ def main() -> None:
             from compress.measure.accuracy.tasks import find_tasks
 
             tasks = find_tasks(arguments.tasks.split(","), arguments.data)
-        bench = Bench(arguments.base, rows, arguments.output.resolve(), arguments.environments)
+        bench = Bench(arguments.base, rows, arguments.work.resolve(), arguments.environments)
         bench.prepare()
         bench.score(tasks)
     except UserError as error:

@@ -283,9 +283,7 @@ def _check_writable(output: Path) -> None:
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise UserError(
-            f"results folder {output}: cannot be written ({error.strerror})", "give another one with --output"
-        ) from error
+        raise UserError(f"results folder {output}: cannot be written ({error.strerror})", "give another one with --runs") from error
 
 
 def _digest(path: Path) -> str:
