@@ -1,4 +1,4 @@
-"""The one way every recipe goes: find, compress, evaluate, compare, measure, record. A stopped run goes on where it was."""
+"""Runs a recipe from end to end: find, compress, evaluate, compare, measure, record. A stopped run continues where it was."""
 
 from __future__ import annotations
 
@@ -57,22 +57,22 @@ def run(
     compress_only: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Record:
-    """Run a recipe and leave its folder under `output`.
+    """Run a recipe and write its folder under `output`.
 
     Args:
-        recipe: a recipe, or the path of one.
+        recipe: a recipe, or the path of a recipe file.
         model: overrides the recipe's model.
         data: overrides `evaluate.data`.
         tasks: overrides `evaluate.tasks`.
         texts: overrides `measure.texts`.
-        output: folder of the runs; the run's own name follows from recipe, model and what else decides its result.
-        device: `cpu` or `cuda`; by default the GPU where there is one.
-        fresh: forget an earlier run of the same name, whole or stopped, instead of returning or continuing it.
+        output: folder of the runs. A run is named after its recipe, its model and a hash of everything that decides its result.
+        device: `cpu` or `cuda`; defaults to the GPU if there is one.
+        fresh: discard an earlier run of the same name, instead of returning it or continuing it.
         compress_only: measure nothing; overrides `evaluate.tasks` and `measure.what`.
-        say: told each step as it ends, a line; by default they go to standard error.
+        say: called with a line as each step ends; by default the lines go to standard error.
 
     Raises:
-        UserError: what a user can mend; found before anything is computed wherever possible.
+        UserError: an error that a user can fix; where possible it is raised before anything is computed.
     """
     if tasks is not None and not tasks:
         raise UserError("no tasks are named", "--tasks takes mini, or names of mteb's tasks")
@@ -80,7 +80,7 @@ def run(
     if compress_only:
         resolved = _without_tasks(resolved, "fidelity", "speed")
     elif resolved.model.startswith(RANDOM) and tasks:
-        raise UserError(f"model {resolved.model!r}: accuracy cannot be measured on random weights", "leave --tasks out")
+        raise UserError(f"model {resolved.model!r}: accuracy cannot be measured on random weights", "leave out --tasks")
     return _Run(resolved, Path(output), device, say or partial(print, file=sys.stderr, flush=True)).finish(fresh)
 
 
@@ -287,7 +287,7 @@ def _check_writable(output: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    """Return the SHA-256 of a file that a step reads.
+    """Return the SHA-256 of a file that a step reads, in hexadecimal.
 
     Raises:
         UserError: it cannot be read.

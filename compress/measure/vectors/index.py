@@ -1,4 +1,4 @@
-"""What retrieval loses when its documents' vectors are stored in fewer bytes."""
+"""What retrieval loses when the documents' vectors are stored in fewer bytes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ MILLION = 1_000_000
 
 
 class VectorFormatRow(BaseModel):
-    """One way of storing vectors, and what retrieval scores with it."""
+    """Retrieval scores with vectors stored in one format."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: str
     dimensions: int
     bytes_per_million: int
-    """Of the documents' vectors."""
+    """Bytes that a million document vectors take."""
     scores: dict[str, float]
-    """By task."""
+    """Scores by task."""
     intervals: dict[str, Interval]
-    """Of the difference from the same model's own float32 vectors, by task."""
+    """Confidence intervals of the difference from the same model's float32 vectors, by task."""
 
 
 class CompressedIndex:
-    """An index as mteb's search takes it: documents stored by a codec."""
+    """An index backend for mteb's search that stores documents with a codec."""
 
     def __init__(self, codec: VectorCodec) -> None:
         self._codec = codec
@@ -46,7 +46,7 @@ class CompressedIndex:
     def search(
         self, embeddings: Any, top_k: int, similarity_fn: Callable[..., Any], top_ranked: Any = None, query_idx_to_id: Any = None
     ) -> tuple[list[list[float]], list[list[int]]]:
-        """Search all documents; reranking a given few is not what an index is for."""
+        """Search all documents. Reranking a given few is refused: that does not need an index."""
         del similarity_fn, query_idx_to_id
         if top_ranked is not None:
             raise ValueError("a compressed index searches; it does not rerank")
@@ -54,7 +54,7 @@ class CompressedIndex:
         return scores.tolist(), found.tolist()
 
     def clear(self) -> None:
-        """Forget the documents."""
+        """Remove all documents."""
         self._stored = []
 
 
@@ -67,15 +67,15 @@ def score_vector_formats(
     margin: float,
     seed: int = 0,
 ) -> list[VectorFormatRow]:
-    """Score ways of storing vectors.
+    """Score vector formats on retrieval tasks.
 
     Args:
-        formats: the ways.
+        formats: the formats.
         calibration: the model's vectors of calibration texts, float32 [texts, dimension].
-        whole: scores of the retrieval tasks with the vectors as they are, by task.
-        score: scores a task, by its name, with an index.
-        margin: loss that is accepted, as a share of the whole's score.
-        seed: of the bootstrap.
+        whole: scores with the unchanged vectors, by retrieval task.
+        score: scores a task, given by name, with an index.
+        margin: accepted loss, as a share of the score with the unchanged vectors.
+        seed: seed of the bootstrap.
     """
     from compress.measure.accuracy.paired import compare_scores
 
