@@ -40,8 +40,8 @@ class Scored:
         Args:
             source: the model.
             open_embedder: opens the model; called for the first text that is not in the store.
-            key: a name for everything that decides the vectors (`baseline_key`), to keep vectors and scores in the cache; or a folder
-                that keeps the vectors only.
+            key: a name for everything that decides the vectors (`baseline_key`), to keep vectors and scores in the cache; or a
+                folder that keeps the vectors only.
             batch_tokens: padded tokens that a batch may hold.
             prompts: replace the model's own prompts of the same name.
         """

@@ -1,4 +1,4 @@
-"""A record on the terminal."""
+"""Prints records and evaluations on the terminal."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from compress.measure.vectors.fidelity import Fidelity
 if TYPE_CHECKING:
     from compress.measure.evaluate import Evaluation
 
-WIDTH = 120  # fixed, so that what is quoted looks the same wherever it was printed
-NAME_WIDTH = 28  # of a row, which wraps: what else a row says is numbers, and these do not
+WIDTH = 120  # fixed, so that quoted output looks the same wherever it was printed
+NAME_WIDTH = 28  # names of rows wrap; the other cells are numbers, which do not
 
 
 def print_record(record: Record, console: Console | None = None) -> None:
     """Print tasks, fidelity, speed, memory, size and verdict."""
     console = console or Console(width=WIDTH, highlight=False)
     if record.model.weights == "random":
-        console.print(f"{record.run}: random weights, so nothing is said of accuracy", soft_wrap=True)
+        console.print(f"{record.run}: random weights, so accuracy means nothing", soft_wrap=True)
     if record.tasks:
         console.print(_tasks(record))
         if any(task.index for task in record.tasks):
@@ -48,7 +48,7 @@ def _tasks(record: Record) -> Table:
 def tasks_table(
     title: str, tasks: Sequence[TaskRow], overall: Interval | None, names: tuple[str, str] = ("baseline", "variant")
 ) -> Table:
-    """Show two models' scores on tasks, with the difference, its interval and the verdict."""
+    """Return a table of two models' scores on tasks, with the difference, its interval and the verdict."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("task")
     table.add_column("metric")
@@ -65,7 +65,7 @@ def tasks_table(
 
 
 def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
-    """Print what a model scored, alone or beside another."""
+    """Print a model's scores, alone or next to another model's."""
     console = console or Console(width=WIDTH, highlight=False)
     if found.against is not None:
         title = f"{found.model} against {found.against}, scores x 100"
@@ -98,7 +98,7 @@ def _print_details(found: Evaluation, console: Console) -> None:
 
 
 def _vector_formats(found: Evaluation) -> Table:
-    """Show what retrieval loses with vectors stored in fewer bytes."""
+    """Return a table of what retrieval loses with vectors stored in fewer bytes."""
     table = Table(title=f"vectors of {found.model} stored in fewer bytes, scores x 100", title_justify="left", box=SIMPLE_HEAD)
     tasks = list(found.vector_formats[0].scores)
     table.add_column("output")
@@ -116,7 +116,7 @@ def _vector_formats(found: Evaluation) -> Table:
 
 
 def _judged(interval: Interval | None) -> tuple[str, str]:
-    """Write an interval and its verdict."""
+    """Format an interval and its verdict."""
     if interval is None:
         return "-", ""
     more = f", {interval.more_examples:,} more examples would tell" if interval.more_examples else ""
@@ -124,7 +124,7 @@ def _judged(interval: Interval | None) -> tuple[str, str]:
 
 
 def _index(record: Record) -> Table:
-    """Show retrieval across models: may the variant's queries search the vectors that the baseline wrote, and the reverse."""
+    """Return a table of retrieval across models: the variant's queries on the baseline's index, and the reverse."""
     pairs = [pair for task in record.tasks for pair in task.index]
     table = Table(
         title="queries of one model on the other's index, scores x 100", title_justify="left", box=SIMPLE_HEAD, pad_edge=False

@@ -125,7 +125,7 @@ def test_every_format_holds_every_run(tmp_path: Path) -> None:
 
 def test_a_plot_has_a_point_for_each_run_and_names_those_that_no_other_beats(tmp_path: Path) -> None:
     copy(tmp_path, "slow", retained=0.5, recipe__name="slow & <odd>", **{"rows__-1__speedup": {}})
-    with pytest.raises(UserError, match="nothing to draw"):
+    with pytest.raises(UserError, match="nothing to plot"):
         as_svg(compare_runs([tmp_path]))
     copy(tmp_path, "best", retained=0.9, recipe__name="best")
     copy(tmp_path, "twin", retained=0.9, recipe__name="twin")

@@ -1,4 +1,4 @@
-"""What a task's score is made of, example by example: caught while mteb scores, so that two models can be compared in pairs."""
+"""The single examples of a task's score, captured while mteb scores, so that two models can be compared in pairs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from compress.measure.accuracy.statistics import (
     score,
 )
 
-# mteb's names of retrieval metrics, and how its per-query scores call them.
+# mteb's names of retrieval metrics, and the names in its per-query scores.
 _PER_QUERY = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P", "hit_rate": "success"}
 _CUT = re.compile(r"^(ndcg|map|recall|precision|hit_rate)_at_(\d+)$")
 
@@ -46,9 +46,10 @@ class SplitExamples(BaseModel):
 
     kind: Literal["mean", "spearman", "average_precision", "v_measure"]
     values: Sequence[Sequence[float]]
-    """`mean`: a value per example; `spearman` and `average_precision`: the gold of each, then the similarity; `v_measure`: for each
-    k-means run the examples it saw, their labels, their clusters."""
+    """`mean`: one value per example. `spearman` and `average_precision`: the gold values, then the similarities. `v_measure`: for
+    each k-means run the examples it saw, their labels, their clusters."""
     count: int
+    """Number of examples."""
 
     def statistic(self) -> WeightedScore:
         """Return the score as a function of the examples' weights."""
@@ -64,7 +65,7 @@ class SplitExamples(BaseModel):
 
 
 class Examples(BaseModel):
-    """All parts of a task, whose score is the mean over them; empty where examples of its kind are not told apart."""
+    """Examples of all splits and subsets of a task, whose score is the mean over them. Empty if single ones have no scores."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -93,7 +94,7 @@ def paired_draws(baseline: Examples, variant: Examples, *, resamples: int, seed:
 
 
 class _Remembering(random.Random):
-    """A generator that keeps which examples were drawn with it."""
+    """A random generator that remembers which examples were drawn."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -111,7 +112,7 @@ class _Remembering(random.Random):
 
 
 class Caught:
-    """Predictions of a task's evaluation, by split and subset."""
+    """Predictions captured from a task's evaluation, by split and subset."""
 
     def __init__(self, task: AbsTask) -> None:
         self._task = task
@@ -120,7 +121,7 @@ class Caught:
         self._drawn: dict[tuple[str, str], list[list[int]]] = {}
 
     def keep_predictions(self, predictions: Any, *_: Any, hf_split: str, hf_subset: str, **__: Any) -> None:
-        """Stand in for the task's own saving to a file."""
+        """Replace the task's own method that saves predictions to a file."""
         self._predictions[hf_split, hf_subset] = predictions
         generator = self._task.rng_state
         if isinstance(generator, _Remembering):
@@ -132,7 +133,7 @@ class Caught:
         self._queries[hf_split, hf_subset] = scores
 
     def examples(self) -> Examples:
-        """Return what was caught, ready for pairing."""
+        """Return the captured examples, ready for pairing."""
         parts = []
         for split, subset in self._predictions:
             part = self._part(split, subset)
@@ -170,7 +171,7 @@ class Caught:
     def _clustering(
         self, predictions: Mapping[str, Sequence[Any]], labels: Sequence[Any], drawn: list[list[int]]
     ) -> SplitExamples | None:
-        """Pair each k-means run with the examples that it was given; a hierarchy of labels is not told apart."""
+        """Return each k-means run with the examples it was given; None for hierarchical labels."""
         if list(predictions) != ["Level 0"]:
             return None
         runs = predictions["Level 0"]
@@ -198,7 +199,7 @@ def _pairs(kind: Literal["spearman", "average_precision"], gold: Sequence[float]
 
 
 def _best_pairs(labels: Sequence[float], predictions: Mapping[str, Sequence[float]], metric: str) -> SplitExamples | None:
-    """Return pairs with their cosine, or for mteb's `max_ap` with the similarity that has the largest average precision."""
+    """Return pairs with their cosine; for mteb's `max_ap`, with the similarity of the largest average precision."""
     if metric not in ("cosine_ap", "max_ap"):
         return None
     similarities = [np.asarray(predictions["cosine_scores"])]
@@ -218,7 +219,7 @@ def _queries(scores: Mapping[str, Mapping[str, float]], metric: str) -> SplitExa
 
 
 def _legacy_clustering(predictions: Sequence[Any], labels: Sequence[Any]) -> SplitExamples:
-    """Sets of texts, each clustered once; a task of one set keeps its labels and clusters unnested."""
+    """Return sets of texts, each clustered once. A task with a single set has unnested labels and clusters."""
     sets = list(zip(labels, predictions, strict=True)) if isinstance(labels[0], list) else [(labels, predictions)]
     values: list[Sequence[float]] = []
     start = 0
@@ -230,7 +231,7 @@ def _legacy_clustering(predictions: Sequence[Any], labels: Sequence[Any]) -> Spl
 
 
 class _LabelsInMemory:
-    """A data set as mteb draws training examples from it, whose labels are decoded once rather than one at each look."""
+    """A data set from which mteb draws training examples; its labels are decoded once instead of at every access."""
 
     def __init__(self, data: Any, column: str) -> None:
         self._data, self._labels = data, {column: list(data[column])}
@@ -246,12 +247,12 @@ class _LabelsInMemory:
 
 
 def _quick_labels(task: AbsTaskClassification) -> dict[str, Any]:
-    """Return methods for a task that give mteb's own lists in the place of columns that are decoded anew at each look.
+    """Return replacement methods for a task that pass lists to mteb instead of columns that are decoded at every access.
 
-    The numbers are the same; on AmazonCounterfactual they take a third of the time.
+    The scores are the same; on AmazonCounterfactual they take a third of the time.
     """
     draw, score_predictions = task._undersample_data, task._calculate_scores
-    decoded: dict[int, tuple[Any, _LabelsInMemory]] = {}  # with the data itself, or another could take its place and number
+    decoded: dict[int, tuple[Any, _LabelsInMemory]] = {}  # holds the data too, so that no other object gets its id
 
     def draw_from_memory(data: Any, *given: Any) -> Any:
         if id(data) not in decoded:
@@ -266,9 +267,9 @@ def _quick_labels(task: AbsTaskClassification) -> dict[str, Any]:
 
 @contextmanager
 def catching(task: AbsTask) -> Iterator[Caught]:
-    """Catch what a task predicts while mteb evaluates it; its random draws start anew, so every model gets the same.
+    """Capture what a task predicts while mteb evaluates it. Its random generators are reset, so every model gets the same draws.
 
-    mteb must be given a `prediction_folder` (nothing is written there), or it keeps no predictions.
+    mteb keeps predictions only if it is given a `prediction_folder`; nothing is written there.
     """
     caught = Caught(task)
     task.rng_state, task.np_rng = _Remembering(task.seed), np.random.default_rng(task.seed)

@@ -168,12 +168,7 @@ def measure_speed(
                     took = worker.ask("cell", batch=batch, length=length)["seconds"]
                     if took is not None:
                         times[name].cells.setdefault((batch, length), []).append(took)
-        return {
-            name: times[name].speed(
-                len(texts), tokens, **{key: worker.loaded[key] for key in ("threads", "loaded_bytes")}, **peaks[name]
-            )
-            for name, worker in workers.items()
-        }
+        return {name: times[name].speed(len(texts), tokens, **worker.loaded, **peaks[name]) for name, worker in workers.items()}
     finally:
         for worker in workers.values():
             worker.close()

@@ -81,8 +81,8 @@ def test_the_score_of_sts_is_the_rank_correlation_of_cosines(bert: Path, data: P
         ("STSBenchmark/test.jsonl.gz", b"\x1f\x8b\x08\x00broken", "cannot be read"),
         ("SciFact/corpus.jsonl", '{"_id": "d1"}\n', "corpus.jsonl, line 1: lacks 'text'"),
         ("SciFact/qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\n", "test.tsv, line 2: 'query-id<TAB>corpus-id<TAB>score'"),
-        ("SciFact/qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td9\t1\n", "test.tsv, line 2: document 'd9' is in no row"),
-        ("SciFact/qrels/test.tsv", "q9\td1\t1\n", "test.tsv, line 1: query 'q9' is in no row"),
+        ("SciFact/qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td9\t1\n", "test.tsv, line 2: document 'd9' is not in its file"),
+        ("SciFact/qrels/test.tsv", "q9\td1\t1\n", "test.tsv, line 1: query 'q9' is not in its file"),
     ],
 )
 def test_broken_files_are_named_with_their_line(data: Path, file: str, content: str | bytes, message: str) -> None:
@@ -112,7 +112,7 @@ def test_a_folder_without_the_task_s_subset_or_split_is_refused(data: Path) -> N
     with pytest.raises(UserError, match="has none of the subsets"):
         find_tasks(["AmazonCounterfactualClassification"], data)
     (data / "SciFact" / "qrels" / "test.tsv").rename(data / "SciFact" / "qrels" / "train.tsv")
-    with pytest.raises(UserError, match="has none of the splits SciFact is scored on: test"):
+    with pytest.raises(UserError, match="has none of the splits that SciFact is scored on: test"):
         find_tasks(["SciFact"], data)
 
 
