@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test test-slow check clean
 
 demo: $(STAMP)
-	$(BIN)/compress run recipes/int8.yaml --output runs
+	$(BIN)/compress run recipes/int8.yaml --runs runs
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not slow"

@@ -56,15 +56,15 @@ def main() -> None:
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--tasks", default="mini")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--arms", default="", help="names of the arms to run, separated by semicolons")
-    parser.add_argument("--output", type=Path, default=Path("results-ablation"))
+    parser.add_argument("--arms", default="", help="names of some of them, separated by semicolons")
+    parser.add_argument("--runs", type=Path, default=Path("results-ablation"))
     arguments = parser.parse_args()
     wanted = [part.strip() for part in arguments.arms.split(";") if part.strip()]
     print("| student, asked for | steps | trained for | held-out cosine | kept | 95 % interval |\n|---|---|---|---|---|---|")
     for name, arm in ARMS.items():
         if wanted and name not in wanted:
             continue
-        record = run(parse_recipe(recipe_of(name, arm, arguments), name), output=arguments.output)
+        record = run(parse_recipe(recipe_of(name, arm, arguments), name), output=arguments.runs)
         curve = next(step.found["curve"] for step in record.steps if "curve" in step.found)
         baseline = sum(task.baseline for task in record.tasks) / len(record.tasks)
         interval = record.overall

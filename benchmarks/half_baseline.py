@@ -10,7 +10,7 @@ from pathlib import Path
 
 import compress
 from compress.data.texts import mixed_texts
-from compress.measure.accuracy.score import evaluate
+from compress.measure.accuracy.score import score_task
 from compress.measure.accuracy.tasks import find_tasks
 from compress.measure.vectors.fidelity import fidelity
 
@@ -24,7 +24,7 @@ def main() -> None:
 
     half, single = (compress.load(arguments.model, device="cpu", dtype=dtype) for dtype in ("float16", "float32"))
     for task in find_tasks(arguments.tasks.split(","), arguments.data):
-        scores = evaluate(half, task).score, evaluate(single, task).score
+        scores = score_task(half, task).score, score_task(single, task).score
         print(f"{task.name}: float16 {scores[0]:.5f}, float32 {scores[1]:.5f}, difference {scores[0] - scores[1]:+.5f}")
     texts = mixed_texts(256, 0)
     print(fidelity(half.encode(texts), single.encode(texts)))

@@ -20,7 +20,7 @@ import mteb
 from sentence_transformers import SentenceTransformer
 
 import compress
-from compress.measure.accuracy.score import evaluate
+from compress.measure.accuracy.score import score_task
 from compress.measure.accuracy.tasks import Task, find_tasks
 from compress.models.embedder import Vectors
 from compress.models.source import find
@@ -53,9 +53,9 @@ def ours(embedder: Any, task: Task) -> tuple[float, float, float, float]:
     """Return the score, the total seconds, the seconds of encoding and the seconds of mteb's scorers."""
     timed = Timed(embedder)
     start = time.perf_counter()
-    found = evaluate(timed, task)
+    found = score_task(timed, task)
     total, encoding = time.perf_counter() - start, timed.seconds
-    phases = evaluate(timed, task).mteb["evaluation_phases"] or []
+    phases = score_task(timed, task).mteb["evaluation_phases"] or []
     return found.score, total, encoding, sum(phase["end"] - phase["start"] for phase in phases if phase["name"] in SCORERS)
 
 
@@ -63,7 +63,7 @@ def theirs(model: SentenceTransformer, task: Task) -> tuple[float, float]:
     """Return mteb's own score and seconds; its random state is reset, as ours is."""
     task.mteb.rng_state = random.Random(task.mteb.seed)
     start = time.perf_counter()
-    result = mteb.evaluate(
+    result = mteb.score_task(
         model, task.mteb, cache=None, co2_tracker=False, overwrite_strategy="always", show_progress_bar=False,
         encode_kwargs={"batch_size": 32, "show_progress_bar": False},
     )  # fmt: skip

@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path)
     parser.add_argument("--teacher", default="minilm")
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("-o", "--to", type=Path, required=True)
     arguments = parser.parse_args()
     chance = random.Random(0)
     rows = read_jsonl(arguments.texts, ("text", "source", "kind"))
@@ -83,7 +83,7 @@ def main() -> None:
     swapped = [words.swapped(text) for text in chance.sample(whole, min(SWAPPED, len(whole)))]
     made = list(dict.fromkeys([*whole, *chance.sample(short, min(SHORT, len(short))), *swapped]))
     chance.shuffle(made)
-    with gzip.open(arguments.output, "wt", encoding="utf-8") as file:
+    with gzip.open(arguments.to, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in made)
     print(f"{len(made):,} texts, of them {len(long):,} joined, {len(swapped):,} with other words")
 

@@ -15,6 +15,7 @@ from nv_original import OriginalStyle
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from compress.models.folder import ModelFolder
 from compress.models.network.build import load_network
 from compress.models.network.nv_embed import LatentAttention, NVEmbedNetwork, fold, mean_of_rows
 from compress.models.source import find
@@ -63,7 +64,7 @@ def main() -> None:
         empty = [NVEmbedNetwork(folder.network_config, settings, folded).eval() for folded in (False, True)]
     counted = [{length: operations(network, length) for length in LENGTHS} for network in (OriginalStyle(empty[0]), empty[1])]
 
-    published = load_network(folder, torch.bfloat16)
+    published = load_network(ModelFolder("", folder), torch.bfloat16)
     assert isinstance(published, NVEmbedNetwork)
     networks: list[nn.Module] = [OriginalStyle(published), folded_twin(published)]
     prepare(nn.ModuleList(networks), dtype, device)

@@ -32,6 +32,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compress.models.folder import ModelFolder
+
 # Peers run this file too, in environments that hold none of our packages: nothing but the standard library is imported up here.
 OPTIMUM = ["optimum==2.3.*", "gptqmodel==7.6.*", "numpy==2.2.6"]
 LLM_COMPRESSOR = ["llmcompressor==0.14.*", "transformers>=5.15,<5.18"]
@@ -189,11 +191,11 @@ def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str,
     from compress.layers.quantized_linear import QuantizedLinear
     from compress.methods.prune.sparsegpt import SparseGPT
     from compress.methods.quantize.gptq import GPTQ
-    from compress.models.folder import ModelFolder
     from compress.models.network.walk import Streamed, walk
     from compress.models.opened import empty_model, weights_of
     from compress.models.source import find
     from compress.pipeline.apply import make_variant
+    from compress.pipeline.stage import BuildOptions
 
     class Ids(CalibrationSource):
         def batches(self, *_: Any) -> CalibrationTexts:
@@ -216,7 +218,8 @@ def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str,
     if arguments.method == "sparsegpt":
         method = SparseGPT(pattern=arguments.pattern, damping=DAMPING)
     texts = Ids([""] * len(all_ids), (), all_ids.shape[1])
-    make_variant(find(str(folder)), ModelFolder("block", folder).shape, [method], "0", variant, journal, lambda _: None, texts)
+    options = BuildOptions("0", lambda _: None, calibration=texts)
+    make_variant(find(str(folder)), ModelFolder("block", folder).shape, [method], variant, journal, options)
     # From where the embeddings are written to where the norm behind the block is: the texts have passed the block by then.
     seconds = journal.at["segment 2"] - journal.at["segment 0"]
 

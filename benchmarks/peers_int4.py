@@ -8,7 +8,7 @@ The GPTQ peers quantize the run's base model, each in an environment of its own:
 groups of 64, scales in half precision, as ours are stored. They calibrate on the run's own texts, batched by equal length, because
 neither leaves padding out of its statistics. The rest is as each does it by default (optimum: a pass for each layer, damping 0.1,
 `act_group_aware`; llm-compressor: static groups, damping 0.01). What they made is written with weights in float32 as an ordinary
-folder under `--output`. NF4 is our own `bitsandbytes` method: blocks of 64, their scales in 8 bits.
+folder under `--work`. NF4 is our own `bitsandbytes` method: blocks of 64, their scales in 8 bits.
 """
 
 from __future__ import annotations
@@ -139,16 +139,16 @@ def main() -> None:
 
     from compress.common.cache import cache_root
     from compress.measure.accuracy.statistics import Interval
-    from compress.measure.evaluate import evaluate
+    from compress.measure.evaluate import EvaluationOptions, evaluate
 
     parser.add_argument("--run", type=Path, required=True, help="folder of our run, which kept its variant")
     parser.add_argument("--tasks", default="mini")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--output", type=Path, default=cache_root() / "peers-int4", help="folder for the peers' models")
+    parser.add_argument("--work", type=Path, default=cache_root() / "peers-int4", help="folder for what the peers make")
     add_environments_option(parser)
     arguments = parser.parse_args()
     check(arguments.run)
-    output = arguments.output.resolve()
+    output = arguments.work.resolve()
     folders = {**write_peers(arguments.run, output, arguments.environments), "nf4": write_nf4(arguments.run, output)}
 
     def shown(interval: Interval | None) -> str:
@@ -159,7 +159,7 @@ def main() -> None:
     summary: dict[str, Any] = {}
     for peer, folder in folders.items():
         found = evaluate(
-            str(arguments.run), arguments.tasks.split(","), against=str(folder), data=arguments.data,
+            str(arguments.run), arguments.tasks.split(","), EvaluationOptions(data=arguments.data), against=str(folder),
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
         summary[peer] = found.model_dump(mode="json", exclude={"mteb"})

@@ -5,7 +5,7 @@
         --markdown table.md --json quantization.json --plot plot.svg
 
 Every row runs in a process of its own, in the environment that it needs (`ENVIRONMENTS`), as its library does by default.
-Conversions are made in earlier processes and kept under `--output`, as are scores: a stopped run goes on. Rounds are interleaved,
+Conversions are made in earlier processes and kept under `--work`, as are scores: a stopped run goes on. Rounds are interleaved,
 one process works at a time, and a ratio is the median of the rounds' own. Peak memory is the whole process's, its libraries and
 loading included, read after a first pass over the texts, which also warms. A row that cannot run here is reported with its reason.
 """
@@ -275,7 +275,7 @@ class Bench:
 
     def score(self, tasks: Sequence[Task]) -> None:
         """Score the rows on tasks, one process at a time; what was scored before is read."""
-        from compress.measure.accuracy.score import evaluate
+        from compress.measure.accuracy.score import score_task
 
         journal = Journal(self.output / "scores")
         width = self.source.shape.hidden_size
@@ -288,7 +288,7 @@ class Bench:
                     with self.start(row) as process:
                         embedder = PeerEmbedder(row.name, width, self.spec, process, self.output / "scored.npy")
                         for task in missing:
-                            found = evaluate(embedder, task)
+                            found = score_task(embedder, task)
                             say(f"{row.name}: {task.name} {100 * found.score:.2f} ({found.seconds:.0f} s)")
                             journal.put(keys[task.name], found.model_dump(mode="json", include={"metric", "score", "seconds"}))
             except PeerError as error:
@@ -364,8 +364,8 @@ def busy_seconds() -> float:
 
 
 def elsewhere(words: Sequence[str]) -> list[str]:
-    """Remove the options of a command that name folders of this machine."""
-    places = ("--environments", "--output")
+    """Leave out of a command what says where this machine keeps things."""
+    places = ("--environments", "--work")
     return [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & set(places)]
 
 
@@ -443,9 +443,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", help="tasks to score, separated by commas; defaults to none")
     parser.add_argument("--data", type=Path, help="folder with the tasks' data")
-    parser.add_argument(
-        "--output", type=Path, default=cache_root() / "peers-quantization", help="folder for conversions and scores"
-    )
+    parser.add_argument("--work", type=Path, default=cache_root() / "peers-quantization", help="folder for conversions and scores")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="SVG file: speed against accuracy kept")
@@ -502,7 +500,7 @@ def main() -> None:
             from compress.measure.accuracy.tasks import find_tasks
 
             tasks = find_tasks(arguments.tasks.split(","), arguments.data)
-        bench = Bench(arguments.base, rows, arguments.output.resolve(), arguments.environments)
+        bench = Bench(arguments.base, rows, arguments.work.resolve(), arguments.environments)
         bench.prepare()
         bench.score(tasks)
     except UserError as error:

@@ -83,7 +83,7 @@ def main() -> None:
             f"{record.row('variant').size_bytes / 1e6:.1f} MB",
             f"{100 * record.retained:.2f} %",
             f"{100 * line.low:.2f} to {100 * line.high:.2f}",
-            f"{record.fidelity['cosine_mean']:.4f}",
+            f"{record.fidelity.cosine_mean:.4f}",
             f"{faster:.2f}x",
             *((f"{promised:.2f}x", f"{faster / promised:.2f}") if is_float else ("", "")),
         ]

@@ -27,6 +27,7 @@ from compress.methods.prune.magnitude import Magnitude
 from compress.methods.prune.sparsegpt import SparseGPT
 from compress.methods.prune.wanda import Wanda
 from compress.models.architectures import is_block_linear, place_in_block
+from compress.models.folder import ModelFolder
 from compress.models.network.build import load_network
 from compress.models.network.segments import Kind, Parts, Segment, segments_of
 from compress.models.network.walk import Carry, Resident
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=512)
     arguments = parser.parse_args()
     source = find(arguments.model)
-    network = load_network(source, torch.float32)
+    network = load_network(ModelFolder("", source), torch.float32)
     device = torch.device("cpu")
     shown = CalibrationSource(calibration_texts()[: arguments.texts], None, arguments.max_tokens).batches(
         source.tokenizer, source.spec

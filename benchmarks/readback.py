@@ -42,6 +42,7 @@ from compress.models.folder import ModelFolder
 from compress.models.opened import empty_model, weights_of
 from compress.models.source import find
 from compress.pipeline.apply import make_variant
+from compress.pipeline.stage import BuildOptions
 from compress.runtimes.loading import load
 from compress.runtimes.torch_runtime import prepare
 
@@ -228,15 +229,8 @@ def write_model(folder: Path) -> None:
 def write_variant(model: Path, folder: Path, step: Method) -> None:
     """Write a variant into `folder/variant`."""
     folder.mkdir()
-    make_variant(
-        find(str(model)),
-        ModelFolder("small", model).shape,
-        [step],
-        "0",
-        folder / "variant",
-        Journal(folder / "journal"),
-        lambda _: None,
-    )
+    shape, options = ModelFolder("small", model).shape, BuildOptions("0", lambda _: None)
+    make_variant(find(str(model)), shape, [step], folder / "variant", Journal(folder / "journal"), options)
 
 
 def hidden_states(variant: Path, ids: torch.Tensor) -> torch.Tensor:

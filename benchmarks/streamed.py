@@ -62,8 +62,8 @@ PARTS: dict[str, Callable[[str, str, Path], str]] = {"write": write, "compress":
 
 
 def command_of(part: str, model: str, output: str, recipe: Path) -> list[str]:
-    """Return the command that runs a part in a process."""
-    return [sys.executable, __file__, model, "--output", output, "--recipe", str(recipe), "--part", part]
+    """Return the command of a process that does a part."""
+    return [sys.executable, __file__, model, "--runs", output, "--recipe", str(recipe), "--part", part]
 
 
 def killed(model: str, output: str, recipe: Path, after: int) -> None:
@@ -99,7 +99,7 @@ def main() -> None:
     """Run the parts one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="random:nvidia/NV-Embed-v2")
-    parser.add_argument("--output", default="results")
+    parser.add_argument("--runs", default="results")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--kill-after", type=int, metavar="N", help="kill and continue the compression once N segments are done")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
@@ -107,16 +107,16 @@ def main() -> None:
     if arguments.part:
         start = time.perf_counter()
         with PeakAnonymous() as peak:
-            answer = PARTS[arguments.part](arguments.model, arguments.output, arguments.recipe)
+            answer = PARTS[arguments.part](arguments.model, arguments.runs, arguments.recipe)
         print(json.dumps({"answer": answer, "seconds": time.perf_counter() - start, "peak": peak.bytes}))
         return
-    measured("write", arguments.model, arguments.output, arguments.recipe)
+    measured("write", arguments.model, arguments.runs, arguments.recipe)
     if arguments.kill_after:
-        killed(arguments.model, arguments.output, arguments.recipe, arguments.kill_after)
-    variant = measured("compress", arguments.model, arguments.output, arguments.recipe)
+        killed(arguments.model, arguments.runs, arguments.recipe, arguments.kill_after)
+    variant = measured("compress", arguments.model, arguments.runs, arguments.recipe)
     for name, model in (("as it is", arguments.model), ("compressed", variant)):
         print(f"one text of {TOKENS} tokens, streamed, the model {name}:")
-        measured("encode", model, arguments.output, arguments.recipe)
+        measured("encode", model, arguments.runs, arguments.recipe)
 
 
 if __name__ == "__main__":

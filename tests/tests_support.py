@@ -24,6 +24,7 @@ from compress.models.source import find
 from compress.models.text.spec import EmbedderSpec
 from compress.models.text.tokens import TextTokenizer
 from compress.pipeline.apply import make_variant
+from compress.pipeline.stage import BuildOptions
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = Path(__file__).parent / "models" / "golden"
@@ -72,7 +73,8 @@ def compress_to(folder: Path, target: Path, *steps: Method, count: int = 24, max
     """Write the variant of a model's folder, calibrated on some of the embedded texts."""
     texts = CalibrationSource(calibration_texts()[:count], None, max_tokens)
     journal = Journal(target.with_name(f"{target.name}-journal"))
-    make_variant(find(str(folder)), folder_of(folder).shape, steps, "0", target, journal, lambda _: None, texts)
+    options = BuildOptions("0", lambda _: None, calibration=texts)
+    make_variant(find(str(folder)), folder_of(folder).shape, steps, target, journal, options)
 
 
 def network_of(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:

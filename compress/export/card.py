@@ -86,9 +86,9 @@ def _accuracy(record: Record) -> Iterator[str]:
     yield "\n".join(rows)
     yield f"Verdict: {record.verdict}."
     fidelity = record.fidelity
-    if fidelity is not None and fidelity["cosine_mean"] is not None:
-        cosine, overlap = f"{fidelity['cosine_mean']:.5f}", f"{100 * fidelity['overlap_at_10']:.1f} %"
-        yield f"Mean cosine to the vectors before: {cosine} on {fidelity['texts']} texts; of ten neighbours {overlap} are the same."
+    if fidelity is not None and fidelity.cosine_mean is not None:
+        cosine, overlap = f"{fidelity.cosine_mean:.5f}", f"{100 * fidelity.overlap_at_10:.1f} %"
+        yield f"Mean cosine to the vectors before: {cosine} on {fidelity.texts} texts; of ten neighbours {overlap} are the same."
 
 
 def _speed(record: Record) -> Iterator[str]:
@@ -103,9 +103,9 @@ def _speed(record: Record) -> Iterator[str]:
         speed = row.speed
         shown = "- | - | -"
         if speed is not None:
-            peak = speed["gpu_peak_bytes"] if machine.gpu else speed["peak_bytes"]
+            peak = speed.gpu_peak_bytes if machine.gpu else speed.peak_bytes
             memory = f"{peak / 1e6:,.0f} MB" if peak is not None else "-"
-            shown = f"{speed['texts_per_second']:,.0f} | {speed['latency_p50_ms']:.1f} | {memory}"
+            shown = f"{speed.texts_per_second:,.0f} | {speed.latency_p50_ms:.1f} | {memory}"
         rows.append(f"| {name} | {row.runtime} | {shown} | {row.size_bytes / 1e6:,.1f} MB |")
     yield "\n".join(rows)
     installed = [f"{name} {version}" for name, version in record.versions.items() if version != "not installed"]

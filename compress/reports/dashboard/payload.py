@@ -49,13 +49,13 @@ def _runs(groups: Sequence[Group], records: Mapping[str, Record]) -> list[dict[s
 
 def _details(record: Record) -> dict[str, Any]:
     methods = [str(step.config["method"]) for step in record.steps]
-    speed = record.row("variant").speed or {}
+    speed = record.row("variant").speed
     return {
         "model": record.model.name,
         "machine": record.machine.gpu or f"{record.machine.cores} cores of {record.machine.cpu}",
         "methods": methods,
         "family": family(methods),
-        "p99_ms": speed.get("latency_p99_ms"),
-        "loaded_bytes": speed.get("loaded_bytes"),
+        "p99_ms": speed.latency_p99_ms if speed else None,
+        "loaded_bytes": speed.loaded_bytes if speed else None,
         "record": record.model_dump(mode="json"),
     }

@@ -97,10 +97,12 @@ def test_for_a_graph_runtime_the_weights_stay_dense(bert: Path, tmp_path: Path) 
     from compress.common.journal import Journal
     from compress.models.source import find
     from compress.pipeline.apply import make_variant
+    from compress.pipeline.stage import BuildOptions
 
     journal = Journal(tmp_path / "journal")
     shape = folder_of(bert).shape
-    make_variant(find(str(bert)), shape, (Magnitude(),), "0", tmp_path / "variant", journal, lambda _: None, runtime="onnxruntime")
+    options = BuildOptions("0", lambda _: None, runtime="onnxruntime")
+    make_variant(find(str(bert)), shape, (Magnitude(),), tmp_path / "variant", journal, options)
     lower(folder_of(tmp_path / "variant"), "onnxruntime")
     ours = compress.load(str(tmp_path / "variant")).encode(TEXTS)
     theirs = compress.load(str(tmp_path / "variant"), runtime="torch", device="cpu").encode(TEXTS)
