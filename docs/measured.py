@@ -95,6 +95,11 @@ def recovered(healed: str, pruned: str) -> float:
     return 100 * (after - before) / (1 - before)
 
 
+def index_score(run: str, task: str, way: str) -> float:
+    """Return the score where one model's queries search the other's documents, such as `variant queries on baseline documents`."""
+    return next(100 * row["index"][way.replace(" on ", ", ")] for row in raw(run)["tasks"] if row["task"] == task)
+
+
 def peer_ratio(key: str, file: str = "peers.json") -> Callable[[str, str], float]:
     """Return a function that divides one row's value by another's."""
     return lambda ours, theirs: peers(file)[ours][key] / peers(file)[theirs][key]
@@ -115,7 +120,9 @@ VALUES: Mapping[str, Callable[..., float | str]] = {
     "smaller than float32": lambda run: 4 * raw(run)["model"]["parameters"] / line(run).bytes,
     "baseline": lambda run: 100 * mean(task["baseline"] for task in raw(run)["tasks"]),
     "score": lambda run, task: next(100 * t["variant"] for t in raw(run)["tasks"] if t["task"] == task),
-    "index": lambda run, task, way: next(100 * t["index"][way.replace(" on ", ", ")] for t in raw(run)["tasks"] if t["task"] == task),
+    "index": lambda run, task, way: next(
+        100 * t["index"][way.replace(" on ", ", ")] for t in raw(run)["tasks"] if t["task"] == task
+    ),
     "peers": peer_ratio("ratio"),
     "peers memory": lambda ours, theirs: 100 * peer_ratio("peak_bytes")(ours, theirs),
 }
@@ -162,12 +169,12 @@ def take(runs: Sequence[str], columns: Sequence[str] = ("kept", "95 % interval",
     return table(("you need", "take", *columns), [[*TAKE[run], *shown(run, *columns)] for run in runs])
 
 
+AS_THEY_ARE = (
+    *("int8-openvino", "bf16-openvino", "int8-weights", "llm-int8", "int8-onnx", "int8", "int8-static", "fp8"),
+    *("int4-gptq", "int4-onnx", "int4-awq", "nf4", "int4-rtn", "int3-gptq"),
+)
 QUANTIZED = {
-    **{
-        f"{name}-minilm": f"`{name}`"
-        for name in "int8-openvino bf16-openvino int8-weights llm-int8 int8-onnx int8 int8-static fp8 int4-gptq".split()
-    },
-    **{f"{name}-minilm": f"`{name}`" for name in ("int4-onnx", "int4-awq", "nf4", "int4-rtn", "int3-gptq")},
+    **{f"{name}-minilm": f"`{name}`" for name in AS_THEY_ARE},
     "int4-gptq-sym-minilm": "`int4-gptq`, symmetric, token table in float16",
     "int4-gptq-only-minilm": "`int4-gptq`, token table in float16",
     "int4-gptq-t4-minilm": "`int4-gptq`, token table in int4",
