@@ -151,9 +151,9 @@ def best_first(runs: Mapping[str, Sequence[str]]) -> list[tuple[str, Sequence[st
 
 TAKE = {
     "int8-openvino-minilm": ("the same scores, faster on a CPU", "`int8-openvino`"),
-    "bf16-openvino-minilm": ("the same, nothing to calibrate", "`bf16-openvino`"),
-    "int8-onnx-minilm": ("the same, in ONNX Runtime", "`int8-onnx`"),
-    "int4-gptq-minilm": ("a small file", "`int4-gptq`"),
+    "bf16-openvino-minilm": ("the same scores, nothing to calibrate", "`bf16-openvino`"),
+    "int8-onnx-minilm": ("the same scores, in ONNX Runtime", "`int8-onnx`"),
+    "int4-gptq-minilm": ("a small file, nearly the same scores", "`int4-gptq`"),
     "int4-gptq-t4-minilm": ("a smaller file", "`int4-gptq` with `embeddings: {bits: 4}`"),
     "heal-int4-table-minilm": ("the same size, vectors closer to the model's", "`heal-int4-table` (trains)"),
     "slim-minilm": ("the smallest and fastest on a CPU", "`slim` (trains)"),

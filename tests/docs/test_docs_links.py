@@ -7,6 +7,7 @@ from pathlib import Path
 
 import make_site
 import pytest
+from test_imports import LEVELS
 
 ROOT = make_site.ROOT
 PAGES = [
@@ -46,3 +47,10 @@ def test_the_index_links_every_page() -> None:
 
 def test_the_readme_is_one_page() -> None:
     assert 6_000 < (ROOT / "README.md").stat().st_size <= 8_192
+
+
+def test_the_architecture_page_has_the_floors_of_the_import_rule() -> None:
+    floors: dict[int, list[str]] = {}
+    for floor, room in re.findall(r"^\| (\d) \| `(\w+)(?:/|\.py)` \|", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.M):
+        floors.setdefault(int(floor), []).append(room)
+    assert [set(floors[number]) for number in sorted(floors)] == [set(rooms) for rooms in LEVELS]
