@@ -1,4 +1,4 @@
-"""What a loader needs besides weights: the tokenizer's files, sentence-transformers' modules."""
+"""Files that loaders need in addition to weights: the tokenizer, sentence-transformers' modules."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from compress.common.files import write_json
 from compress.common.inputs import read_json
-from compress.export.base import Opened
+from compress.export.base import Exportable
 from compress.models.files.variant import VariantInfo
 from compress.models.text.spec import Pooling
 
 MODULES = "sentence_transformers.models"
-# By what names tokenizers know their special tokens, where neither the model's config nor anything else says which is which.
+# Usual names of special tokens, for tokenizers whose special tokens no file describes.
 USUAL = {
     "unk_token": ("[UNK]", "<unk>"),
     "cls_token": ("[CLS]",),
@@ -23,16 +23,16 @@ USUAL = {
 }
 
 
-def write_tokenizer(opened: Opened, folder: Path) -> None:
-    """Write the tokenizer's files."""
+def write_tokenizer(opened: Exportable, folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`."""
     config = opened.folder.config
     shutil.copy(opened.folder.path / "tokenizer.json", folder / "tokenizer.json")
     settings = tokenizer_config(read_json(folder / "tokenizer.json"), config, opened.info.max_length)
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def write_modules(opened: Opened, folder: Path) -> None:
-    """Write sentence-transformers' files."""
+def write_modules(opened: Exportable, folder: Path) -> None:
+    """Write the files of sentence-transformers: modules, pooling, prompts, maximum length."""
     width = opened.network.config.hidden_size  # type: ignore[union-attr]
     for name, content in sentence_transformers_files(opened.info, int(width)).items():  # type: ignore[arg-type]
         write_json(folder / name, content)
@@ -41,7 +41,7 @@ def write_modules(opened: Opened, folder: Path) -> None:
 
 
 def tokenizer_config(tokenizer: dict[str, Any], config: dict[str, Any], max_length: int) -> dict[str, Any]:
-    """Return a `tokenizer_config.json`: the class that takes `tokenizer.json` as it stands, and the special tokens' names."""
+    """Return the content of `tokenizer_config.json`: a class that uses `tokenizer.json` unchanged, and special tokens."""
     added = {entry["id"]: entry["content"] for entry in tokenizer.get("added_tokens", []) if entry.get("special")}
     named = {f"{kind}_token": config.get(f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     special = {key: added[number] for key, number in named.items() if number in added}
@@ -49,7 +49,7 @@ def tokenizer_config(tokenizer: dict[str, Any], config: dict[str, Any], max_leng
         name = next((name for name in usual if name in added.values()), None)
         if key not in special and name is not None:
             special[key] = name
-    if "pad_token" not in special and added:  # masked, so any token will do
+    if "pad_token" not in special and added:  # padding is masked, so any token will do
         special["pad_token"] = added.get(config.get("eos_token_id"), next(iter(added.values())))
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -62,7 +62,7 @@ def tokenizer_config(tokenizer: dict[str, Any], config: dict[str, Any], max_leng
 
 
 def sentence_transformers_files(info: VariantInfo, width: int) -> dict[str, Any]:
-    """Return what sentence-transformers reads, by file name; `width`: of the token vectors."""
+    """Return the files that sentence-transformers reads, by name; `width`: width of the token vectors."""
     spec = info.spec
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + ([("2_Normalize", "Normalize")] if spec.normalize else [])
     prompts = dict(spec.prompts)

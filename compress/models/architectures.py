@@ -5,11 +5,10 @@ Pruning heads, channels or whole sublayers needs to know which rows and columns 
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 Sublayer = Literal["attention", "mlp"]
 
@@ -137,12 +136,6 @@ OWN_ARCHITECTURES: Mapping[str, OwnArchitecture] = {
     ),
 }
 """The architectures by `model_type`. A checkpoint of one holds exactly the network's tensors, under their names in the network."""
-
-
-def imported(place: str) -> Any:
-    """Import and return the object that `module:function` names."""
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 # Block prefixes of the common architectures: encoder.layer.3., layers.3., h.3., blocks.3., transformer.layer.3.

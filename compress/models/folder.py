@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.common.errors import UserError
 from compress.common.inputs import read_json
-from compress.models.architectures import OWN_ARCHITECTURES, OwnArchitecture, imported
+from compress.common.lazy import attribute
+from compress.models.architectures import OWN_ARCHITECTURES, OwnArchitecture
 from compress.models.files.headers import StoredTensor, TensorInfo, fingerprint, stored_tensors, weight_files
 from compress.models.files.variant import VARIANT_FILE, VariantInfo
 from compress.models.shape import ModelShape, without_task_head
@@ -158,7 +159,7 @@ class ModelFolder:
         """
         own = self.own_architecture
         if own is not None:
-            return imported(own.config)(self.transformer)
+            return attribute(own.config)(self.transformer)
         from transformers import AutoConfig
 
         path, kind = self.transformer / "config.json", self.config.get("model_type", "missing")
@@ -225,7 +226,7 @@ class ModelFolder:
             return self.variant.spec
         own = self.own_architecture
         if own is not None:
-            spec: EmbedderSpec = imported(own.spec)(self.transformer)
+            spec: EmbedderSpec = attribute(own.spec)(self.transformer)
             return spec
         return read_spec(self.path, self.modules, self.settings, self.config, self._transformers_tokenizer[2])
 

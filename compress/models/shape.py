@@ -15,6 +15,7 @@ from functools import cached_property
 from importlib import resources
 from typing import Any
 
+from compress.common.errors import UserError
 from compress.models.architectures import BLOCK, Anatomy, anatomy_of, is_block_linear, is_head_linear, place_in_block
 from compress.models.files.headers import TensorInfo
 
@@ -27,6 +28,17 @@ def with_backbone(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     if config.get("text_config"):
         return {**config, "text_config": {**config["text_config"], **changes}}
     return {**config, **changes}
+
+
+def own_key(config: Mapping[str, Any], key: str) -> str:
+    """Return the name that an architecture gives a setting in its `config.json`: `n_layer` for `num_hidden_layers` of a GPT-2.
+
+    The names come from transformers, which is imported only here: configs with the usual names never need it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = str(config.get("model_type"))
+    return str(CONFIG_MAPPING[kind].attribute_map.get(key, key)) if kind in CONFIG_MAPPING else key
 
 
 @dataclass(frozen=True)
@@ -117,17 +129,30 @@ class ModelShape:
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        return int(self._backbone["hidden_size"])
+        return int(self._required("hidden_size"))
 
     @property
     def blocks(self) -> int:
         """Number of blocks."""
-        return int(self._backbone["num_hidden_layers"])
+        return int(self._required("num_hidden_layers"))
 
     @property
     def _backbone(self) -> Mapping[str, Any]:
         nested: Mapping[str, Any] = self.config.get("text_config") or self.config
         return nested
+
+    def _required(self, key: str) -> Any:
+        """Return a setting of the transformer's config, under the architecture's own name where it has one (`dim`, `n_embd`).
+
+        Raises:
+            UserError: the config has it under no name.
+        """
+        found = self._backbone.get(key)
+        if found is None:
+            found = self._backbone.get(own_key(self._backbone, key))
+        if found is None:
+            raise UserError(f"{self.name}: config.json lacks {key!r}", "is this the config of a transformers model?")
+        return found
 
     @property
     def anatomy(self) -> Anatomy:
@@ -145,7 +170,7 @@ class ModelShape:
     @property
     def head_width(self) -> int:
         """Width of an attention head."""
-        return int(self._backbone.get("head_dim") or self.hidden_size // int(self._backbone["num_attention_heads"]))
+        return int(self._backbone.get("head_dim") or self.hidden_size // int(self._required("num_attention_heads")))
 
     def setting(self, key: str) -> Any:
         """Return a setting of the transformer's config, or None if the config does not have it."""

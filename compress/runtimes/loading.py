@@ -6,20 +6,18 @@ import importlib
 import importlib.resources
 from typing import TYPE_CHECKING
 
-from compress.common.errors import UserError, nearest
+from compress.common.errors import UserError
 from compress.common.memory import available_memory_bytes, gigabytes
 from compress.models.folder import ModelFolder
 from compress.models.source import DTYPE_BYTES, find
-from compress.runtimes.contract import RUNTIMES, RuntimeName, pick_runtime
+from compress.runtimes.contract import AUTO, RUNTIMES, TORCH, pick_runtime, runtime_named
 
 if TYPE_CHECKING:
     from compress.models.embedder import Embedder
 
 
-def runtime_of(
-    source: ModelFolder, runtime: str | None = None, *, device: str | None = None, dtype: str | None = None
-) -> RuntimeName:
-    """Return the runtime in which to open a model.
+def runtime_of(source: ModelFolder, runtime: str | None = None, *, device: str | None = None, dtype: str | None = None) -> str:
+    """Return the runtime that a model is opened in.
 
     Args:
         source: the model. A checkpoint runs only in torch.
@@ -31,16 +29,16 @@ def runtime_of(
     Raises:
         UserError: there is no such runtime, it is not installed, or it does not execute the model.
     """
-    if runtime is not None and runtime != "auto" and runtime not in RUNTIMES:
-        raise UserError(f"runtime {runtime!r} is not known", nearest(runtime, ["auto", *RUNTIMES]))
-    if source.variant is None:
-        if runtime not in (None, "auto", RuntimeName.TORCH):
+    if runtime is not None and runtime != AUTO:
+        runtime_named(runtime)
+    if not source.is_variant:
+        if runtime not in (None, AUTO, TORCH):
             raise UserError(
                 f"model {source.name!r}: {runtime} executes variants, and this is a checkpoint",
                 f"make a variant: compress run recipes/bf16-openvino.yaml --model {source.name}",
             )
-        return RuntimeName.TORCH
-    info = source.variant
+        return TORCH
+    info = source.compressed
     return pick_runtime(runtime or info.runtime, info.quantized, device=device or "cpu", dtype=dtype)
 
 
@@ -53,7 +51,7 @@ def preload(model: str, runtime: str | None = None, **_: object) -> None:
     source = find(model)
     name = runtime_of(source, runtime)
     importlib.import_module(RUNTIMES[name].opener)
-    if name is RuntimeName.TORCH:
+    if name == TORCH:
         from compress.runtimes.torch_runtime import import_architecture
 
         import_architecture(source)
@@ -123,7 +121,7 @@ def open_source(
     info = source.variant
     if info is not None and dtype is None:
         dtype = info.dtype if name == info.runtime else None
-    if name is not RuntimeName.TORCH:
+    if name != TORCH:
         if compile or stream:
             raise UserError(f"model {source.name!r}: only torch compiles or streams, and this one runs in {name}", "runtime: torch")
         _check_fits(source, dtype)

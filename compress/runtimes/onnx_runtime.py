@@ -9,9 +9,9 @@ import onnxruntime
 from compress.models.embedder import Vectors
 from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Ids
-from compress.runtimes.contract import RuntimeName
 from compress.runtimes.graph_embedder import GraphEmbedder, lowered, threads_and_streams
 
+NAME = "onnxruntime"  # in `compress.runtimes.contract`
 # On a CPU these fusions cost more time than they save. Measured with onnxruntime 1.32, 840 tokens x 384, one thread:
 # SkipLayerNormalization takes 1.4 ms, the addition and normalisation that it replaces 0.2 ms. BiasGelu takes 1.0 ms, Gelu 0.6 ms;
 # without the fusion the bias is part of the matrix product.
@@ -25,7 +25,7 @@ class OnnxEmbedder(GraphEmbedder):
 
     def __init__(self, folder: ModelFolder, dtype: str | None = None, threads: int | None = None) -> None:
         """Open a variant's folder; see `open_variant`."""
-        graph = lowered(folder, RuntimeName.ONNXRUNTIME, dtype)
+        graph = lowered(folder, NAME, dtype)
         threads, streams = threads_and_streams(folder, threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads // streams

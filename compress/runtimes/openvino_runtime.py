@@ -11,9 +11,9 @@ import openvino
 from compress.models.embedder import Vectors
 from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Ids
-from compress.runtimes.contract import RuntimeName
 from compress.runtimes.graph_embedder import GraphEmbedder, lowered, threads_and_streams
 
+NAME = "openvino"  # in `compress.runtimes.contract`
 # The bindings import numpy when they get their first array, and hold a C++ lock meanwhile. Two threads can deadlock on it and on
 # Python's own lock (openvino 2026.4). Doing it here is safe, because only one thread executes a module on import.
 openvino.Tensor(np.zeros(1, dtype=np.int64), shared_memory=True)
@@ -29,7 +29,7 @@ class OpenVINOEmbedder(GraphEmbedder):
 
     def __init__(self, folder: ModelFolder, dtype: str | None = None, threads: int | None = None) -> None:
         """Open a variant's folder; see `open_variant`."""
-        graph = lowered(folder, RuntimeName.OPENVINO, dtype)
+        graph = lowered(folder, NAME, dtype)
         threads, streams = threads_and_streams(folder, threads)
         settings = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[dtype or "float32"],

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel
 
 from compress.common.errors import UserError
-from compress.models.architectures import imported
+from compress.common.lazy import attribute
 from compress.models.files.weights import UNUSED, Weights
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import attach_head, head_of
@@ -107,7 +107,7 @@ def empty_network(folder: ModelFolder) -> nn.Module:
     own = folder.own_architecture
     with _parameters_on_meta():
         if own is not None:
-            network: nn.Module = imported(own.network)(folder)
+            network: nn.Module = attribute(own.network)(folder)
             return network.eval()
         network = AutoModel.from_config(_uncached(folder))
         attach_head(network, folder.spec)
