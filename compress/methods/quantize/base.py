@@ -15,7 +15,6 @@ from compress.layers.scheme import BLOCK, NESTED_BLOCK, ActivationScheme, Number
 from compress.methods.base import Estimate
 from compress.methods.linear_layers import LinearsMethod
 from compress.models.files.headers import TensorInfo
-from compress.models.network.segments import replace_module
 from compress.models.shape import HALF_BYTES, ModelShape
 
 if TYPE_CHECKING:
@@ -55,6 +54,8 @@ class QuantizeLinears(LinearsMethod):
         Raises:
             ValueError: a weight is NaN or infinite, or the method cannot quantize a layer.
         """
+        from compress.models.network.segments import replace_module
+
         linears = self.linears_in(parts)
         quantized: dict[str, QuantizedLayer] = {}
         for name, layer in self.quantize(parts, linears, inputs) if linears else ():

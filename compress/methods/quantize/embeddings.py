@@ -11,7 +11,6 @@ from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Estimate, Method
 from compress.methods.quantize.base import Bits, stored_tensors
 from compress.models.architectures import is_in_block
-from compress.models.network.segments import replace_module
 from compress.models.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class Embeddings(Method):
 
         from compress.layers.grid import find_grid
         from compress.layers.quantized_embedding import QuantizedEmbedding
-        from compress.models.network.segments import module_in, token_table
+        from compress.models.network.segments import module_in, replace_module, token_table
 
         name = token_table(parts)
         if name is None or is_in_block(name):
