@@ -42,7 +42,7 @@ PUBLISHED = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
 """Hub names of the built-in models that are also published there."""
 
 
-def find(model: str) -> ModelFolder:
+def find(model: str | Path) -> ModelFolder:
     """Find a model's folder.
 
     Args:
@@ -53,6 +53,7 @@ def find(model: str) -> ModelFolder:
     Raises:
         UserError: there is no such model, the hub cannot be reached, or the disk is full.
     """
+    model = str(model)
     if model.startswith(PREFIX):
         spec = RandomSpec.parse(model)
         return ModelFolder(spec.name, random_checkpoint(spec, _folder_without_weights(spec.model)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.resources
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.common.errors import UserError
@@ -58,7 +59,7 @@ def preload(model: str, runtime: str | None = None, **_: object) -> None:
 
 
 def load(
-    model: str,
+    model: str | Path,
     *,
     runtime: str | None = None,
     device: str | None = None,

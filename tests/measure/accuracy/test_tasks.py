@@ -80,7 +80,11 @@ def test_the_score_of_sts_is_the_rank_correlation_of_cosines(bert: Path, data: P
         ("STSBenchmark/test.jsonl", b"\xff\xfe", "not UTF-8"),
         ("STSBenchmark/test.jsonl.gz", b"\x1f\x8b\x08\x00broken", "cannot be read"),
         ("SciFact/corpus.jsonl", '{"_id": "d1"}\n', "corpus.jsonl, line 1: lacks 'text'"),
-        ("SciFact/qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\n", "test.tsv, line 2: 'query-id<TAB>corpus-id<TAB>score'"),
+        (
+            "SciFact/qrels/test.tsv",
+            "query-id\tcorpus-id\tscore\nq1\td1\n",
+            "test.tsv, line 2: expected 'query-id<TAB>corpus-id<TAB>score', got",
+        ),
         ("SciFact/qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td9\t1\n", "test.tsv, line 2: document 'd9' is not in its file"),
         ("SciFact/qrels/test.tsv", "q9\td1\t1\n", "test.tsv, line 1: query 'q9' is not in its file"),
     ],

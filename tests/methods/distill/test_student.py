@@ -24,6 +24,7 @@ from compress.models.network.build import empty_network
 from compress.models.opened import weights_of
 from compress.models.source import find
 from compress.pipeline.apply import make_variant
+from compress.pipeline.stage import BuildOptions
 
 
 @pytest.mark.parametrize("architecture", ["nv-embed", "mistral", "bert"])
@@ -92,11 +93,9 @@ def test_a_new_student_s_tokenizer_never_sees_what_is_evaluated(bert: Path, text
             find(str(bert)),
             folder_of(bert).shape,
             [step],
-            "0",
             tmp_path / name,
             journal,
-            lambda _: None,
-            evaluated=partial(frozenset, left_out),
+            BuildOptions("0", lambda _: None, evaluated=partial(frozenset, left_out)),
         )
         assert made[0]["found"]["left_out"] == len(left_out)
         assert [look["step"] for look in made[0]["found"]["curve"]] == [2]
