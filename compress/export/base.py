@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from compress.models.files.shards import join_shards, shard, write_tensors
 from compress.models.files.variant import VariantInfo
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import TokenPooling, head_of
-from compress.models.network.segments import Kind, segments_of
+from compress.models.network.segments import HEAD, Kind, Segment, segments_of
 from compress.models.network.walk import Streamed
 from compress.models.opened import empty_model, weights_of
 
@@ -143,8 +143,9 @@ def write_weights(opened: Exportable, folder: Path, convert: Convert, prefix: st
 
     `prefix`: prefix of every name.
     """
-    parts = len(segments_of(opened.network))
-    for index, (layers, tensors) in enumerate(stored(opened)):
+    segments = [segment for segment in segments_of(opened.network) if segment.paths != (HEAD,)]
+    parts = len(segments)
+    for index, (layers, tensors) in enumerate(stored(opened, segments)):
         for name, layer in layers.items():
             converted = {"weight": _half_table(layer)} if isinstance(layer, QuantizedEmbedding) else convert(layer)
             tensors |= {f"{name}.{key}": tensor for key, tensor in converted.items()}
@@ -152,10 +153,22 @@ def write_weights(opened: Exportable, folder: Path, convert: Convert, prefix: st
     join_shards(folder, parts)
 
 
-def stored(opened: Exportable) -> Iterator[tuple[dict[str, CompressedLayer], dict[str, torch.Tensor]]]:
-    """Read a variant, segment by segment: its compressed layers by name, and all other tensors, including the layers' biases."""
+def head_tensors(opened: Exportable, number: int) -> dict[str, torch.Tensor]:
+    """Return the tensors of a module between pooling and the final vector, in float32, by the names that its own file has."""
+    (module,) = Streamed(opened.network, weights_of(opened.folder, opened.network)).load(Segment(Kind.HEAD, (HEAD,))).values()
+    state = module.get_submodule(f"after.{number}").state_dict()
+    return {name: tensor.float().contiguous() for name, tensor in state.items()}
+
+
+def stored(
+    opened: Exportable, segments: Sequence[Segment] | None = None
+) -> Iterator[tuple[dict[str, CompressedLayer], dict[str, torch.Tensor]]]:
+    """Read a variant, segment by segment: its compressed layers by name, and all other tensors, including the layers' biases.
+
+    `segments`: those to be read; None: all.
+    """
     source = Streamed(opened.network, weights_of(opened.folder, opened.network))
-    for segment in segments_of(opened.network):
+    for segment in segments_of(opened.network) if segments is None else segments:
         layers: dict[str, CompressedLayer] = {}
         tensors: dict[str, torch.Tensor] = {}
         for path, part in source.load(segment).items():

@@ -37,7 +37,7 @@ FLOAT32 = ("position_embd.weight", "token_types.weight")
 EIGHT_BIT_COSINE = 0.999
 # Maximum length of texts in the example, in tokens.
 LONGEST = 4096
-POOLINGS = {Pooling.CLS: "CLS", Pooling.MEAN: "MEAN", Pooling.LAST: "LAST"}
+POOLINGS: dict[Pooling | tuple[Pooling, ...], str] = {Pooling.CLS: "CLS", Pooling.MEAN: "MEAN", Pooling.LAST: "LAST"}
 
 OPENED = """\
 import numpy
@@ -78,6 +78,11 @@ def write(source: ModelFolder, folder: Path) -> Reader:
         check(name, opened.info.quantized[name], opened.network.get_submodule(name).embedding_dim)  # type: ignore[arg-type]
     vocabulary = read_vocabulary(opened.folder.path / "tokenizer.json", int(config["vocab_size"]))
     # llama.cpp pools all tokens, including the prompt's. Where the mean leaves these out, the caller computes it.
+    if spec.pooling not in POOLINGS or spec.modules or spec.dimensions or spec.truncation_side != "right":
+        raise UserError(
+            f"{source.name}: cannot be written as {LAYOUT}: llama.cpp has cls, mean and lasttoken pooling, and nothing after it",
+            "onnx holds every pooling and what comes after it",
+        )
     by_token = spec.pooling is Pooling.MEAN and not spec.pool_prompt
     writer = gguf.GGUFWriter(folder / FILE, architecture, use_temp_file=True)
     writer.add_name(opened.info.base)

@@ -52,7 +52,7 @@ WITHOUT_PROMPT = """\
     if prompt:  # the network reads it, but the mean leaves it out
         pooled[:, : len(tokenizer(prompt)["input_ids"]) - 1] = 0
 """
-POOLED = {
+POOLED: dict[Pooling | tuple[Pooling, ...], str] = {
     Pooling.MEAN: "    vectors = (tokens * pooled[..., None]).sum(dim=1) / pooled.sum(dim=1, keepdim=True)",
     Pooling.CLS: "    vectors = tokens[:, 0]",
     Pooling.LAST: "    vectors = tokens[torch.arange(len(texts)), pooled.sum(dim=1) - 1]",
@@ -94,7 +94,12 @@ class Reader:
 
 def in_transformers(spec: EmbedderSpec, opened: str = "") -> str:
     """Return the example for plain transformers, with a spec's prompts and pooling; `opened`: code to run after loading."""
-    pooling = (WITHOUT_PROMPT if spec.pooling is Pooling.MEAN and not spec.pool_prompt else "") + POOLED[spec.pooling]
+    if spec.pooling not in POOLED or spec.modules or spec.dimensions or (spec.pooling is not Pooling.MEAN and not spec.pool_prompt):
+        raise UserError(
+            f"cannot be written as transformers: its example has no pooling {' + '.join(spec.poolings)} with what comes after it",
+            "the layout sentence-transformers holds both",
+        )
+    pooling = (WITHOUT_PROMPT if not spec.pool_prompt else "") + POOLED[spec.pooling]
     prepared = "(prompt + text).lower()" if spec.lowercase else "prompt + text"
     vectors = "torch.nn.functional.normalize(vectors, dim=1)" if spec.normalize else "vectors"
     return IN_TRANSFORMERS.format(opened=opened, prepared=prepared, pooling=pooling, vectors=vectors)
