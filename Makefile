@@ -18,16 +18,19 @@ define need_python
 @test -n "$(PYTHON)" || { echo "no python3.11, python3.12 or python3.13 runs here: install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 endef
 
-.PHONY: demo test test-slow check docs clean
+.PHONY: demo test test-slow test-models check docs clean
 
 demo: $(STAMP)
 	$(BIN)/compress run recipes/int8.yaml --runs runs
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not models"
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow
+
+test-models: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal tests/layouts
 
 check: $(STAMP)
 	$(BIN)/ruff check .
