@@ -231,17 +231,25 @@ def export(
         typer.Option("--python", metavar="FILE", help="Python interpreter that has the library installed; defaults to this one."),
     ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Load the export with the library and compare vectors.")] = True,
+    push: Annotated[str | None, typer.Option("--push", metavar="OWNER/NAME", help="Also upload the export to the hub.")] = None,
 ) -> None:
     """Write a variant in the layout of another library, and check that the library reads it."""
     with stoppable():
         from compress.export import export as export_variant
         from compress.export import licence_of
+        from compress.export.push import check_push
+        from compress.export.push import push as push_export
+
+        if push is not None:
+            check_push(push)
 
         if licence is None and licence_of(run) is None:
             licence = _asked_licence(run)
         say = partial(print, file=sys.stderr, flush=True)
         written = export_variant(run, format, to, say, licence=licence, python=python, check=check)
-    print(written)
+        print(written)
+        if push is not None:
+            print(push_export(written, push))
 
 
 def _asked_licence(run: Path) -> str:
@@ -251,6 +259,19 @@ def _asked_licence(run: Path) -> str:
         raise UserError(f"{run}: {why}", "give it with --licence mit, or --licence unknown if it cannot be found out")
     answer: str = typer.prompt(f"{run}: {why}. Its licence")
     return answer
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")],
+    to: Annotated[Path, typer.Option("--to", "-o", metavar="FOLDER", help="The folder to write.")],
+) -> None:
+    """Convert a model's pickled weights to safetensors. A pickle that holds anything except tensors is refused."""
+    from compress.models.convert import convert as convert_weights
+
+    with stoppable():
+        written = convert_weights(model, to)
+    print("\n".join(map(str, written)))
 
 
 @app.command(cls=accepting(TO_BEFORE))

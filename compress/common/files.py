@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +51,22 @@ def save_array(path: Path, array: np.ndarray) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Hand out a folder to be filled, and give it its name when the block ends; where that fails, nothing of it is left.
+
+    Raises:
+        UserError: the target is there already and not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: is there already", "give another folder, or delete this one")
+    folder = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

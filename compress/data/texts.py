@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -89,17 +90,38 @@ def read_texts(source: Path | str) -> list[str]:
     return [line for _, line in read_lines(path)]
 
 
+def keep_to_endpoint() -> None:
+    """Let `datasets` ask nobody but the hub that HF_ENDPOINT names, where that is a mirror or a company's own.
+
+    Otherwise it counts every loading on a server of Hugging Face, by the data set's name, and waits for that in a closed network.
+    """
+    from datasets import config
+
+    if "HF_ENDPOINT" in os.environ:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = False
+
+
+def fault_of_hub(error: Exception) -> tuple[str, str]:
+    """Return why a data set of the hub was not loaded, in one line, and what mends it where that is a token."""
+    reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+    refused = any(word in reason for word in ("access", "401", "403"))
+    return reason, "a private or gated data set needs a token: `hf auth login`, or HF_TOKEN" if refused else ""
+
+
 def _hub_texts(source: str) -> list[str]:
     from datasets import load_dataset
 
+    keep_to_endpoint()
     name, _, rest = source.removeprefix(HUB).partition(":")
     column, _, split = rest.partition(":")
     if not name or not column:
         raise UserError(f"{source}: name a dataset on the hub as {HUB}OWNER/NAME:COLUMN or {HUB}OWNER/NAME:COLUMN:SPLIT")
     try:
         rows = load_dataset(name, split=split or "train")
-    except Exception as error:  # errors of many libraries: all of them end the run with a message
-        raise UserError(f"{source}: cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    except Exception as error:  # of many kinds, from many libraries: whatever it is, the user is told and the run ends
+        raise UserError(
+            f"{source}: cannot be loaded ({type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]})"
+        ) from error
     if column not in rows.column_names:
         raise UserError(f"{source}: has no column {column!r}", nearest(column, rows.column_names))
     texts = list(rows[column])

@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.resources
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from compress.common.errors import UserError, nearest
 from compress.models.files.variant import VARIANT_FILE
 from compress.models.folder import ModelFolder
+from compress.models.hub import HubName, cached_name, check_links, download, snapshot_of
 from compress.models.random_weights import PREFIX, RandomSpec, random_checkpoint, random_shape
 from compress.models.shape import ModelShape, known_shape
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-# Files to download for a model on the hub: never pickles, never code.
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md", "1_Pooling/*", "2_Normalize/*"]
 
 
 def _minilm() -> Path:
@@ -46,12 +43,15 @@ def find(model: str | Path) -> ModelFolder:
     """Find a model's folder.
 
     Args:
-        model: one of: a built-in name; the path of a model, a variant or a run; a hub name, which is downloaded; or `random:`, one
-            of these and overrides of its config (`random:nvidia/NV-Embed-v2,num_hidden_layers=8`), for which a checkpoint with
-            random weights is written.
+        model: a built-in name; a folder (of a model, a variant or a run); `owner/name` or `owner/name@revision` of the hub, which
+            is downloaded; or one of these between `random:` and overrides of its config
+            (`random:nvidia/NV-Embed-v2,num_hidden_layers=8`), which is written.
+
+    Returns:
+        The folder; a model of the hub goes by its name there, without the revision, wherever its files lie.
 
     Raises:
-        UserError: there is no such model, the hub cannot be reached, or the disk is full.
+        UserError: it is nowhere, the hub cannot be reached or refuses, the disk has no room, or a file is a link to nothing.
     """
     model = str(model)
     if model.startswith(PREFIX):
@@ -59,11 +59,14 @@ def find(model: str | Path) -> ModelFolder:
         return ModelFolder(spec.name, random_checkpoint(spec, _folder_without_weights(spec.model)))
     if model in BUILT_IN:
         return ModelFolder(model, BUILT_IN[model]())
-    folder = Path(model)
-    if folder.is_dir():
-        return ModelFolder(folder.resolve().name, folder / "variant" if (folder / "variant" / VARIANT_FILE).is_file() else folder)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and folder.suffix != ".yaml":
-        return ModelFolder(model, _download(model))
+    if Path(model).is_dir():
+        folder = snapshot_of(Path(model))
+        folder = folder / "variant" if (folder / "variant" / VARIANT_FILE).is_file() else folder
+        check_links(folder)
+        return ModelFolder(cached_name(folder) or Path(model).resolve().name, folder)
+    on_hub = HubName.parse(model)
+    if on_hub is not None and not model.endswith(".yaml"):
+        return ModelFolder(on_hub.name, download(on_hub))
     raise UserError(f"model {model!r}: not a folder, a hub name (owner/name) or a built-in model", nearest(model, BUILT_IN))
 
 
@@ -73,23 +76,10 @@ def _folder_without_weights(model: str) -> ModelFolder | None:
         return find(model)
     if known_shape(model):
         return None
-    return ModelFolder(model, _download(model, [pattern for pattern in HUB_PATTERNS if "safetensors" not in pattern]))
-
-
-def _download(name: str, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except RepositoryNotFoundError as error:
-        raise UserError(f"model {name!r}: no such folder here and no such model on the hub") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"model {name!r}: no such folder here, and the hub could not be reached ({reason})",
-            "give the path of a local folder, or a built-in name: " + ", ".join(BUILT_IN),
-        ) from error
+    on_hub = HubName.parse(model)
+    if on_hub is None:
+        return find(model)  # raises, and says what is wanted
+    return ModelFolder(on_hub.name, download(on_hub, weights=False))
 
 
 def find_shape(model: str) -> ModelShape:

@@ -19,9 +19,8 @@ from mteb.types import PromptType
 from pydantic import BaseModel, ConfigDict
 from tqdm.std import tqdm  # type: ignore[import-untyped]
 
-from compress.common.errors import UserError
 from compress.measure.accuracy.examples import Examples, catching
-from compress.measure.accuracy.tasks import Task
+from compress.measure.accuracy.tasks import Task, load_data
 from compress.models.embedder import Embedder, Vectors
 
 
@@ -111,29 +110,23 @@ def score_task(
         index: backend that stores and searches the documents of retrieval; None: mteb's exact search.
 
     Raises:
-        UserError: the task's data is not local and the hub cannot be reached.
+        UserError: the task's data is on the hub and cannot be loaded; see `load_data`.
     """
     encoder = MtebEncoder(embedder, batch_tokens, prompts, documents)
     model = encoder if index is None else SearchEncoderWrapper(encoder, index_backend=index)
     start = time.perf_counter()
-    try:
-        with catching(task.mteb) as caught, _without_bars(), tempfile.TemporaryDirectory() as folder:
-            result = mteb.evaluate(
-                model,
-                task.mteb,
-                cache=None,
-                co2_tracker=False,
-                overwrite_strategy="always",
-                show_progress_bar=False,
-                prediction_folder=folder,
-            )
-    except (ConnectionError, OSError) as error:
-        if task.folder is not None:
-            raise
-        raise UserError(
-            f"task {task.name!r}: its data could not be downloaded from the hub ({str(error).splitlines()[0]})",
-            "give a folder that holds it (--data), or use the embedded suite (--tasks mini)",
-        ) from error
+    with _without_bars():
+        load_data(task)
+    with catching(task.mteb) as caught, _without_bars(), tempfile.TemporaryDirectory() as folder:
+        result = mteb.evaluate(
+            model,
+            task.mteb,
+            cache=None,
+            co2_tracker=False,
+            overwrite_strategy="always",
+            show_progress_bar=False,
+            prediction_folder=folder,
+        )
     scores = next(scores for scores in result.task_results if scores.task_name == task.name)
     return TaskScore(
         task=task.name,

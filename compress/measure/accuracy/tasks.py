@@ -17,7 +17,7 @@ from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskPairC
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from compress.common.errors import UserError, nearest
-from compress.data.texts import SUITE, same_text
+from compress.data.texts import SUITE, fault_of_hub, keep_to_endpoint, same_text
 from compress.measure.accuracy.local_data import load_local, published_splits
 
 MINI = "mini"
@@ -63,10 +63,28 @@ def evaluated_texts(tasks: Iterable[Task]) -> frozenset[str]:
     """Return every text of the tasks' data, training splits included, normalized by `same_text`; downloads what is on the hub."""
     found: set[str] = set()
     for task in tasks:
-        if task.folder is None:
-            task.mteb.load_data()
+        load_data(task)
         found.update(same_text(text) for text in _strings(task.mteb.dataset))
     return frozenset(found)
+
+
+def load_data(task: Task) -> None:
+    """Load a task's data where it lies on the hub and is not loaded yet.
+
+    Raises:
+        UserError: it cannot be loaded: no such data set or revision, no access, no network, not in the cache.
+    """
+    if task.folder is not None or task.mteb.data_loaded:
+        return
+    try:
+        task.mteb.load_data()
+    except Exception as error:  # of many kinds, from many libraries: whatever it is, the user is told and the run ends
+        path = task.mteb.metadata.dataset["path"]
+        reason, token = fault_of_hub(error)
+        local = "give a folder that holds it (--data), or use the embedded suite (--tasks mini)"
+        raise UserError(
+            f"task {task.name!r}: its data, {path} on the hub, cannot be loaded ({reason})", "; ".join(filter(None, (local, token)))
+        ) from error
 
 
 def _strings(data: Any) -> Iterator[str]:
@@ -154,6 +172,7 @@ def find_tasks(names: Iterable[str], data: Path | None) -> list[Task]:
     # Superseded tasks are wanted on purpose: published scores are of them. Progress bars over tiny data sets are noise.
     warnings.filterwarnings("ignore", message=".*superseded.*")
     disable_progress_bars()
+    keep_to_endpoint()
     logging.getLogger("mteb").setLevel(logging.ERROR)
     if data is not None and not data.is_dir():
         raise UserError(f"data folder {data}: not a folder")

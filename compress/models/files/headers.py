@@ -81,7 +81,7 @@ def weight_files(folder: Path) -> list[Path]:
     if pickles:
         raise UserError(
             f"{folder}: holds only pickled weights ({', '.join(pickles)}), which can run code when opened",
-            f"convert them to safetensors first: compress convert {folder} --to NEW",
+            f"write them as safetensors first: compress convert {folder} --to FOLDER",
         )
     raise UserError(
         f"{folder}: no *.safetensors file",
