@@ -14,8 +14,7 @@ from compress.models.files.headers import weight_files
 from compress.models.files.variant import INDEX_FILE
 from compress.models.folder import ModelFolder
 from compress.runtimes.contract import INPUTS, RuntimeName, graph_file, pick_runtime
-
-SETTINGS_FILE = "embedder.json"
+from compress.runtimes.exported import SETTINGS_FILE
 
 EXAMPLE = """\
 import json
