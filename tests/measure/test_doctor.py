@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests_support import compress_to
+from tests_support import compress_to, folder_of
 
 import compress
 from compress.cli import main
@@ -51,6 +51,12 @@ def prompted(make_model: Callable[..., Path]) -> Path:
     folder = make_model("bert", prompts=PROMPTS)
     edit(folder / "config_sentence_transformers.json", default_prompt_name="query")
     return folder
+
+
+def opened(model: Path | str) -> BatchedEmbedder:
+    embedder = compress.load(str(model), device="cpu")
+    assert isinstance(embedder, BatchedEmbedder)
+    return embedder
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -90,8 +96,7 @@ def test_another_pooling_is_found(make_model: Callable[..., Path], bert: Path) -
 
 
 def test_truncation_on_the_left_is_found(bert: Path) -> None:
-    embedder = compress.load(str(bert), device="cpu")
-    assert isinstance(embedder, BatchedEmbedder)
+    embedder = opened(bert)
     with serving(Served(embedder, change=Change(cut=Cut("left", 48)))) as address:
         found = ask(address, bert)
     assert only_cause(found) is CauseName.TRUNCATION
@@ -105,6 +110,24 @@ def test_truncation_at_half_the_length_is_found(bert: Path, faulty: Copy) -> Non
     found = ask(folder, bert)
     assert only_cause(found) is CauseName.TRUNCATION
     assert "keeps the first 24 tokens" in found.causes[0].words
+
+
+def test_truncation_at_any_length_is_found(bert: Path, faulty: Copy) -> None:
+    folder = faulty(bert)
+    edit(folder / "sentence_bert_config.json", max_seq_length=37)
+    with serving(Served(opened(folder))) as address:
+        found = ask(address, bert)
+    assert only_cause(found) is CauseName.TRUNCATION
+    assert "keeps the first 37 tokens" in found.causes[0].words
+
+
+def test_a_longer_input_than_the_reference_reads_is_not_called_other_weights(bert: Path, faulty: Copy) -> None:
+    folder = faulty(bert)
+    edit(folder / "sentence_bert_config.json", max_seq_length=30)
+    with serving(Served(opened(bert))) as address:
+        found = ask(address, folder)
+    assert only_cause(found) is CauseName.TRUNCATION
+    assert "only long texts differ" in found.causes[0].words
 
 
 def test_a_causal_mask_in_a_bidirectional_model_is_found(make_model: Callable[..., Path], faulty: Copy) -> None:
@@ -133,10 +156,20 @@ def test_another_checkpoint_is_found(bert: Path, faulty: Copy) -> None:
 
 
 def test_another_checkpoint_behind_an_endpoint_is_found_by_elimination(bert: Path, make_model: Callable[..., Path]) -> None:
-    other = compress.load(str(make_model("roberta")), device="cpu")
-    assert isinstance(other, BatchedEmbedder)
+    other = opened(make_model("roberta"))
     with serving(Served(other)) as address:
         assert only_cause(ask(address, bert)) is CauseName.WEIGHTS
+
+
+def test_a_head_with_weights_and_texts_without_tokens_are_no_obstacle(nv_embed: Path) -> None:
+    """NV-Embed's architecture: its pooling cannot be another, and an empty text without special tokens has no token."""
+    embedder = opened(nv_embed)
+    with serving(Served(embedder, prompt="passage: ")) as address:
+        found = ask(address, nv_embed)
+        assert only_cause(found) is CauseName.PROMPT
+        assert "the model puts 'passage: ' before texts and pools it" in found.causes[0].words
+    with serving(Served(embedder, change=Change(specials=False))) as address:
+        assert ask(address, nv_embed).causes[0].name is CauseName.SPECIALS
 
 
 def test_two_faults_at_once_are_found(prompted: Path, faulty: Copy) -> None:
@@ -170,8 +203,9 @@ def test_prompts_that_only_their_names_ask_for_are_compared(make_model: Callable
 
 def test_half_precision_is_named_as_such(make_model: Callable[..., Path]) -> None:
     folder = make_model("mistral")
-    found = ask(folder, folder, dtype="bfloat16")
+    found = ask(folder, folder, dtype="bfloat16", at_least=0.999995)
     assert only_cause(found) is CauseName.PRECISION
+    assert found.model.dtype == "bfloat16"
     assert ask(folder, folder).same
 
 
@@ -181,8 +215,13 @@ def test_a_variant_is_compared_with_what_it_was_made_from(bert: Path, tmp_path: 
     assert found.same
     assert found.at_least == 0.95
     assert found.model.weights == "int8"
+    # The fixture's variants name no fingerprint: they may as well be of another checkpoint.
+    strict = ask(tmp_path / "variant", bert, at_least=0.999999)
+    assert only_cause(strict) is CauseName.WEIGHTS
+    edit(tmp_path / "variant" / "variant.json", base_fingerprint=folder_of(bert).fingerprint)
     strict = ask(tmp_path / "variant", bert, at_least=0.999999)
     assert only_cause(strict) is CauseName.COMPRESSION
+    assert "the model is a variant (int8)" in strict.causes[0].words
 
 
 def test_other_widths_are_not_comparable(bert: Path) -> None:
@@ -191,19 +230,17 @@ def test_other_widths_are_not_comparable(bert: Path) -> None:
 
 
 def test_vectors_that_were_cut_are_said_to_be(bert: Path) -> None:
-    embedder = compress.load(str(bert), device="cpu")
-    assert isinstance(embedder, BatchedEmbedder)
+    embedder = opened(bert)
     with serving(Served(embedder, width=16)) as address, pytest.raises(UserError, match="not comparable") as caught:
         ask(address, bert)
     assert "other" in caught.value.hint or "was cut" in caught.value.hint
 
 
 def test_changes_leave_the_embedder_as_it_was(bert: Path) -> None:
-    embedder = compress.load(str(bert), device="cpu")
-    assert isinstance(embedder, BatchedEmbedder)
+    embedder = opened(bert)
     texts = [probe.text for probe in probe_texts()]
     before = embedder.encode(texts)
-    everything = Change("query: ", Pooling.CLS, True, False, False, True, Cut("left", 20))
+    everything = Change("query: ", "a", Pooling.CLS, True, False, False, True, Cut("left", 20))
     with changed(embedder, everything):
         inside = embedder.encode(texts)
     assert agreement(inside, before).min() < 0.9
@@ -313,9 +350,7 @@ def serving(served: Served) -> Iterator[str]:
 
 @pytest.fixture
 def served(bert: Path) -> Served:
-    embedder = compress.load(str(bert), device="cpu")
-    assert isinstance(embedder, BatchedEmbedder)
-    return Served(embedder)
+    return Served(opened(bert))
 
 
 @pytest.mark.parametrize("path", ["", "/v1", "/v1/embeddings", "/embed", "/v1/embeddings#tiny"])
@@ -425,12 +460,6 @@ class TestSentenceTransformers:
         assert "on the left" in found.causes[0].words
         assert found.model.truncation_side == "left"
 
-    def test_what_it_cannot_load_is_said(self, bert: Path, faulty: Copy) -> None:
-        folder = faulty(bert)
-        (folder / "model.safetensors").unlink()
-        with pytest.raises(UserError, match="sentence-transformers gives no vectors"):
-            ask(f"sentence-transformers:{folder}", bert)
-
 
 def test_an_interpreter_without_the_library_is_said(bert: Path, tmp_path: Path) -> None:
     python = tmp_path / "python"
@@ -460,8 +489,7 @@ def test_exports_of_graphs_are_opened(bert: Path, tmp_path: Path) -> None:
 def test_local_sides_say_what_their_files_say(prompted: Path) -> None:
     from compress.models.source import find
 
-    embedder = compress.load(str(prompted), device="cpu")
-    assert isinstance(embedder, BatchedEmbedder)
+    embedder = opened(prompted)
     facts = LocalSide(embedder, find(str(prompted)), "folder, torch").facts()
     assert facts.prompts == PROMPTS
     assert (facts.pooling, facts.max_length, facts.truncation_side) == ("mean", 48, "right")

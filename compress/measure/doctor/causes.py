@@ -36,6 +36,8 @@ MOST_PROMPTS = 24
 USUAL_LENGTHS = (128, 256, 384, 512, 1024, 2048, 4096, 8192)
 # No model cuts shorter than this, unless it says so.
 SHORT_TOKENS = 96
+# Texts that every hypothesis is tried on; what explains these is tried on all.
+FEW = 5
 # A change that does not explain a difference is worth a word if it takes at least this share of it away.
 PART = 0.5
 
@@ -78,6 +80,16 @@ class Hypothesis:
     """What the other side then does, as in "the model ..."."""
     varied: str
     """What the side that is encoded anew does."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one or two hypotheses."""
+
+    group: tuple[Hypothesis, ...]
+    lowest: float
+    """Cosine to the other side's vectors."""
+    mean: float
 
 
 @dataclass(frozen=True)
@@ -132,13 +144,19 @@ class Search:
                 return []
             change, found = best
         if self._differs(change, long):
-            best = self._best(change, list(self._cuts()), long)
+            best = self._best(change, list(self._cuts()), long) or self._exact_cut(change, long)
             if best is None and not found:  # long texts alone: something that only they show
                 best = self._best(change, list(self._readings()), long)
-            if best is None:
-                return []
-            found = found + best[1]
+            found = found + ([self._unknown_cut()] if best is None else best[1])
         return found
+
+    def _unknown_cut(self) -> Cause:
+        words = "only long texts differ: they are cut elsewhere than was tried, or positions count otherwise"
+        return Cause(name=CauseName.TRUNCATION, words=f"{words} ({self._words_of_cut()})")
+
+    def _words_of_cut(self) -> str:
+        varied = self.roles.varied
+        return f"{self.roles.varied_role} {_cuts(varied.cut)}" if isinstance(varied, LocalSide) else "neither says where it cuts"
 
     def _long(self) -> npt.NDArray[np.bool_]:
         """Tell which texts a side may cut, bool [n]: of a model that runs here by their tokens."""
@@ -154,35 +172,73 @@ class Search:
         return len(indices) > 0 and not self._explains(self.cosines(change, indices))
 
     def _explains(self, cosines: Cosines) -> bool:
-        return bool(np.nanmin(cosines) >= self.at_least)
+        return bool(np.nanmin(cosines, initial=1.0) >= self.at_least)
 
     def _best(self, known: Change, hypotheses: Sequence[Hypothesis], indices: Indices) -> tuple[Change, list[Cause]] | None:
         """Return the change that explains the difference best, alone or with a second one; None: none does."""
-        tried: list[tuple[float, float, tuple[Hypothesis, ...]]] = []
+        now = self.cosines(known, indices)
+        few = indices[np.argsort(np.nan_to_num(now, nan=1.0), kind="stable")[:FEW]]  # those that differ most
+        tried: list[Trial] = []
         for size in (1, 2):
             for group in combinations(hypotheses, size):
                 if len({hypothesis.name for hypothesis in group}) < size:
                     continue
-                cosines = self.cosines(_together(known, group), indices)
-                tried.append((float(np.nanmin(cosines)), float(np.nanmean(cosines)), group))
-            best = max(tried, key=lambda entry: entry[0], default=None)
-            if best is not None and best[0] >= self.at_least:
-                lowest, _, group = best
-                same = [entry[2][0] for entry in tried if len(entry[2]) == 1 and entry[2] != group and entry[0] >= self.at_least]
-                if same:
-                    self.notes.append("explains it as well: " + "; ".join(self._words(hypothesis) for hypothesis in same))
-                causes = [Cause(name=one.name, words=self._words(one), lowest_cosine=lowest) for one in group]
-                return _together(known, group), causes
+                cosines = self.cosines(_together(known, group), few)
+                if not np.isnan(cosines).all():
+                    tried.append(Trial(group, float(np.nanmin(cosines)), float(np.nanmean(cosines))))
+            best = self._confirmed(known, [trial for trial in tried if trial.lowest >= self.at_least], indices)
+            if best is not None:
+                return best
             hypotheses = [one for one in hypotheses if one.name in (CauseName.PROMPT, CauseName.POOLING, CauseName.ATTENTION)]
-        self._note_part(self.cosines(known, indices), tried)
+        self._note_part(1 - float(np.nanmean(self.cosines(known, few))), tried)
         return None
 
-    def _note_part(self, now: Cosines, tried: Sequence[tuple[float, float, tuple[Hypothesis, ...]]]) -> None:
-        before = 1 - float(np.nanmean(now))
-        best = max(tried, key=lambda entry: entry[1], default=None)
-        if best is not None and 1 - best[1] <= PART * before:
-            words = "; ".join(self._words(hypothesis) for hypothesis in best[2])
-            self.notes.append(f"explains a part (mean cosine {1 - before:.4f}, then {best[1]:.4f}): {words}")
+    def _confirmed(self, known: Change, trials: Sequence[Trial], indices: Indices) -> tuple[Change, list[Cause]] | None:
+        """Try on all texts what explains a few, and return the best; what else explains them is noted."""
+        confirmed = []
+        for trial in trials:
+            cosines = self.cosines(_together(known, trial.group), indices)
+            if self._explains(cosines):
+                confirmed.append(Trial(trial.group, float(np.nanmin(cosines)), float(np.nanmean(cosines))))
+        if not confirmed:
+            return None
+        best = max(confirmed, key=lambda trial: round(trial.lowest, 6))  # of equal ones the first
+        others = [trial for trial in confirmed if trial is not best]
+        self.notes += [f"explains it as well: {self._group_words(trial.group)}" for trial in others]
+        causes = [Cause(name=one.name, words=self._words(one), lowest_cosine=best.lowest) for one in best.group]
+        return _together(known, best.group), causes
+
+    def _note_part(self, before: float, tried: Sequence[Trial]) -> None:
+        """Note the change that takes away much of the difference and not all: `before` is 1 - mean cosine without it."""
+        best = max(tried, key=lambda trial: trial.mean, default=None)
+        if best is not None and 1 - best.mean <= PART * before:
+            words = self._group_words(best.group)
+            self.notes.append(f"explains a part (mean cosine {1 - before:.4f} without it, {best.mean:.4f} with it): {words}")
+
+    def _exact_cut(self, known: Change, indices: Indices) -> tuple[Change, list[Cause]] | None:
+        """Search for the length at which the other side cuts: the nearer, the more alike are the vectors."""
+        varied = self.roles.varied
+        if not isinstance(varied, LocalSide):
+            return None
+        for side in ("right", "left"):
+            low, high = 3, min(varied.cut.length, max(self._lengths(varied)))
+
+            def likeness(length: int, side: str = side) -> float:
+                return float(np.nanmean(self.cosines(known.and_also(Change(cut=Cut(side, length))), indices)))
+
+            while high - low > 2:
+                third = (high - low) // 3
+                left, right = low + third, high - third
+                low, high = (low, right) if likeness(left) >= likeness(right) else (left, high)
+            cut = Cut(side, max(range(low, high + 1), key=likeness))
+            hypothesis = Hypothesis(CauseName.TRUNCATION, Change(cut=cut), _cuts(cut), _cuts(varied.cut))
+            found = self._confirmed(known, [Trial((hypothesis,), 1.0, 1.0)], indices)
+            if found is not None:
+                return found
+        return None
+
+    def _group_words(self, group: Iterable[Hypothesis]) -> str:
+        return "; ".join(self._words(hypothesis) for hypothesis in group)
 
     def _words(self, hypothesis: Hypothesis) -> str:
         return f"{self.roles.other_role} {hypothesis.other}; {self.roles.varied_role} {hypothesis.varied}"
@@ -192,6 +248,9 @@ class Search:
         for prompt in self._prompts():
             change = Change(prompt=prompt)
             yield Hypothesis(CauseName.PROMPT, change, _puts(prompt), _puts(self.prompt))
+            if isinstance(self.roles.varied, LocalSide) and prompt and not self.roles.varied.embedder.spec.pool_prompt:
+                change = Change(prompt="", prefix=prompt)
+                yield Hypothesis(CauseName.PROMPT, change, f"{_puts(prompt)} and pools it", _puts(self.prompt))
         if not isinstance(self.roles.varied, LocalSide):
             return
         pooling = self.roles.varied.pooling

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import nn
@@ -40,6 +41,8 @@ class Change:
     """What is done otherwise than the model's files say; None: as they say."""
 
     prompt: str | None = None
+    prefix: str | None = None
+    """Put before texts as a part of them, so that it is pooled whatever is done with prompts."""
     pooling: Pooling | None = None
     causal: bool | None = None
     pool_prompt: bool | None = None
@@ -106,9 +109,18 @@ class LocalSide(Side):
         return Answers.of(rows, refused)
 
     def changed(self, texts: Sequence[str], prompt: str | None, change: Change) -> Vectors:
-        """Encode texts with something changed: float32 [n, dimension]."""
+        """Encode texts with something changed: float32 [n, dimension], rows of NaN where a text then has no token."""
+        prompt = self.embedder.spec.default_prompt if prompt is None else prompt
+        prompt = prompt if change.prompt is None else change.prompt
+        texts = [(change.prefix or "") + text for text in texts]
+        vectors = np.full((len(texts), self.embedder.dimension), np.nan, dtype=np.float32)
         with changed(self.embedder, change):
-            return self.embedder.encode(texts, prompt if change.prompt is None else change.prompt, progress=False)
+            rows = [
+                index for index, length in enumerate(self.embedder.tokenizer.lengths([prompt + text for text in texts])) if length
+            ]
+            if rows:
+                vectors[rows] = self.embedder.encode([texts[index] for index in rows], prompt, progress=False)
+        return vectors
 
     def facts(self) -> Facts:
         """Return what its files say, and what its tokens see as measured."""

@@ -43,12 +43,14 @@ width = len(next(row for row in rows if row is not None))
 np.save(asked["vectors"], np.stack([np.full(width, np.nan, np.float32) if row is None else row for row in rows]))
 tokenizer = getattr(model, "tokenizer", None)
 poolings = [module for module in model if type(module).__name__ == "Pooling"]
-names = poolings[0].get_pooling_mode_str() if poolings and hasattr(poolings[0], "get_pooling_mode_str") else None
+modes = getattr(poolings[0], "pooling_mode", None) if poolings else None  # a name or several; before 6 under another name
+if poolings and modes is None and hasattr(poolings[0], "get_pooling_mode_str"):
+    modes = poolings[0].get_pooling_mode_str()
 facts = {
     "version": sentence_transformers.__version__,
     "prompts": {name: text for name, text in (model.prompts or {}).items() if text},
     "default_prompt": (model.prompts or {}).get(model.default_prompt_name) or "",
-    "pooling": names,
+    "pooling": "+".join(map(str, modes)) if isinstance(modes, (list, tuple)) else modes,
     "max_length": getattr(model, "max_seq_length", None),
     "truncation_side": getattr(tokenizer, "truncation_side", None),
 }
