@@ -210,6 +210,56 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a run, an export, a hub name or an endpoint's address.")],
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference", metavar="R", help="As MODEL; by default sentence-transformers, or what a variant is made from."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="P", help="A prompt's name, or its text; by default each side's own.")
+    ] = None,
+    at_least: Annotated[float | None, typer.Option(metavar="C", help="Lowest cosine of vectors that are the same.")] = None,
+    python: Annotated[Path | None, typer.Option(metavar="FILE", help="Interpreter that has sentence-transformers.")] = None,
+    key: Annotated[
+        str | None, typer.Option("--api-key-env", metavar="NAME", help="Environment variable with the endpoints' API key.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds for each request to an endpoint.")] = 60.0,
+    runtime: RuntimeOption = None,
+    device: DeviceOption = None,
+    dtype: Annotated[str | None, typer.Option(metavar="T", help="float32, float16 or bfloat16; by default float32.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Read the model block by block; it need not fit in memory.")] = False,
+    to: Annotated[Path | None, typer.Option("--to", "-o", metavar="FILE", help="The diagnosis as JSON.")] = None,
+) -> None:
+    """Compare a model's vectors with those it should give, and name the cause where they differ: exit code 1; 2: not comparable."""
+    with stoppable():
+        from compress.measure.doctor.diagnose import Options, diagnose
+        from compress.measure.doctor.report import describe
+
+        options = Options(
+            reference=reference,
+            prompt=prompt,
+            python=python,
+            key_variable=key,
+            timeout=timeout,
+            at_least=at_least,
+            device=device,
+            dtype=dtype,
+            runtime=runtime,
+            stream=stream,
+            say=partial(print, file=sys.stderr, flush=True),
+        )
+        found = diagnose(model, options)
+    if to is not None:
+        write_text_atomic(to, found.model_dump_json(indent=1) + "\n")
+    print(describe(found))
+    if not found.same:
+        raise typer.Exit(1)
+
+
 @app.command(cls=accepting(TO_BEFORE))
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that kept its variant, or of a variant.")],

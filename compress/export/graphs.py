@@ -13,9 +13,9 @@ from compress.export.reader import Reader
 from compress.models.files.headers import INDEX_FILE, weight_files
 from compress.models.folder import ModelFolder
 from compress.runtimes.contract import graph_file, graph_inputs, pick_runtime
+from compress.runtimes.exported import SETTINGS_FILE
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
-SETTINGS_FILE = "embedder.json"
 
 EXAMPLE = """\
 import json

@@ -194,7 +194,13 @@ def random_tensor(name: str, shape: tuple[int, ...], blocks: int, seed: int) -> 
 def _copy_text_files(folder: ModelFolder | None, target: Path, config: Mapping[str, Any]) -> None:
     """Copy tokenizer, pooling and prompts from the model's folder to a random checkpoint, or write a stand-in tokenizer."""
     if folder is None:
-        _stand_in_tokenizer(int((config.get("text_config") or config)["vocab_size"]), target / "tokenizer.json")
+        backbone = config.get("text_config") or config
+        _stand_in_tokenizer(int(backbone["vocab_size"]), target / "tokenizer.json")
+        # The class that takes tokenizer.json as it stands, whatever the architecture's own is. RoBERTa's positions begin at 2.
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if "max_position_embeddings" in backbone:
+            settings["model_max_length"] = int(backbone["max_position_embeddings"]) - 2
+        (target / "tokenizer_config.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
         return
     for path in folder.transformer.iterdir():
         if path.suffix in (".json", ".txt", ".model") and path.name != "config.json" and "safetensors" not in path.name:
