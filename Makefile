@@ -1,5 +1,8 @@
 # `make demo` and `make test` each do all the set-up they need, in .venv.
-PYTHON ?= python3.11
+# The newest Python from 3.13 to 3.11 that runs here; PYTHON=... names another. Each is tried, because a launcher may exist without
+# the version behind it.
+PYTHON := $(or $(PYTHON),$(shell for version in 3.13 3.12 3.11; do \
+	if python$$version -c "" >/dev/null 2>&1; then echo python$$version; break; fi; done))
 # Where to take torch from instead of the default index, say a CPU-only one; empty: the default.
 TORCH_INDEX ?=
 # Processes that tests run in, each with one thread of arithmetic: for networks this small more threads gain nothing.
@@ -7,29 +10,52 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
 
-.PHONY: demo test test-slow check clean
+# The clear word where no Python was found.
+define need_python
+@test -n "$(PYTHON)" || { echo "no python3.11, python3.12 or python3.13 runs here: install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+endef
+
+.PHONY: demo test test-slow test-models check docs clean
 
 demo: $(STAMP)
-	$(BIN)/compress run recipes/int8.yaml --output runs
+	$(BIN)/compress run recipes/int8.yaml --runs runs
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not models"
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow
+
+test-models: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal tests/layouts
 
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/measured.py --check
+
+# The site, in build/site; a broken link stops it.
+docs: $(DOCS_STAMP)
+	$(DOCS_VENV)/bin/python docs/make_site.py
 
 # torch first and by its exact version: asked for as a range, a package index may answer with a newer and larger build.
 $(STAMP): pyproject.toml constraints.txt
+	$(need_python)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[reference,bitsandbytes,openvino,dashboard,gguf,dev]"
 	touch $@
 
+# The generator alone: the pages need no torch.
+$(DOCS_STAMP): constraints.txt
+	$(need_python)
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q -c constraints.txt zensical
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) build *.egg-info

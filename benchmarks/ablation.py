@@ -1,4 +1,4 @@
-"""What teaches a student: one thing left out or added at a time, on 50,000 texts, for about as long.
+"""Ablation of distillation: one ingredient removed or added at a time, on 50,000 texts, with about the same training time.
 
     python benchmarks/ablation.py --texts texts.jsonl.gz --data FOLDER --tasks STSBenchmark,STS12,SICK-R,BIOSSES,...
 
@@ -50,21 +50,21 @@ def recipe_of(name: str, arm: dict[str, Any], arguments: argparse.Namespace) -> 
 
 
 def main() -> None:
-    """Run the arms and print what each keeps."""
+    """Run the arms and print the score that each keeps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--tasks", default="mini")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--arms", default="", help="names of some of them, separated by semicolons")
-    parser.add_argument("--output", type=Path, default=Path("results-ablation"))
+    parser.add_argument("--runs", type=Path, default=Path("results-ablation"))
     arguments = parser.parse_args()
     wanted = [part.strip() for part in arguments.arms.split(";") if part.strip()]
     print("| student, asked for | steps | trained for | held-out cosine | kept | 95 % interval |\n|---|---|---|---|---|---|")
     for name, arm in ARMS.items():
         if wanted and name not in wanted:
             continue
-        record = run(parse_recipe(recipe_of(name, arm, arguments), name), output=arguments.output)
+        record = run(parse_recipe(recipe_of(name, arm, arguments), name), output=arguments.runs)
         curve = next(step.found["curve"] for step in record.steps if "curve" in step.found)
         baseline = sum(task.baseline for task in record.tasks) / len(record.tasks)
         interval = record.overall

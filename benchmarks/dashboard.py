@@ -1,4 +1,4 @@
-"""How long the dashboard's page takes to be made, and to be ready in a browser: the project's records, copied under other names.
+"""Time to render the dashboard's page and to load it in a browser, on copies of the project's records.
 
     python benchmarks/dashboard.py [--records 300] [--rounds 5]
 
@@ -25,7 +25,7 @@ FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networ
 
 
 def many(folder: Path, count: int) -> None:
-    """Write so many records, each a copy of one of the project's."""
+    """Write a number of records, each a copy of one of the project's."""
     originals = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"*/{RECORD_FILE}"))]
     for number in range(count):
         record = originals[number % len(originals)] | {"run": f"run-{number}"}

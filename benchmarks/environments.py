@@ -1,4 +1,4 @@
-"""Python environments for peers whose packages do not go together with ours, or with each other's."""
+"""Python environments for peers whose packages conflict with ours or with each other's."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ STAMP = "complete.json"
 def add_environments_option(parser: argparse.ArgumentParser) -> None:
     """Add `--environments`."""
     parser.add_argument(
-        "--environments", type=Path, default=cache_root() / "environments", help="folder of the peers' environments, made once"
+        "--environments",
+        type=Path,
+        default=cache_root() / "environments",
+        help="folder for the peers' environments, which are reused",
     )
 
 
 def python_of(name: str, requirements: Sequence[str], root: Path, *, torch: bool = True) -> Path:
-    """Return the Python of an environment, made if it is not there or has other packages.
+    """Return the Python of an environment; create it if it is missing or has other packages.
 
     Args:
         name: its folder under `root`.

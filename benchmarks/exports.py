@@ -1,4 +1,4 @@
-"""Every format of `compress export`, of the two embedded models: read back by its own library, or why it is refused.
+"""Every format of `compress export` for the two embedded models: read back by its library, or the reason for a refusal.
 
     python benchmarks/exports.py
     python benchmarks/exports.py --formats onnx,gptq --environments FOLDER
@@ -30,6 +30,7 @@ from compress.methods.quantize.embeddings import Embeddings
 from compress.methods.quantize.rtn import RTN
 from compress.models.source import find
 from compress.pipeline.apply import make_variant
+from compress.pipeline.stage import BuildOptions
 
 OF_LLAMA = ("llama-cpp-python==0.3.36", "numpy>=2")
 ENVIRONMENTS = {
@@ -52,7 +53,7 @@ LOWEST = re.compile(r"Read back with (.*): lowest cosine ([\d.]+)")
 
 
 def outcome(variant: Path, format: str, target: Path, environments: Path) -> str:
-    """Export, and say what came of it."""
+    """Export, and return the outcome."""
     python = ENVIRONMENTS[format](root=environments) if format in ENVIRONMENTS else Path(sys.executable)
     said: list[str] = []
     try:
@@ -81,7 +82,8 @@ def main() -> None:
                 place = work / model / case.replace(", ", "-").replace(" ", "-")
                 place.mkdir(parents=True)
                 shape = source.shape
-                make_variant(source, shape, list(steps), "0", place / "variant", Journal(place / "journal"), lambda _: None)
+                options = BuildOptions("0", lambda _: None)
+                make_variant(source, shape, list(steps), place / "variant", Journal(place / "journal"), options)
                 for format in arguments.formats.split(","):
                     found = outcome(place, format, place / format, arguments.environments)
                     differs |= "gives other vectors" in found

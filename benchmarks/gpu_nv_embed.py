@@ -1,4 +1,4 @@
-"""NV-Embed-v2 at full size on a GPU, random weights: the published way of running it against ours.
+"""NV-Embed-v2 at full size on a GPU, random weights: the published implementation against ours.
 
     python benchmarks/gpu_nv_embed.py                                   # 7.85 B in float16: some 35 GB of GPU memory
     python benchmarks/gpu_nv_embed.py --quantized int8,fp8,nf4,llm-int8 # these besides, our blocks quantized: 25 GB more
@@ -43,7 +43,7 @@ LARGE = 8192
 
 
 def random_network(overrides: dict[str, int], device: torch.device, dtype: torch.dtype) -> NVEmbedNetwork:
-    """Build the network with random weights drawn on the device itself."""
+    """Build the network with random weights, sampled on the device."""
     config = known_config(MODEL)
     assert config is not None
     config["text_config"] |= overrides
@@ -63,7 +63,7 @@ def random_network(overrides: dict[str, int], device: torch.device, dtype: torch
 
 
 def seconds(call: Callable[[], torch.Tensor], device: torch.device) -> float:
-    """Time a call, to its end on the device."""
+    """Time a call until the device has finished it."""
     if device.type != "cuda":
         begin = time.perf_counter()
         call()
@@ -92,7 +92,7 @@ METHODS: dict[str, Method] = {
 
 
 def quantized_twin(network: NVEmbedNetwork, step: Method, device: torch.device) -> NVEmbedNetwork:
-    """Return the network with its blocks quantized, one after another; what is not in a block is shared."""
+    """Return the network with its blocks quantized one by one; modules outside of blocks are shared."""
     twin = copy.copy(network)
     twin._modules = dict(network._modules)
     twin.embedding_model = copy.copy(network.embedding_model)
@@ -110,7 +110,7 @@ def quantized_twin(network: NVEmbedNetwork, step: Method, device: torch.device) 
 
 
 def weight_bytes(network: nn.Module) -> int:
-    """Return the bytes of a network's parameters and buffers; int8 weights that a kernel has packed are counted by their sizes."""
+    """Return the bytes of a network's parameters and buffers; int8 weights that a kernel has packed count by their size."""
     plain = sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
     packed = (m for m in network.modules() if isinstance(m, QuantizedLinear) and m.weight is None)
     return plain + sum(layer.in_features * layer.out_features for layer in packed)
@@ -120,10 +120,10 @@ def main() -> None:
     """Measure both in turn at each length and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=16_384, help="tokens a batch")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens per batch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quantized", default="", metavar="A,B", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--quantized", default="", metavar="A,B", help=f"methods to time, out of {', '.join(METHODS)}")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32

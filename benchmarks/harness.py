@@ -1,4 +1,4 @@
-"""What the harness costs: our evaluation against mteb's own with sentence-transformers, and where its time goes.
+"""Overhead of the evaluation: ours against mteb's own with sentence-transformers, and how its time is spent.
 
     python benchmarks/harness.py
     python benchmarks/harness.py --data FOLDER --tasks STSBenchmark,SciFact --rounds 1
@@ -20,14 +20,14 @@ import mteb
 from sentence_transformers import SentenceTransformer
 
 import compress
-from compress.measure.accuracy.score import evaluate
+from compress.measure.accuracy.score import score_task
 from compress.measure.accuracy.tasks import Task, find_tasks
 from compress.models.embedder import Vectors
 from compress.models.source import find
 
 
 class Timed:
-    """An embedder that adds up the time of its calls, and keeps its answers for a second round that costs nothing."""
+    """An embedder that sums the time of its calls and caches its vectors, so that a second round takes no time."""
 
     def __init__(self, embedder: Any) -> None:
         self._embedder = embedder
@@ -50,20 +50,20 @@ SCORERS = ("Scoring", "Searching corpus", "Computing similarity")
 
 
 def ours(embedder: Any, task: Task) -> tuple[float, float, float, float]:
-    """Return score, seconds in all, seconds of encoding, seconds of mteb's scorers."""
+    """Return the score, the total seconds, the seconds of encoding and the seconds of mteb's scorers."""
     timed = Timed(embedder)
     start = time.perf_counter()
-    found = evaluate(timed, task)
+    found = score_task(timed, task)
     total, encoding = time.perf_counter() - start, timed.seconds
-    phases = evaluate(timed, task).mteb["evaluation_phases"] or []
+    phases = score_task(timed, task).mteb["evaluation_phases"] or []
     return found.score, total, encoding, sum(phase["end"] - phase["start"] for phase in phases if phase["name"] in SCORERS)
 
 
 def theirs(model: SentenceTransformer, task: Task) -> tuple[float, float]:
-    """Return mteb's own score and seconds; its random draws start anew, as ours do."""
+    """Return mteb's own score and seconds; its random state is reset, as ours is."""
     task.mteb.rng_state = random.Random(task.mteb.seed)
     start = time.perf_counter()
-    result = mteb.evaluate(
+    result = mteb.score_task(
         model, task.mteb, cache=None, co2_tracker=False, overwrite_strategy="always", show_progress_bar=False,
         encode_kwargs={"batch_size": 32, "show_progress_bar": False},
     )  # fmt: skip
@@ -71,7 +71,7 @@ def theirs(model: SentenceTransformer, task: Task) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measure in turn and print."""
+    """Measure both in turn and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--tasks", default="mini")

@@ -1,4 +1,4 @@
-"""How time and memory grow with the length of a text, up to a model's maximum.
+"""Time and memory by text length, up to the maximum length of a model.
 
     python benchmarks/long_texts.py                     # a narrow NV-Embed, random weights, to its 32,768 tokens
     python benchmarks/long_texts.py MODEL --lengths 512,2048,8192

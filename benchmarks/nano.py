@@ -1,4 +1,4 @@
-"""The embedded reference model beside its teacher: scores with NV-Embed's instructions and without, texts a second.
+"""The embedded reference model against its teacher: scores with and without NV-Embed's instructions, texts per second.
 
 python benchmarks/nano.py --data FOLDER --tasks STSBenchmark,STS12,SICK-R,BIOSSES,Banking77Classification,SciFact
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from compress.data.texts import mixed_texts
-from compress.measure.evaluate import evaluate
+from compress.measure.evaluate import EvaluationOptions, evaluate
 from compress.measure.speed.timing import Candidate, measure_speed, speed_ratio
 from compress.models.source import find
 
@@ -19,7 +19,8 @@ TEXTS, ROUNDS, REQUESTS = 256, 5, 100
 
 def scores(model: str, arguments: argparse.Namespace, prompts: dict[str, str]) -> dict[str, float]:
     """Return a model's main scores by task."""
-    found = evaluate(model, arguments.tasks.split(","), data=arguments.data, prompts=prompts, device="cpu")
+    options = EvaluationOptions(data=arguments.data, prompts=prompts, device="cpu")
+    found = evaluate(model, arguments.tasks.split(","), options)
     return {row.task: 100 * row.variant for row in found.tasks}
 
 

@@ -1,4 +1,4 @@
-"""The texts of nano's second stage, from those of its first: longer ones, and words that these do not have.
+"""Make the texts of nano's second training stage from those of the first: longer texts, and words that the first lacks.
 
 python benchmarks/nano_texts.py texts.jsonl.gz -o second.jsonl.gz
 
@@ -28,7 +28,7 @@ WORD = re.compile(r"[A-Za-z]{4,}")
 
 
 def joined(rows: Sequence[dict[str, str]], chance: random.Random) -> list[str]:
-    """Put two to four neighbouring passages of one source into one text."""
+    """Join two to four neighbouring passages of one source into a text."""
     texts, at = [], 0
     while at < len(rows):
         part = rows[at : at + chance.choice(JOINED)]
@@ -39,7 +39,7 @@ def joined(rows: Sequence[dict[str, str]], chance: random.Random) -> list[str]:
 
 
 class Words:
-    """Words of a teacher's own vocabulary, whole or put together from its pieces, and names as science and trade have them."""
+    """Yield words of a teacher's vocabulary, whole or joined from its pieces, and names in the style of science and trade."""
 
     def __init__(self, tokenizer: Path, chance: random.Random) -> None:
         pieces = sorted(Tokenizer.from_file(str(tokenizer)).get_vocab())
@@ -66,11 +66,11 @@ class Words:
 
 
 def main() -> None:
-    """Write them."""
+    """Write the texts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path)
     parser.add_argument("--teacher", default="minilm")
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("-o", "--to", type=Path, required=True)
     arguments = parser.parse_args()
     chance = random.Random(0)
     rows = read_jsonl(arguments.texts, ("text", "source", "kind"))
@@ -83,7 +83,7 @@ def main() -> None:
     swapped = [words.swapped(text) for text in chance.sample(whole, min(SWAPPED, len(whole)))]
     made = list(dict.fromkeys([*whole, *chance.sample(short, min(SHORT, len(short))), *swapped]))
     chance.shuffle(made)
-    with gzip.open(arguments.output, "wt", encoding="utf-8") as file:
+    with gzip.open(arguments.to, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in made)
     print(f"{len(made):,} texts, of them {len(long):,} joined, {len(swapped):,} with other words")
 

@@ -1,4 +1,4 @@
-"""NV-Embed's head as published against the folded one: floating-point operations counted, time measured, on the whole model.
+"""NV-Embed's published head against the folded one: floating-point operations and time, on the whole model.
 
 python benchmarks/nv_head.py                    # 8 layers of the real width: 5 GB of disk, 11 GB of memory
 python benchmarks/nv_head.py --layers 2 --rounds 5
@@ -15,6 +15,7 @@ from nv_original import OriginalStyle
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from compress.models.folder import ModelFolder
 from compress.models.network.build import load_network
 from compress.models.network.nv_embed import LatentAttention, NVEmbedNetwork, fold, mean_of_rows
 from compress.models.source import find
@@ -36,7 +37,7 @@ def folded_twin(network: NVEmbedNetwork) -> NVEmbedNetwork:
 
 
 def operations(network: nn.Module, length: int) -> int:
-    """Count what a text of `length` tokens takes, on a network without values."""
+    """Count the operations for a text of `length` tokens, on a network on the meta device."""
     ids = torch.ones((1, length), dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if isinstance(network, OriginalStyle):
@@ -51,7 +52,7 @@ def main() -> None:
     """Count, measure in turn, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--texts", type=int, default=1, help="texts a batch")
+    parser.add_argument("--texts", type=int, default=1, help="texts per batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device")
     arguments = parser.parse_args()
@@ -63,7 +64,7 @@ def main() -> None:
         empty = [NVEmbedNetwork(folder.network_config, settings, folded).eval() for folded in (False, True)]
     counted = [{length: operations(network, length) for length in LENGTHS} for network in (OriginalStyle(empty[0]), empty[1])]
 
-    published = load_network(folder, torch.bfloat16)
+    published = load_network(ModelFolder("", folder), torch.bfloat16)
     assert isinstance(published, NVEmbedNetwork)
     networks: list[nn.Module] = [OriginalStyle(published), folded_twin(published)]
     prepare(nn.ModuleList(networks), dtype, device)

@@ -1,4 +1,4 @@
-"""NV-Embed's head the way the published code runs it, for comparison: every padded token, keys and values anew for every text."""
+"""NV-Embed's head as the published code runs it, for comparison: on every padded token, with keys and values for every text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def original_head(head: LatentAttention, hidden: torch.Tensor, pool_mask: torch.
 
 
 class OriginalStyle(nn.Module):
-    """Backbone and head with every padded token going through both."""
+    """Backbone and head; every padded token goes through both."""
 
     def __init__(self, network: NVEmbedNetwork) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""GPTQ or SparseGPT on one block of a large model: ours and other libraries', each in a process and an environment of its own.
+"""GPTQ or SparseGPT on one block of a large model: ours and other libraries', each in its own process and environment.
 
     python benchmarks/one_block.py
     python benchmarks/one_block.py --method sparsegpt --pattern 2:4
@@ -32,6 +32,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compress.models.folder import ModelFolder
+
 # Peers run this file too, in environments that hold none of our packages: nothing but the standard library is imported up here.
 OPTIMUM = ["optimum==2.3.*", "gptqmodel==7.6.*", "numpy==2.2.6"]
 LLM_COMPRESSOR = ["llmcompressor==0.14.*", "transformers>=5.15,<5.18"]
@@ -41,7 +43,7 @@ VOCABULARY, BATCH_TOKENS, DAMPING = 8_192, 2_048, 0.01
 
 
 class Peak:
-    """The anonymous resident set, watched from a thread, in bytes."""
+    """Peak of the anonymous resident set in bytes, tracked in a thread."""
 
     def __init__(self) -> None:
         self.start = self.bytes = self._now()
@@ -59,7 +61,7 @@ class Peak:
 
 
 def with_half_scales(weight: Any, scale: Any, group: int) -> Any:
-    """Return a weight [out, in] on the grid of its scales [out, groups] in float32, as if these were stored in 16 bits."""
+    """Return a float32 weight [out, in] on the grid of its scales [out, groups], rounded to 16 bits."""
     wide = scale.float().repeat_interleave(group, dim=1)
     stored = scale if scale.dtype.itemsize == 2 else scale.half()
     return (weight.float() / wide).round_().mul_(stored.float().repeat_interleave(group, dim=1)).contiguous()
@@ -68,7 +70,7 @@ def with_half_scales(weight: Any, scale: Any, group: int) -> Any:
 def with_optimum(
     model: Any, batches: list[Any], blocks: str, bits: int, group: int, *, damping: float = 0.1, sequential: bool = True
 ) -> dict[str, Any]:
-    """Quantize a model in memory by `optimum.gptq.GPTQQuantizer`, by default as it does by default.
+    """Quantize a model in memory by `optimum.gptq.GPTQQuantizer`, with its defaults unless told otherwise.
 
     Args:
         model: a transformers model.
@@ -160,7 +162,7 @@ def _oneshot(model: Any, recipe: Any, batches: list[Any], block: str, causal: bo
 
 
 def by_peer(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str, Any]]:
-    """Quantize a checkpoint by a peer: seconds, and a function for the weight of each layer."""
+    """Quantize a checkpoint with a peer; return the seconds and a function that returns the weight of a layer."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModel
@@ -179,7 +181,7 @@ def by_peer(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[st
 
 
 def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str, Any]]:
-    """Quantize a checkpoint by `compress.pipeline.apply.make_variant`; the same."""
+    """Quantize a checkpoint with `compress.pipeline.apply.make_variant`; return the same as for a peer."""
     import numpy as np
     import torch
     from safetensors.torch import load_file
@@ -189,11 +191,11 @@ def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str,
     from compress.layers.quantized_linear import QuantizedLinear
     from compress.methods.prune.sparsegpt import SparseGPT
     from compress.methods.quantize.gptq import GPTQ
-    from compress.models.folder import ModelFolder
     from compress.models.network.walk import Streamed, walk
     from compress.models.opened import empty_model, weights_of
     from compress.models.source import find
     from compress.pipeline.apply import make_variant
+    from compress.pipeline.stage import BuildOptions
 
     class Ids(CalibrationSource):
         def batches(self, *_: Any) -> CalibrationTexts:
@@ -216,7 +218,8 @@ def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str,
     if arguments.method == "sparsegpt":
         method = SparseGPT(pattern=arguments.pattern, damping=DAMPING)
     texts = Ids([""] * len(all_ids), (), all_ids.shape[1])
-    make_variant(find(str(folder)), ModelFolder("block", folder).shape, [method], "0", variant, journal, lambda _: None, texts)
+    options = BuildOptions("0", lambda _: None, calibration=texts)
+    make_variant(find(str(folder)), ModelFolder("block", folder).shape, [method], variant, journal, options)
     # From where the embeddings are written to where the norm behind the block is: the texts have passed the block by then.
     seconds = journal.at["segment 2"] - journal.at["segment 0"]
 
@@ -236,7 +239,7 @@ def by_us(arguments: argparse.Namespace, folder: Path) -> tuple[float, dict[str,
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Be one of the tools: a small block first, for imports and what is compiled once, then the block itself."""
+    """Run one tool: first on a small block, for imports and one-time compilation, then on the block itself."""
     from safetensors.torch import save_file
 
     quantize = by_peer if arguments.worker in PEERS else by_us
@@ -254,7 +257,7 @@ def batch_rows(arguments: argparse.Namespace) -> int:
 
 
 def write_checkpoint(arguments: argparse.Namespace, folder: Path) -> None:
-    """Write the block as a model of one layer, bfloat16, a tokenizer that nothing needs, and the token ids."""
+    """Write the block as a model of one layer, bfloat16, an unused tokenizer, and the token ids."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models
@@ -280,7 +283,7 @@ def write_checkpoint(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def errors(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
-    """Return for each tool the error of each layer, from the second moments of the unquantized block's inputs."""
+    """Return the error of each layer for each tool, from the second moments of the unquantized block's inputs."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModel
@@ -314,7 +317,7 @@ def errors(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, f
 
 
 def peer_environment() -> dict[str, str]:
-    """Return the environment variables that a peer's process is given."""
+    """Return the environment variables of a peer's process."""
     left_out = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # By default gptqmodel gives a process half of the cores.
@@ -323,7 +326,7 @@ def peer_environment() -> dict[str, str]:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Write the checkpoint, let each tool quantize it, print."""
+    """Write the checkpoint, run each tool on it, print."""
     import torch
     from environments import python_of
 
@@ -363,21 +366,21 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Compare; or be one of the tools."""
+    """Compare the tools; or, as a subprocess, run one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--mlp", type=int, default=14336)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--texts", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=256, help="tokens a text")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens per text")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", choices=("gptq", "sparsegpt"), default="gptq")
-    parser.add_argument("--pattern", choices=("unstructured", "2:4", "4:8"), default="unstructured", help="of zeros")
-    parser.add_argument("--tools", help="by default all that have the method: ours,optimum,llm-compressor")
-    parser.add_argument("--work", type=Path, help="folder for the checkpoint, by default the system's temporary one")
+    parser.add_argument("--pattern", choices=("unstructured", "2:4", "4:8"), default="unstructured", help="pattern of zeros")
+    parser.add_argument("--tools", help="defaults to all that have the method: ours,optimum,llm-compressor")
+    parser.add_argument("--work", type=Path, help="folder for the checkpoint; defaults to the system's temporary folder")
     for own in ("--worker", "--folder", "--dtype"):
         parser.add_argument(own, type=Path if own == "--folder" else str, help=argparse.SUPPRESS)
     if "--worker" not in sys.argv:

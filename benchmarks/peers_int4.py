@@ -1,4 +1,4 @@
-"""Accuracy at four bits, in pairs: our GPTQ run against optimum's GPTQ, llm-compressor's GPTQ and bitsandbytes' NF4.
+"""Accuracy at four bits, compared in pairs: our GPTQ run against optimum's GPTQ, llm-compressor's GPTQ and bitsandbytes' NF4.
 
     compress run RECIPE --model minilm                  # one step: gptq, bits 4, group_size 64
     python benchmarks/peers_int4.py --run results/<run>
@@ -8,7 +8,7 @@ The GPTQ peers quantize the run's base model, each in an environment of its own:
 groups of 64, scales in half precision, as ours are stored. They calibrate on the run's own texts, batched by equal length, because
 neither leaves padding out of its statistics. The rest is as each does it by default (optimum: a pass for each layer, damping 0.1,
 `act_group_aware`; llm-compressor: static groups, damping 0.01). What they made is written with weights in float32 as an ordinary
-folder under `--output`. NF4 is our own `bitsandbytes` method: blocks of 64, their scales in 8 bits.
+folder under `--work`. NF4 is our own `bitsandbytes` method: blocks of 64, their scales in 8 bits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BITS, GROUP = 4, 64
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Be a peer: quantize the model, write the weights of its blocks."""
+    """Run one peer: quantize the model and write the weights of its blocks."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoModel
@@ -49,7 +49,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def equal_lengths(batches: Sequence[tuple[Any, Any]], rows: int = 32) -> dict[str, Any]:
-    """Batch padded token ids again, without padding: int64 [at most `rows`, length] each."""
+    """Regroup padded token ids into batches without padding: int64 [at most `rows`, length] each."""
     import torch
 
     by_length: dict[int, list[Any]] = {}
@@ -61,7 +61,7 @@ def equal_lengths(batches: Sequence[tuple[Any, Any]], rows: int = 32) -> dict[st
 
 
 def check(run: Path) -> None:
-    """See that the run is what the peers are compared with: linear layers of blocks alone, at their bits."""
+    """Check that the run matches the peers: only linear layers of blocks are quantized, at the same bits."""
     from compress.layers.scheme import QuantizedLayer
     from compress.models.architectures import is_block_linear
     from compress.models.source import find
@@ -73,7 +73,7 @@ def check(run: Path) -> None:
 
 
 def write_peers(run: Path, output: Path, environments: Path) -> dict[str, Path]:
-    """Let each peer quantize the run's base on the run's texts; return the folders of those that could."""
+    """Quantize the run's base with each peer on the run's texts; return the folders of the peers that succeeded."""
     from environments import python_of
     from safetensors.torch import load_file, save_file
 
@@ -116,7 +116,7 @@ def write_peers(run: Path, output: Path, environments: Path) -> dict[str, Path]:
 
 
 def write_nf4(run: Path, output: Path) -> Path:
-    """Compress the run's base to NF4 by our own method."""
+    """Compress the run's base to NF4 with our own method."""
     from compress.models.source import find
     from compress.pipeline.run import run as run_recipe
 
@@ -127,7 +127,7 @@ def write_nf4(run: Path, output: Path) -> Path:
 
 
 def main() -> None:
-    """Write what the peers make, compare; or be a peer."""
+    """Quantize with the peers and compare; or, as a subprocess, run one peer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     if "--worker" in sys.argv:
         for option in ("--worker", "--model", "--ids", "--weights"):
@@ -139,16 +139,16 @@ def main() -> None:
 
     from compress.common.cache import cache_root
     from compress.measure.accuracy.statistics import Interval
-    from compress.measure.evaluate import evaluate
+    from compress.measure.evaluate import EvaluationOptions, evaluate
 
-    parser.add_argument("--run", type=Path, required=True, help="folder of our run, its variant kept")
+    parser.add_argument("--run", type=Path, required=True, help="folder of our run, which kept its variant")
     parser.add_argument("--tasks", default="mini")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--output", type=Path, default=cache_root() / "peers-int4", help="folder for what the peers make")
+    parser.add_argument("--work", type=Path, default=cache_root() / "peers-int4", help="folder for what the peers make")
     add_environments_option(parser)
     arguments = parser.parse_args()
     check(arguments.run)
-    output = arguments.output.resolve()
+    output = arguments.work.resolve()
     folders = {**write_peers(arguments.run, output, arguments.environments), "nf4": write_nf4(arguments.run, output)}
 
     def shown(interval: Interval | None) -> str:
@@ -159,7 +159,7 @@ def main() -> None:
     summary: dict[str, Any] = {}
     for peer, folder in folders.items():
         found = evaluate(
-            str(arguments.run), arguments.tasks.split(","), against=str(folder), data=arguments.data,
+            str(arguments.run), arguments.tasks.split(","), EvaluationOptions(data=arguments.data), against=str(folder),
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
         summary[peer] = found.model_dump(mode="json", exclude={"mteb"})

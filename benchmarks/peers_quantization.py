@@ -1,11 +1,11 @@
-"""Speed, memory and accuracy on a CPU: our variants against what a user would otherwise do with the same model.
+"""Speed, memory and accuracy on a CPU: our variants against the alternatives for the same model.
 
     python benchmarks/peers_quantization.py --ours int8=results/<run> --ours int8-ov=results/<run>:openvino
     python benchmarks/peers_quantization.py --ours int8=results/<run> --tasks STSBenchmark,SciFact --data FOLDER \\
         --markdown table.md --json quantization.json --plot plot.svg
 
 Every row runs in a process of its own, in the environment that it needs (`ENVIRONMENTS`), as its library does by default.
-Conversions are made in earlier processes and kept under `--output`, as are scores: a stopped run goes on. Rounds are interleaved,
+Conversions are made in earlier processes and kept under `--work`, as are scores: a stopped run goes on. Rounds are interleaved,
 one process works at a time, and a ratio is the median of the rounds' own. Peak memory is the whole process's, its libraries and
 loading included, read after a first pass over the texts, which also warms. A row that cannot run here is reported with its reason.
 """
@@ -70,7 +70,7 @@ RUNTIMES = ("torch", "onnxruntime", "openvino", "auto")
 class Row:
     name: str
     peer: str
-    """Class in the worker."""
+    """Name of the class in the worker."""
     environment: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -106,13 +106,13 @@ class Result:
     environment: str
     options: Mapping[str, Any]
     remark: str = ""
-    """What it says of itself; or why it has no numbers."""
+    """Description by the peer itself, or the reason why it has no numbers."""
     texts_per_second: float | None = None
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-    """Of all cores together, by round."""
+    """Seconds of all cores together, per round."""
     others_seconds: list[float] = field(default_factory=list)
-    """Of cores that other processes had meanwhile: one that works beside a peer can slow it many times over."""
+    """Cores that other processes used meanwhile: a process that runs next to a peer can slow it down many times."""
     ratio: float | None = None
     cosine_mean: float | None = None
     cosine_min: float | None = None
@@ -121,7 +121,7 @@ class Result:
     threads: int | None = None
     scores: dict[str, float] = field(default_factory=dict)
     kept: float | None = None
-    """Mean score, % of the reference's."""
+    """Mean score, in % of the reference's."""
 
 
 class PeerError(RuntimeError):
@@ -129,7 +129,7 @@ class PeerError(RuntimeError):
 
 
 class PeerProcess:
-    """A running worker in a row's environment; what it prints goes to a log."""
+    """A running worker in a row's environment; its output goes to a log."""
 
     def __init__(self, row: Row, python: Path, output: Path) -> None:
         self._log = output / "logs" / f"{slug(row.name)}.log"
@@ -176,7 +176,7 @@ class PeerProcess:
 
 
 class PeerEmbedder:
-    """A peer's process as tasks see it."""
+    """A peer's process with the interface of an embedder."""
 
     def __init__(self, name: str, dimension: int, spec: EmbedderSpec, process: PeerProcess, file: Path) -> None:
         self.name, self.dimension, self.spec = name, dimension, spec
@@ -194,7 +194,7 @@ class PeerEmbedder:
 
 
 class Bench:
-    """The rows on one model: environments, conversions, scores, speed; a row that fails is left out of what follows."""
+    """The rows on one model: environments, conversions, scores, speed; a row that fails is skipped from then on."""
 
     def __init__(self, base: str, rows: Sequence[Row], output: Path, environments: Path) -> None:
         self.source, self.rows, self.output, self.environments = find(base), rows, output, environments
@@ -275,7 +275,7 @@ class Bench:
 
     def score(self, tasks: Sequence[Task]) -> None:
         """Score the rows on tasks, one process at a time; what was scored before is read."""
-        from compress.measure.accuracy.score import evaluate
+        from compress.measure.accuracy.score import score_task
 
         journal = Journal(self.output / "scores")
         width = self.source.shape.hidden_size
@@ -288,7 +288,7 @@ class Bench:
                     with self.start(row) as process:
                         embedder = PeerEmbedder(row.name, width, self.spec, process, self.output / "scored.npy")
                         for task in missing:
-                            found = evaluate(embedder, task)
+                            found = score_task(embedder, task)
                             say(f"{row.name}: {task.name} {100 * found.score:.2f} ({found.seconds:.0f} s)")
                             journal.put(keys[task.name], found.model_dump(mode="json", include={"metric", "score", "seconds"}))
             except PeerError as error:
@@ -355,7 +355,7 @@ class Bench:
 
 
 def busy_seconds() -> float:
-    """Return the time that all cores together have worked since the machine's start; 0 where the kernel does not tell."""
+    """Return the busy time of all cores since the machine's start; 0 where the kernel does not report it."""
     path = Path("/proc/stat")
     if not path.exists():
         return 0.0
@@ -365,7 +365,7 @@ def busy_seconds() -> float:
 
 def elsewhere(words: Sequence[str]) -> list[str]:
     """Leave out of a command what says where this machine keeps things."""
-    places = ("--environments", "--output")
+    places = ("--environments", "--work")
     return [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & set(places)]
 
 
@@ -391,12 +391,12 @@ def requirements(environment: str) -> list[str]:
 
 @cache
 def own_code() -> str:
-    """Identify our own code, which no pinned version does: what was scored with other code is scored again."""
+    """Return a fingerprint of our own code, which has no pinned version; scores of other code are computed again."""
     return digest("".join(path.read_text(encoding="utf-8") for path in sorted(Path(compress.__file__).parent.rglob("*.py"))))
 
 
 def own_row(argument: str) -> Row:
-    """Read NAME=PATH[:RUNTIME]."""
+    """Parse NAME=PATH[:RUNTIME]."""
     name, equals, path = argument.partition("=")
     runtime = next((runtime for runtime in RUNTIMES if path.endswith(f":{runtime}")), None)
     path = path.removesuffix(f":{runtime}")
@@ -408,7 +408,7 @@ def own_row(argument: str) -> Row:
 
 
 def table(results: Sequence[Result], tasks: Sequence[str]) -> str:
-    """Write the results as Markdown."""
+    """Return the results as rows of a Markdown table."""
 
     def number(value: float | None, form: str, scale: float = 1.0) -> str:
         return "–" if value is None else format(value * scale, form)
@@ -429,54 +429,30 @@ def table(results: Sequence[Result], tasks: Sequence[str]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="minilm", help="the model that all rows run, or that ours were made from")
+    parser.add_argument("--base", default="minilm", help="model of all rows, and the model that ours were made from")
     parser.add_argument(
         "--ours", type=own_row, action="append", default=[], metavar="NAME=PATH[:RUNTIME]", help="a variant or a run"
     )
-    parser.add_argument("--only", help="names of rows, with commas between; the reference is always there")
+    parser.add_argument("--only", help="names of rows, separated by commas; the reference is always included")
     parser.add_argument("--texts", default="mini", help="JSONL file with `text`, or mini")
     parser.add_argument("--count", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tasks", help="tasks to score, with commas between; none by default")
+    parser.add_argument("--tasks", help="tasks to score, separated by commas; defaults to none")
     parser.add_argument("--data", type=Path, help="folder with the tasks' data")
-    parser.add_argument(
-        "--output", type=Path, default=cache_root() / "peers-quantization", help="folder for conversions and scores"
-    )
+    parser.add_argument("--work", type=Path, default=cache_root() / "peers-quantization", help="folder for conversions and scores")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="SVG file: speed against accuracy kept")
     add_environments_option(parser)
-    arguments = parser.parse_args()
+    return parser
 
-    rows = [*ROWS, *arguments.ours]
-    names = [row.name for row in rows]
-    if len({slug(name) for name in names}) < len(names):
-        parser.error("two rows have the same name")
-    only = arguments.only.split(",") if arguments.only else names
-    if strange := [name for name in only if name not in names]:
-        parser.error(f"--only: no row {strange[0]!r}; there are {', '.join(names)}")
-    if arguments.plot and not arguments.tasks:
-        parser.error("--plot needs --tasks")
-    rows = [row for row in rows if row == REFERENCE or row.name in only]
 
-    try:
-        texts = measure_texts(arguments.texts, arguments.count, arguments.seed)
-        tasks: list[Task] = []
-        if arguments.tasks:
-            from compress.measure.accuracy.tasks import find_tasks
-
-            tasks = find_tasks(arguments.tasks.split(","), arguments.data)
-        bench = Bench(arguments.base, rows, arguments.output.resolve(), arguments.environments)
-        bench.prepare()
-        bench.score(tasks)
-    except UserError as error:
-        sys.exit(str(error))
-    bench.time(texts, arguments.rounds)
-    bench.compare()
-
+def write(bench: Bench, tasks: list[Task], texts: list[str], arguments: argparse.Namespace) -> None:
+    """Print the table, and write it, the numbers and the plot where files are named for them."""
     results = list(bench.results.values())
     shown = table(results, [task.name for task in tasks])
     print(shown, end="")
@@ -500,6 +476,39 @@ def main() -> None:
         points = [Point(str(row["name"]), row["ratio"], row["kept"]) for row in found["rows"] if row["ratio"] and row["kept"]]
         panel = Panel("", "texts/s, relative to sentence-transformers fp32", "score kept, %", points)
         write_text_atomic(arguments.plot, figure([[panel]]))
+
+
+def main() -> None:
+    parser = options()
+    arguments = parser.parse_args()
+
+    rows = [*ROWS, *arguments.ours]
+    names = [row.name for row in rows]
+    if len({slug(name) for name in names}) < len(names):
+        parser.error("two rows have the same name")
+    only = arguments.only.split(",") if arguments.only else names
+    if strange := [name for name in only if name not in names]:
+        parser.error(f"--only: no row {strange[0]!r}; there are {', '.join(names)}")
+    if arguments.plot and not arguments.tasks:
+        parser.error("--plot needs --tasks")
+    rows = [row for row in rows if row == REFERENCE or row.name in only]
+
+    try:
+        texts = measure_texts(arguments.texts, arguments.count, arguments.seed)
+        tasks: list[Task] = []
+        if arguments.tasks:
+            from compress.measure.accuracy.tasks import find_tasks
+
+            tasks = find_tasks(arguments.tasks.split(","), arguments.data)
+        bench = Bench(arguments.base, rows, arguments.work.resolve(), arguments.environments)
+        bench.prepare()
+        bench.score(tasks)
+    except UserError as error:
+        sys.exit(str(error))
+    bench.time(texts, arguments.rounds)
+    bench.compare()
+
+    write(bench, tasks, texts, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What dropping blocks, sublayers, heads and channels keeps and how much faster it is, from runs that kept their variants.
+"""Score kept and speedup after dropping blocks, sublayers, heads and channels, from runs that kept their variants.
 
     compress run depth-50.yaml --data FOLDER --tasks STSBenchmark,STS12,SICK-R,BIOSSES,Banking77Classification,SciFact
     ...
@@ -25,12 +25,12 @@ from compress.reports.compare import line_of
 
 
 def in_blocks(shape: ModelShape) -> int:
-    """Return how many parameters the blocks' linear layers have."""
+    """Return the number of parameters of the blocks' linear layers."""
     return sum(info.parameters for info in shape.block_linears.values())
 
 
 def said(record: Record) -> str:
-    """Say what was done, step by step."""
+    """Describe the steps."""
     words = []
     for step in record.steps:
         config = step.config
@@ -46,7 +46,7 @@ def said(record: Record) -> str:
 
 
 def main() -> None:
-    """Measure, print the table, the best first."""
+    """Measure and print the table, best first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--texts", default="mini", help="JSONL file with `text`, or mini")
@@ -83,7 +83,7 @@ def main() -> None:
             f"{record.row('variant').size_bytes / 1e6:.1f} MB",
             f"{100 * record.retained:.2f} %",
             f"{100 * line.low:.2f} to {100 * line.high:.2f}",
-            f"{record.fidelity['cosine_mean']:.4f}",
+            f"{record.fidelity.cosine_mean:.4f}",
             f"{faster:.2f}x",
             *((f"{promised:.2f}x", f"{faster / promised:.2f}") if is_float else ("", "")),
         ]

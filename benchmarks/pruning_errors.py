@@ -1,4 +1,4 @@
-"""What pruning costs each kind of linear layer, before later layers make more or less of it.
+"""Pruning error of each kind of linear layer, before later layers amplify or damp it.
 
     python benchmarks/pruning_errors.py minilm
     python benchmarks/pruning_errors.py random:nvidia/NV-Embed-v2,num_hidden_layers=2,hidden_size=1024,intermediate_size=3584,...
@@ -27,6 +27,7 @@ from compress.methods.prune.magnitude import Magnitude
 from compress.methods.prune.sparsegpt import SparseGPT
 from compress.methods.prune.wanda import Wanda
 from compress.models.architectures import is_block_linear, place_in_block
+from compress.models.folder import ModelFolder
 from compress.models.network.build import load_network
 from compress.models.network.segments import Kind, Parts, Segment, segments_of
 from compress.models.network.walk import Carry, Resident
@@ -48,14 +49,14 @@ def linears_of(parts: Parts) -> dict[str, torch.nn.Linear]:
 
 
 def main() -> None:
-    """Prune copies of every block, print the table."""
+    """Prune copies of every block and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--texts", type=int, default=512, help="calibration texts")
     parser.add_argument("--max-tokens", type=int, default=512)
     arguments = parser.parse_args()
     source = find(arguments.model)
-    network = load_network(source, torch.float32)
+    network = load_network(ModelFolder("", source), torch.float32)
     device = torch.device("cpu")
     shown = CalibrationSource(calibration_texts()[: arguments.texts], None, arguments.max_tokens).batches(
         source.tokenizer, source.spec

@@ -1,4 +1,4 @@
-"""One way of running an embedder, in a process of its own: JSON lines in, JSON lines out.
+"""One way of running an embedder, in its own process: JSON lines in, JSON lines out.
 
 `peers_quantization.py` starts it with the Python of the environment that the peer needs; nobody calls it by hand. It imports
 nothing of ours unless the peer is one of ours, and nothing that the peer does not need, so that the process's memory is the peer's.
@@ -22,7 +22,7 @@ BATCH = 32  # sentence-transformers' own default
 
 
 def cast(base: Path, folder: Path, dtype: str) -> None:
-    """Copy a model with its weights in another dtype, so that the measured process reads no more than it needs."""
+    """Copy a model with its weights in another dtype, so that the measured process reads only what it needs."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -42,7 +42,7 @@ def weights_in(folder: Path) -> list[Path]:
 
 
 class SentenceTransformers:
-    """`SentenceTransformer.encode` as it is by default, in torch; what differs is how the model is made and opened."""
+    """`SentenceTransformer.encode` with its defaults, in torch; subclasses differ in how the model is made and opened."""
 
     def __init__(self, folder: Path, side: dict[str, Any], dtype: str) -> None:
         self.open(folder, model_kwargs={"dtype": dtype})
@@ -65,7 +65,7 @@ class SentenceTransformers:
 
 
 class SentenceTransformersOnnx(SentenceTransformers):
-    """Its ONNX backend with the dynamic int8 that it exports for AVX512-VNNI."""
+    """The ONNX backend of sentence-transformers with its dynamic int8 export for AVX512-VNNI."""
 
     FILE = "onnx/model_qint8_avx512_vnni.onnx"
 
@@ -83,7 +83,7 @@ class SentenceTransformersOnnx(SentenceTransformers):
 
 
 class SentenceTransformersOpenVino(SentenceTransformers):
-    """Its OpenVINO backend, as it exports a model by default or with the static int8 that it exports."""
+    """The OpenVINO backend of sentence-transformers, with its default export or its static int8 export."""
 
     def __init__(self, folder: Path, side: dict[str, Any], static: bool) -> None:
         stem = folder / "openvino" / ("openvino_model_qint8_quantized" if static else "openvino_model")
@@ -108,7 +108,7 @@ class SentenceTransformersOpenVino(SentenceTransformers):
 
 
 class BitsAndBytes(SentenceTransformers):
-    """sentence-transformers with the linear layers in LLM.int8(), as transformers does it by default."""
+    """sentence-transformers with the linear layers in LLM.int8(), with the defaults of transformers."""
 
     def __init__(self, folder: Path, side: dict[str, Any]) -> None:
         self.open(folder)
@@ -124,7 +124,7 @@ class BitsAndBytes(SentenceTransformers):
 
 
 class Loop:
-    """What one writes by hand around a network: a Rust tokenizer, batches sorted by length, pooling in numpy."""
+    """A hand-written pipeline around a network: a Rust tokenizer, batches sorted by length, pooling in numpy."""
 
     def __init__(self, side: dict[str, Any]) -> None:
         from tokenizers import Tokenizer
@@ -163,7 +163,7 @@ class Loop:
 
 
 class OnnxRuntime(Loop):
-    """onnxruntime on torch's own export, in float32 or with `quantize_dynamic` as it is by default."""
+    """onnxruntime on torch's own export, in float32 or with the defaults of `quantize_dynamic`."""
 
     def __init__(self, folder: Path, side: dict[str, Any], dynamic: bool) -> None:
         import onnxruntime
@@ -282,7 +282,7 @@ PEERS = {
 
 
 def process_status(field: str) -> int | None:
-    """Return a number of this process from the kernel; None where it does not tell."""
+    """Return a number about this process from the kernel; None where the kernel does not report it."""
     path = Path("/proc/self/status")
     found = re.search(rf"^{field}:\s+(\d+)", path.read_text(encoding="ascii"), re.M) if path.exists() else None
     return int(found.group(1)) if found else None

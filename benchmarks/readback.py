@@ -1,4 +1,4 @@
-"""Whether other libraries read what `compress export` writes: their hidden states against ours, on the same variant.
+"""Do other libraries read what `compress export` writes? Their hidden states against ours, on the same variant.
 
     python benchmarks/readback.py
     python benchmarks/readback.py --environments FOLDER --readers auto-gptq
@@ -42,6 +42,7 @@ from compress.models.folder import ModelFolder
 from compress.models.opened import empty_model, weights_of
 from compress.models.source import find
 from compress.pipeline.apply import make_variant
+from compress.pipeline.stage import BuildOptions
 from compress.runtimes.loading import load
 from compress.runtimes.torch_runtime import prepare
 
@@ -72,13 +73,13 @@ class Reader:
     environment: str
     requirements: tuple[str, ...]
     packages: tuple[str, ...]
-    """Whose versions are shown."""
+    """Packages whose versions are shown."""
     format: str
     program: str
     """Defines `read(folder, case, ids, texts)`, which returns hidden states or vectors."""
     cases: Mapping[str, Method]
     texts: bool = False
-    """Whether it gives vectors of texts."""
+    """Whether it returns vectors of texts."""
     variables: dict[str, str] = field(default_factory=dict)
 
 
@@ -228,19 +229,12 @@ def write_model(folder: Path) -> None:
 def write_variant(model: Path, folder: Path, step: Method) -> None:
     """Write a variant into `folder/variant`."""
     folder.mkdir()
-    make_variant(
-        find(str(model)),
-        ModelFolder("small", model).shape,
-        [step],
-        "0",
-        folder / "variant",
-        Journal(folder / "journal"),
-        lambda _: None,
-    )
+    shape, options = ModelFolder("small", model).shape, BuildOptions("0", lambda _: None)
+    make_variant(find(str(model)), shape, [step], folder / "variant", Journal(folder / "journal"), options)
 
 
 def hidden_states(variant: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Return what our torch runtime computes in float32, activations left alone: [texts, length, width]."""
+    """Return our torch runtime's hidden states in float32, activations not quantized: [texts, length, width]."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(variant, folder, dirs_exist_ok=True)
         info = VariantInfo.read(variant)
@@ -260,7 +254,7 @@ def lowest_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def run_reader(reader: Reader, python: Path, job: dict[str, Any], work: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Run a reader on its exports: what it says of itself, and by case what it computed; the former has `failed`, by case."""
+    """Run a reader on its exports; return its description, whose `failed` holds errors by case, and its results by case."""
     program, description = work / "reader.py", work / "job.json"
     program.write_text(AROUND.format(program=reader.program), encoding="utf-8")
     description.write_text(json.dumps(job), encoding="utf-8")
@@ -282,7 +276,7 @@ def run_reader(reader: Reader, python: Path, job: dict[str, Any], work: Path) ->
 
 
 def read_back(reader: Reader, python: Path, work: Path, ids: torch.Tensor, texts: Sequence[str]) -> list[tuple[str, float | str]]:
-    """Return, by case, the lowest cosine or what failed; exports lie in `work` afterwards."""
+    """Return, by case, the lowest cosine or what failed; the exports are kept in `work`."""
     place = work / reader.name.replace(", ", "-")
     place.mkdir()
     folders = {case: str(export(work / case, reader.format, place / case.replace(" ", "-"))) for case in reader.cases}
@@ -316,7 +310,7 @@ def read_back(reader: Reader, python: Path, work: Path, ids: torch.Tensor, texts
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_environments_option(parser)
-    parser.add_argument("--readers", default="", help="some of them, by a part of the name, separated by commas")
+    parser.add_argument("--readers", default="", help="parts of the names of the readers to run, separated by commas")
     arguments = parser.parse_args()
     # auto-gptq is built from source where it has no wheel: without CUDA kernels, and with the torch that is there.
     os.environ |= {"BUILD_CUDA_EXT": "0", "PIP_NO_BUILD_ISOLATION": "0"}

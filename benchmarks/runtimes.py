@@ -1,4 +1,4 @@
-"""Variants of one model, each in the runtime that it was made for, against the model in torch.
+"""Variants of one model, each in the runtime for which it was made, against the model in torch.
 
     python benchmarks/runtimes.py results/<run> results/<run> ... --count 320
     python benchmarks/runtimes.py results/<run of a random: model> ... --count 24 --rounds 3 --requests 10

@@ -1,4 +1,4 @@
-"""What a model larger than the memory takes: written with random weights, compressed and run block by block.
+"""Time and memory for a model larger than memory: written with random weights, compressed and run block by block.
 
     python benchmarks/streamed.py                                                # NV-Embed-v2 at full size: 24 GB of disk
     python benchmarks/streamed.py random:nvidia/NV-Embed-v2,num_hidden_layers=2  # a smaller shape
@@ -27,14 +27,14 @@ TOKENS = 64
 
 
 def write(model: str, _: str, __: Path) -> str:
-    """Write the checkpoint, or find it written."""
+    """Write the checkpoint, unless it exists."""
     from compress.models.source import find
 
     return str(find(model).path)
 
 
 def compress(model: str, output: str, recipe: Path) -> str:
-    """Fold and quantize it."""
+    """Fold and quantize the model."""
     from compress.pipeline.run import run
 
     record = run(recipe, model=model, output=output, compress_only=True, device="cpu")
@@ -63,11 +63,11 @@ PARTS: dict[str, Callable[[str, str, Path], str]] = {"write": write, "compress":
 
 def command_of(part: str, model: str, output: str, recipe: Path) -> list[str]:
     """Return the command of a process that does a part."""
-    return [sys.executable, __file__, model, "--output", output, "--recipe", str(recipe), "--part", part]
+    return [sys.executable, __file__, model, "--runs", output, "--recipe", str(recipe), "--part", part]
 
 
 def killed(model: str, output: str, recipe: Path, after: int) -> None:
-    """Start to compress, and kill the process once so many segments are done."""
+    """Start the compression, and kill the process after a number of segments."""
     start, peak = time.perf_counter(), 0
     before = set(Path(output).glob(".*.partial"))
     process = subprocess.Popen(command_of("compress", model, output, recipe), stdout=subprocess.DEVNULL)
@@ -83,11 +83,11 @@ def killed(model: str, output: str, recipe: Path, after: int) -> None:
             )
             return
         time.sleep(0.02)
-    raise SystemExit("it ended before it was killed; --kill-after must be smaller")
+    raise SystemExit("the process ended before it was killed; use a smaller --kill-after")
 
 
 def measured(part: str, model: str, output: str, recipe: Path) -> str:
-    """Run a part in a fresh process, print its time and memory, return its answer."""
+    """Run a part in a fresh process, print its time and memory, and return its output."""
     result = subprocess.run(command_of(part, model, output, recipe), check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(result.stdout.splitlines()[-1])
     size = f", {weight_bytes(Path(found['answer'])) / 1e9:.2f} GB on disk" if Path(found["answer"]).is_dir() else ""
@@ -99,7 +99,7 @@ def main() -> None:
     """Run the parts one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="random:nvidia/NV-Embed-v2")
-    parser.add_argument("--output", default="results")
+    parser.add_argument("--runs", default="results")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--kill-after", type=int, metavar="N", help="kill and continue the compression once N segments are done")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
@@ -107,16 +107,16 @@ def main() -> None:
     if arguments.part:
         start = time.perf_counter()
         with PeakAnonymous() as peak:
-            answer = PARTS[arguments.part](arguments.model, arguments.output, arguments.recipe)
+            answer = PARTS[arguments.part](arguments.model, arguments.runs, arguments.recipe)
         print(json.dumps({"answer": answer, "seconds": time.perf_counter() - start, "peak": peak.bytes}))
         return
-    measured("write", arguments.model, arguments.output, arguments.recipe)
+    measured("write", arguments.model, arguments.runs, arguments.recipe)
     if arguments.kill_after:
-        killed(arguments.model, arguments.output, arguments.recipe, arguments.kill_after)
-    variant = measured("compress", arguments.model, arguments.output, arguments.recipe)
+        killed(arguments.model, arguments.runs, arguments.recipe, arguments.kill_after)
+    variant = measured("compress", arguments.model, arguments.runs, arguments.recipe)
     for name, model in (("as it is", arguments.model), ("compressed", variant)):
         print(f"one text of {TOKENS} tokens, streamed, the model {name}:")
-        measured("encode", model, arguments.output, arguments.recipe)
+        measured("encode", model, arguments.runs, arguments.recipe)
 
 
 if __name__ == "__main__":

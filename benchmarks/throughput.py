@@ -20,7 +20,7 @@ PEER_BATCH = 32
 
 
 class SentenceTransformersPeer:
-    """What a user would otherwise do, behind the little of an Embedder that the measurement calls."""
+    """Plain sentence-transformers, with the part of the Embedder protocol that the measurement calls."""
 
     def __init__(self, model: str) -> None:
         from sentence_transformers import SentenceTransformer

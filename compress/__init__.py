@@ -1,4 +1,4 @@
-"""Makes text embedders smaller and faster, and measures what that cost.
+"""Makes text embedders smaller and faster, and measures what that costs.
 
 >>> import compress
 >>> embedder = compress.load("nano")                         # doctest: +SKIP
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily, because both import torch in the end and `compress --help` should not.
+    # Lazy: both import torch, which `compress --help` must not.
     if name == "load":
         from compress.runtimes.loading import load
 

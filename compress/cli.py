@@ -1,56 +1,91 @@
-"""The verbs of the command line; no logic. What a user can mend ends in clean lines and exit code 2, never in a traceback."""
+"""The commands; no logic. An error that a user can fix ends in two clean lines and exit code 2, never in a traceback."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from compress.common.errors import UserError
 from compress.common.files import write_text_atomic
+from compress.export import FORMATS as EXPORT_FORMATS
+from compress.reports import FORMATS as COMPARE_FORMATS
+from compress.runtimes.contract import RUNTIMES
 
 app = typer.Typer(
-    help="Makes text embedders smaller and faster, and measures what that cost.",
+    help="Make text embedders smaller and faster, and measure what that costs.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/int8.yaml.")]
+
+def accepting(spellings: Mapping[str, str]) -> type[TyperCommand]:
+    """Return a kind of command that also takes old spellings of its options, given with the new ones, and says the new one."""
+
+    class Command(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            end = args.index("--") if "--" in args else len(args)
+            return super().parse_args(ctx, [*(renamed(word, spellings) for word in args[:end]), *args[end:]])
+
+    return Command
+
+
+def renamed(word: str, spellings: Mapping[str, str]) -> str:
+    """Return a word of the command line with an old spelling of an option replaced by the new one, and say so."""
+    name, equals, value = word.partition("=")
+    if name not in spellings:
+        return word
+    print(f"{name} is now {spellings[name]}; the old spelling will be removed in the next release", file=sys.stderr)
+    return f"{spellings[name]}{equals}{value}"
+
+
+RUNS_BEFORE = {"--output": "--runs"}
+TO_BEFORE = {"--output": "--to"}
+EVALUATE_BEFORE = {**TO_BEFORE, "--outputs": "--vector-formats"}
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file, such as recipes/int8.yaml.")]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="M", help="A built-in name, a folder or a hub name; overrides the recipe's."),
+    typer.Option("--model", metavar="M", help="Built-in name, folder or hub name; overrides the recipe."),
 ]
-DeviceOption = Annotated[str | None, typer.Option(metavar="D", help="cpu or cuda; by default the GPU where there is one.")]
+DeviceOption = Annotated[str | None, typer.Option(metavar="D", help="cpu or cuda; defaults to the GPU if there is one.")]
 RuntimeOption = Annotated[
     str | None,
-    typer.Option(metavar="R", help="torch, onnxruntime, openvino or auto; by default what the variant was made for."),
+    typer.Option(metavar="R", help=f"{', '.join(RUNTIMES)} or auto; defaults to the runtime that the variant was made for."),
 ]
-RunsArgument = Annotated[list[Path], typer.Argument(metavar="[FOLDER ...]", help="Runs, or folders of runs; by default results.")]
+RunsArgument = Annotated[list[Path], typer.Argument(metavar="[FOLDER ...]", help="Runs, or folders of runs; defaults to results.")]
 RESULTS = [Path("results")]
-OutputOption = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the runs.")]
+RunsOption = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder in which runs are kept.")]
+DataOption = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Folder with the tasks' data; defaults to downloading it from the hub.")
+]
+DtypeOption = Annotated[str | None, typer.Option(metavar="T", help="float32, float16 or bfloat16.")]
+StreamOption = Annotated[bool, typer.Option("--stream", help="Read the model block by block, so that it need not fit in memory.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, folder, run or hub name.")]
 
 
-@app.command()
+@app.command(cls=accepting(RUNS_BEFORE))
 def run(
     recipe: RecipeArgument,
     model: ModelOption = None,
-    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Local data of the tasks; without it, the hub.")] = None,
-    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Task names, or mini; overrides the recipe's.")] = None,
-    texts: Annotated[str | None, typer.Option(metavar="FILE", help="Texts to measure speed and fidelity on.")] = None,
-    output: OutputOption = Path("results"),
+    data: DataOption = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Task names, or mini; overrides the recipe.")] = None,
+    texts: Annotated[str | None, typer.Option(metavar="FILE", help="Texts to measure on; overrides the recipe.")] = None,
+    runs: RunsOption = Path("results"),
     device: DeviceOption = None,
-    compress_only: Annotated[bool, typer.Option("--compress-only", help="Make the variant and measure nothing.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier run of the same name.")] = False,
+    compress_only: Annotated[bool, typer.Option("--compress-only", help="Make the variant, measure nothing.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard an earlier run of the same name and start over.")] = False,
 ) -> None:
-    """Compress a model by a recipe and measure what that cost. A run that was stopped is continued."""
+    """Compress a model by a recipe and measure what that costs. A run that was stopped continues."""
     from compress.pipeline.recipe_file import read_recipe
 
     checked = read_recipe(recipe)  # before anything heavy is imported
@@ -65,37 +100,37 @@ def run(
             data=data,
             tasks=names,
             texts=texts,
-            output=output,
+            output=runs,
             device=device,
             fresh=fresh,
             compress_only=compress_only,
         )
     print_record(record)
-    print(f"record: {output / record.run}")
+    print(f"record: {runs / record.run}")
     if not all(gate.kept for gate in record.gates):
         raise typer.Exit(1)
 
 
-@app.command()
-def plan(recipe: RecipeArgument, model: ModelOption = None, output: OutputOption = Path("results")) -> None:
-    """Say what a recipe would do to a model: sizes, memory, time, and what does not fit. Loads no weight."""
+@app.command(cls=accepting(RUNS_BEFORE))
+def plan(recipe: RecipeArgument, model: ModelOption = None, runs: RunsOption = Path("results")) -> None:
+    """Show what a recipe would do to a model: sizes, memory, time, and what does not fit. Loads no weights."""
     from compress.models.source import find_shape
     from compress.pipeline.plan import describe, make_plan
     from compress.pipeline.recipe_file import read_recipe
 
     checked = read_recipe(recipe)
-    print(describe(make_plan(checked, find_shape(model or checked.model), output)))
+    print(describe(make_plan(checked, find_shape(model or checked.model), runs)))
 
 
-@app.command()
+@app.command(cls=accepting(TO_BEFORE))
 def encode(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A built-in name, a folder, a run or a hub name.")],
-    texts: Annotated[Path, typer.Argument(metavar="TEXTS", help="Texts, one a line, or JSON lines with `text`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the vectors go: float32 .npy.")],
-    prompt: Annotated[str | None, typer.Option(metavar="P", help="Put before every text.")] = None,
+    model: ModelArgument,
+    texts: Annotated[Path, typer.Argument(metavar="TEXTS", help="Texts, one per line, or JSON lines with a `text` key.")],
+    to: Annotated[Path, typer.Option("--to", "-o", metavar="FILE", help="File for the vectors: float32, .npy.")],
+    prompt: Annotated[str | None, typer.Option(metavar="P", help="Prompt that is put before every text.")] = None,
     runtime: RuntimeOption = None,
     device: DeviceOption = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Read the model block by block; it need not fit in memory.")] = False,
+    stream: StreamOption = False,
 ) -> None:
     """Embed texts."""
     from compress.data.texts import read_texts
@@ -106,54 +141,52 @@ def encode(
         from compress.runtimes.loading import load
 
         vectors = load(model, runtime=runtime, device=device, stream=stream).encode(lines, prompt)
-        save_array(output, vectors)
-    print(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]} dimensions")
+        save_array(to, vectors)
+    print(f"{to}: {vectors.shape[0]} vectors of {vectors.shape[1]} dimensions")
 
 
-@app.command()
+@app.command(cls=accepting(EVALUATE_BEFORE))
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A built-in name, a folder, a run or a hub name.")],
-    tasks: Annotated[str, typer.Option(metavar="A,B", help="Task or benchmark names, mini, lite.")] = "mini",
-    against: Annotated[str | None, typer.Option(metavar="OTHER", help="Another model, to be compared with in pairs.")] = None,
-    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Local data of the tasks; without it, the hub.")] = None,
-    margin: Annotated[float, typer.Option(metavar="SHARE", help="Loss that is accepted, of the other's score.")] = 0.01,
-    outputs: Annotated[str, typer.Option(metavar="A,B", help="Ways to store vectors: int8, pca-192, binary+rescore, ...")] = "",
-    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts that these are fitted on.")] = None,
-    lengths: Annotated[bool, typer.Option("--lengths", help="Split retrieval scores by the documents' lengths.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="For the results in mteb's format.")
-    ] = None,
+    model: ModelArgument,
+    tasks: Annotated[str, typer.Option(metavar="A,B", help="Names of tasks or benchmarks, mini or lite.")] = "mini",
+    against: Annotated[str | None, typer.Option(metavar="OTHER", help="Another model to compare with, in pairs.")] = None,
+    data: DataOption = None,
+    margin: Annotated[float, typer.Option(metavar="SHARE", help="Accepted loss, as a share of the other model's score.")] = 0.01,
+    vector_formats: Annotated[
+        str, typer.Option(metavar="A,B", help="Also score vectors stored as these: int8, pca-192, binary+rescore, ...")
+    ] = "",
+    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts that vector formats are fitted on.")] = None,
+    lengths: Annotated[bool, typer.Option("--lengths", help="Split retrieval scores by document length.")] = False,
+    to: Annotated[Path | None, typer.Option("--to", "-o", metavar="FOLDER", help="Folder for results in mteb's format.")] = None,
     runtime: RuntimeOption = None,
     device: DeviceOption = None,
-    dtype: Annotated[str | None, typer.Option(metavar="T", help="float32, float16 or bfloat16.")] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Read the model block by block; it need not fit in memory.")] = False,
+    dtype: DtypeOption = None,
+    stream: StreamOption = False,
 ) -> None:
-    """Score a model on tasks, alone or against another. With --against, a regression is exit code 1."""
+    """Score a model on tasks, alone or against another model. With --against, a regression exits with code 1."""
     with stoppable():
         from compress.common.files import write_text_atomic
+        from compress.measure.evaluate import EvaluationOptions
         from compress.measure.evaluate import evaluate as evaluate_model
         from compress.reports.terminal import print_evaluation
 
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         told = partial(print, file=sys.stderr, flush=True)
-        found = evaluate_model(
-            model,
-            names,
-            against=against,
+        options = EvaluationOptions(
             data=data,
             runtime=runtime,
             device=device,
             dtype=dtype,
             stream=stream,
             margin=margin,
-            outputs=[name.strip() for name in outputs.split(",") if name.strip()],
+            vector_formats=[name.strip() for name in vector_formats.split(",") if name.strip()],
             calibration=calibration,
             lengths=lengths,
-            say=told,
         )
-        if output is not None:
+        found = evaluate_model(model, names, options, against=against, say=told)
+        if to is not None:
             for task, result in found.mteb.items():
-                write_text_atomic(output / f"{task}.json", json.dumps(result, indent=1) + "\n")
+                write_text_atomic(to / f"{task}.json", json.dumps(result, indent=1) + "\n")
     print_evaluation(found)
     if found.overall is not None and found.overall.verdict == "regressed":
         raise typer.Exit(1)
@@ -161,12 +194,12 @@ def evaluate(
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a run or a hub name.")],
+    model: ModelArgument,
     device: DeviceOption = None,
-    dtype: Annotated[str | None, typer.Option(metavar="T", help="float32, float16 or bfloat16.")] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Read the model block by block; it need not fit in memory.")] = False,
+    dtype: DtypeOption = None,
+    stream: StreamOption = False,
 ) -> None:
-    """Run the example of a model's card and compare with the scores that the card prints; exit code 1 where they differ."""
+    """Run the example from a model's card and compare the scores with the printed ones. Exits with code 1 if they differ."""
     with stoppable():
         from compress.measure.verify import describe
         from compress.measure.verify import verify as verify_model
@@ -178,6 +211,56 @@ def verify(
 
 
 @app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a run, an export, a hub name or an endpoint's address.")],
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference", metavar="R", help="As MODEL; by default sentence-transformers, or what a variant is made from."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="P", help="A prompt's name, or its text; by default each side's own.")
+    ] = None,
+    at_least: Annotated[float | None, typer.Option(metavar="C", help="Lowest cosine of vectors that are the same.")] = None,
+    python: Annotated[Path | None, typer.Option(metavar="FILE", help="Interpreter that has sentence-transformers.")] = None,
+    key: Annotated[
+        str | None, typer.Option("--api-key-env", metavar="NAME", help="Environment variable with the endpoints' API key.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds for each request to an endpoint.")] = 60.0,
+    runtime: RuntimeOption = None,
+    device: DeviceOption = None,
+    dtype: Annotated[str | None, typer.Option(metavar="T", help="float32, float16 or bfloat16; by default float32.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Read the model block by block; it need not fit in memory.")] = False,
+    to: Annotated[Path | None, typer.Option("--to", "-o", metavar="FILE", help="The diagnosis as JSON.")] = None,
+) -> None:
+    """Compare a model's vectors with those it should give, and name the cause where they differ: exit code 1; 2: not comparable."""
+    with stoppable():
+        from compress.measure.doctor.diagnose import Options, diagnose
+        from compress.measure.doctor.report import describe
+
+        options = Options(
+            reference=reference,
+            prompt=prompt,
+            python=python,
+            key_variable=key,
+            timeout=timeout,
+            at_least=at_least,
+            device=device,
+            dtype=dtype,
+            runtime=runtime,
+            stream=stream,
+            say=partial(print, file=sys.stderr, flush=True),
+        )
+        found = diagnose(model, options)
+    if to is not None:
+        write_text_atomic(to, found.model_dump_json(indent=1) + "\n")
+    print(describe(found))
+    if not found.same:
+        raise typer.Exit(1)
+
+
+@app.command(cls=accepting(TO_BEFORE))
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that kept its variant, or of a variant.")],
     format: Annotated[
@@ -185,21 +268,22 @@ def export(
         typer.Option(
             "--format",
             metavar="F",
-            help="transformers, sentence-transformers, onnx, openvino, compressed-tensors, gptq, gguf, nv-embed.",
+            help=f"{', '.join(EXPORT_FORMATS)}.",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to be written.")],
+    to: Annotated[Path, typer.Option("--to", "-o", metavar="FOLDER", help="Folder for the export.")],
     licence: Annotated[
-        str | None, typer.Option("--licence", metavar="L", help="Of the model, where its own files name none: mit, apache-2.0, ...")
+        str | None,
+        typer.Option("--licence", metavar="L", help="The model's licence, if its files name none: mit, apache-2.0, ..."),
     ] = None,
     python: Annotated[
         Path | None,
-        typer.Option("--python", metavar="FILE", help="Interpreter that has the library; by default this one."),
+        typer.Option("--python", metavar="FILE", help="Python interpreter that has the library installed; defaults to this one."),
     ] = None,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Read it back with the library and compare vectors.")] = True,
-    push: Annotated[str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload it to the hub, too.")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Load the export with the library and compare vectors.")] = True,
+    push: Annotated[str | None, typer.Option("--push", metavar="OWNER/NAME", help="Also upload the export to the hub.")] = None,
 ) -> None:
-    """Write a variant in the layout of another library, and let that read it back."""
+    """Write a variant in the layout of another library, and check that the library reads it."""
     with stoppable():
         from compress.export import export as export_variant
         from compress.export import licence_of
@@ -212,17 +296,17 @@ def export(
         if licence is None and licence_of(run) is None:
             licence = _asked_licence(run)
         say = partial(print, file=sys.stderr, flush=True)
-        written = export_variant(run, format, output, say, licence=licence, python=python, check=check)
+        written = export_variant(run, format, to, say, licence=licence, python=python, check=check)
         print(written)
         if push is not None:
             print(push_export(written, push))
 
 
 def _asked_licence(run: Path) -> str:
-    """Ask for the licence that no file names; where nobody can answer, say how it is given."""
-    why = "the files of its model name no licence, and what holds for the model holds for the export"
+    """Ask for the licence that no file names; without a terminal, say which option gives it."""
+    why = "the model's files name no licence, and the export is under the model's licence"
     if not sys.stdin.isatty():
-        raise UserError(f"{run}: {why}", "name it: --licence mit; --licence unknown where it is not to be found out")
+        raise UserError(f"{run}: {why}", "give it with --licence mit, or --licence unknown if it cannot be found out")
     answer: str = typer.prompt(f"{run}: {why}. Its licence")
     return answer
 
@@ -230,9 +314,9 @@ def _asked_licence(run: Path) -> str:
 @app.command()
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")],
-    to: Annotated[Path, typer.Option("--to", "-o", metavar="FOLDER", help="Folder to be written.")],
+    to: Annotated[Path, typer.Option("--to", "-o", metavar="FOLDER", help="The folder to write.")],
 ) -> None:
-    """Write a model whose weights are pickles as safetensors; what holds anything but tensors is refused."""
+    """Convert a model's pickled weights to safetensors. A pickle that holds anything except tensors is refused."""
     from compress.models.convert import convert as convert_weights
 
     with stoppable():
@@ -240,31 +324,31 @@ def convert(
     print("\n".join(map(str, written)))
 
 
-@app.command()
+@app.command(cls=accepting(TO_BEFORE))
 def compare(
     runs: RunsArgument = RESULTS,
-    format: Annotated[str, typer.Option("--format", metavar="F", help="table, markdown, svg, csv or json.")] = "table",
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Written there, not printed.")] = None,
+    format: Annotated[str, typer.Option("--format", metavar="F", help=f"{', '.join(COMPARE_FORMATS)}.")] = "table",
+    to: Annotated[Path | None, typer.Option("--to", "-o", metavar="FILE", help="Write to this file instead of printing.")] = None,
 ) -> None:
-    """Show runs side by side, those apart that are not comparable; no other run beats those that are marked."""
-    from compress.reports.compare import compare as compare_runs
+    """Compare runs, one table per comparable set; * marks runs that no other run beats."""
+    from compress.reports.compare import compare_runs
     from compress.reports.formats import written
 
     text = written(compare_runs(runs), format)
-    if output is None:
+    if to is None:
         print(text, end="")
     else:
-        write_text_atomic(output, text)
+        write_text_atomic(to, text)
 
 
-@app.command()
+@app.command(cls=accepting(TO_BEFORE))
 def dashboard(
     runs: RunsArgument = RESULTS,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
-    serve: Annotated[bool, typer.Option("--serve", help="Serve the page here and load it again when a record changes.")] = False,
-    port: Annotated[int, typer.Option(metavar="N", help="Of --serve; 0: any that is free.")] = 8765,
+    to: Annotated[Path, typer.Option("--to", "-o", metavar="FILE", help="File for the page.")] = Path("report.html"),
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the page; it reloads when a record changes.")] = False,
+    port: Annotated[int, typer.Option(metavar="N", help="Port for --serve; 0 picks a free one.")] = 8765,
 ) -> None:
-    """Write one page with every run: charts, tables, whole records; it needs no network and no other file."""
+    """Write one page with every run: charts, tables and full records. It needs no network and no other file."""
     from compress.reports.dashboard import render
     from compress.reports.dashboard import serve as serve_page
 
@@ -272,8 +356,8 @@ def dashboard(
         with suppress(KeyboardInterrupt):
             serve_page(runs, port, say=partial(print, file=sys.stderr, flush=True))
         return
-    write_text_atomic(output, render(runs))
-    print(output)
+    write_text_atomic(to, render(runs))
+    print(to)
 
 
 @app.command()
@@ -286,11 +370,11 @@ def schema() -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Answer Ctrl-C in our words; typer would end the process without any."""
+    """Turn Ctrl-C into a message; typer would end the process without one."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise UserError("stopped", "what a run had finished is kept; the same command continues it") from error
+        raise UserError("stopped", "finished parts of the run are kept; the same command continues it") from error
 
 
 def main() -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 import compress
+from compress import cli
 
 RECIPE = """
 description: for tests
@@ -38,7 +40,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_run_prints_and_records(recipe: Path, bert: Path, tmp_path: Path) -> None:
     recipe.write_text(MEASURED)
-    result = call("run", recipe, "--model", bert, "--output", tmp_path / "out", cwd=tmp_path)
+    result = call("run", recipe, "--model", bert, "--runs", tmp_path / "out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for wanted in ("MiniSTS", "cosine_spearman", "int8 x dynamic_per_token", "vs float32", "verdict:", "record: "):
         assert wanted in result.stdout
@@ -69,7 +71,7 @@ def test_a_missed_gate_is_exit_code_1(recipe: Path, bert: Path, tmp_path: Path) 
         (RECIPE, ["--model", "PICKLE"], "only pickled weights"),
         (RECIPE, ["--tasks", "STSBenchmrk"], "unknown task 'STSBenchmrk'"),
         (RECIPE, ["--data", "BROKEN", "--tasks", "STSBenchmark"], "test.jsonl, line 2: not JSON"),
-        (RECIPE, ["--output", "quick.yaml/results"], "cannot be written"),
+        (RECIPE, ["--runs", "quick.yaml/results"], "cannot be written"),
         (RECIPE, ["--device", "cuda"], "sees no GPU"),
     ],
 )
@@ -127,7 +129,56 @@ def test_plan_describes_a_model_without_its_files(tmp_path: Path, recipe: Path) 
     result = call("plan", recipe, "--model", "nvidia/NV-Embed-v2", cwd=tmp_path)
     assert result.returncode == 0
     assert "7,851.0 M parameters" in result.stdout
-    assert "latent head folded, 505.4 M parameters fewer" in result.stdout
+    assert "latent-attention head folded, 505.4 M fewer parameters" in result.stdout
     assert "224 linear layers, 6,979.3 M weights to int8" in result.stdout
     assert "15.70 GB in half precision -> 7.72 GB" in result.stdout
     assert not (tmp_path / "results").exists()
+
+
+COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+def parsed(verb: str, *words: str) -> dict[str, object]:
+    """What a command would be called with."""
+    parameters: dict[str, object] = COMMANDS[verb].make_context(verb, list(words)).params
+    return parameters
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "old", "new"),
+    [
+        ("run", ["recipe.yaml"], "--output", "--runs"),
+        ("plan", ["recipe.yaml"], "--output", "--runs"),
+        ("encode", ["nano", "texts.txt"], "--output", "--to"),
+        ("evaluate", ["nano"], "--output", "--to"),
+        ("evaluate", ["nano"], "--outputs", "--vector-formats"),
+        ("export", ["run", "--format", "onnx"], "--output", "--to"),
+        ("compare", ["results"], "--output", "--to"),
+        ("dashboard", ["results"], "--output", "--to"),
+    ],
+)
+def test_an_old_spelling_means_the_new_one_and_says_so(
+    capsys: pytest.CaptureFixture[str], verb: str, words: list[str], old: str, new: str
+) -> None:
+    wanted = parsed(verb, *words, new, "place")
+    assert capsys.readouterr().err == ""
+    assert "place" in map(str, wanted.values())
+    for given in ([old, "place"], [f"{old}=place"]):
+        assert parsed(verb, *words, *given) == wanted
+        assert capsys.readouterr().err == f"{old} is now {new}; the old spelling will be removed in the next release\n"
+    shown = COMMANDS[verb].get_help(COMMANDS[verb].make_context(verb, words, resilient_parsing=True))
+    assert new in shown
+    assert old not in shown.split()
+
+
+def test_what_follows_two_dashes_is_no_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed("compare", "--", "--output")["runs"] == [Path("--output")]
+    assert capsys.readouterr().err == ""
+
+
+def test_an_old_spelling_runs(tmp_path: Path) -> None:
+    results = Path(__file__).parents[1] / "results"
+    result = call("compare", results, "--format", "json", "--output", tmp_path / "all.json", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert (tmp_path / "all.json").exists()

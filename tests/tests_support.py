@@ -6,8 +6,11 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import compress
 from compress.calibration.texts import CalibrationSource
 from compress.common.journal import Journal
 from compress.data.texts import calibration_texts
@@ -16,13 +19,16 @@ from compress.methods.base import Method
 from compress.models.folder import ModelFolder
 from compress.models.network.segments import segments_of
 from compress.models.network.walk import Resident
+from compress.models.opened import empty_model, weights_of
 from compress.models.source import find
 from compress.models.text.spec import EmbedderSpec
 from compress.models.text.tokens import TextTokenizer
 from compress.pipeline.apply import make_variant
+from compress.pipeline.stage import BuildOptions
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = Path(__file__).parent / "models" / "golden"
+TEXTS = ["the parcel never came", "rain by the evening, they said", "who wrote it", "x", ""]
 
 
 def golden_weights(seed: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -67,4 +73,42 @@ def compress_to(folder: Path, target: Path, *steps: Method, count: int = 24, max
     """Write the variant of a model's folder, calibrated on some of the embedded texts."""
     texts = CalibrationSource(calibration_texts()[:count], None, max_tokens)
     journal = Journal(target.with_name(f"{target.name}-journal"))
-    make_variant(find(str(folder)), folder_of(folder).shape, steps, "0", target, journal, lambda _: None, texts)
+    options = BuildOptions("0", lambda _: None, calibration=texts)
+    make_variant(find(str(folder)), folder_of(folder).shape, steps, target, journal, options)
+
+
+def network_of(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The network of a variant, with its weights."""
+    network = empty_model(folder_of(folder))
+    weights_of(folder_of(folder), network).fill(network, dtype=dtype)
+    return network
+
+
+def encoded(folder: Path, texts: list[str] = TEXTS, **how: object) -> np.ndarray:
+    """The vectors of texts by a model's folder."""
+    return compress.load(str(folder), device="cpu", **how).encode(texts)  # type: ignore[arg-type]
+
+
+def half_exact(folder: Path) -> Path:
+    """A copy of a model whose weights float16 holds exactly, so that storing a variant rounds nothing."""
+    for path in folder.glob("*.safetensors"):
+        save_file({name: tensor.half().float() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    return folder
+
+
+def estimated_shapes(folder: Path, *steps: Method) -> dict[str, tuple[int, ...]]:
+    """The tensors that a variant should have, by the steps' estimates."""
+    shape = folder_of(folder).shape
+    for step in steps:
+        shape = step.estimate(shape).after
+    return {name: info.shape for name, info in shape.tensors.items()}
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors that a variant has."""
+    return {name: info.shape for name, info in folder_of(folder).headers.items()}
+
+
+def same_names(a: dict[str, tuple[int, ...]], b: dict[str, tuple[int, ...]]) -> bool:
+    """Whether the tensors are the same, but for what stands before a network's names in a checkpoint."""
+    return sorted((name.removeprefix("model."), shape) for name, shape in a.items()) == sorted(b.items())

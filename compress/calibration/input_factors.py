@@ -1,4 +1,4 @@
-"""Factors moved out of what makes an input and into the layers that read it."""
+"""Scaling factors moved from an input into the layers that read it, as AWQ and SmoothQuant need it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from compress.models.network.segments import Parts
 
 
 def scale_inputs(parts: Parts, inputs: Inputs, layers: Sequence[nn.Linear], factor: torch.Tensor) -> torch.Tensor | None:
-    """Divide the common input of some layers by a factor and multiply their weights' columns by it, which changes nothing.
+    """Divide the common input of some layers by a factor and multiply their weights' columns by it, so that nothing changes.
 
-    Done where the division can be put into what makes the input: a norm's weight and bias, or the rows of a linear layer. Whether
-    it can is found out by doing it and running the segment on a few texts: an input that something else reads too, or that has
-    passed an activation function, changes what the segment answers. So no architecture is written down here.
+    The division goes into the module that makes the input: a norm's weight and bias, or the rows of a linear layer. Which module
+    that is, if any, is found by trying each and running the segment on a few texts: if something else reads the input too, or if it
+    passes an activation function, the segment's output changes. So no architecture is written down here.
 
     Args:
-        parts: the segment's modules; changed.
-        inputs: the texts.
-        layers: linear layers of the segment that are given one and the same input.
-        factor: float32 [in], positive.
+        parts: the segment's modules; they are changed.
+        inputs: the calibration texts at this segment.
+        layers: linear layers of the segment that share one input.
+        factor: the factor, positive, float32 [in].
 
     Returns:
-        None where it was done. The factor where it was not, and nothing is changed: the layers' input has then to be divided by it
-        while they run, and their columns to be multiplied.
+        None if it was done. Otherwise the factor, and nothing is changed: the layers then have to divide their input by it when
+        they run, and their columns have to be multiplied by it.
     """
     expected = inputs.sample(parts).float()
     makers: list[Any] = [module for part in parts.values() for module in part.modules() if _may_make(module, layers)]
@@ -37,7 +37,7 @@ def scale_inputs(parts: Parts, inputs: Inputs, layers: Sequence[nn.Linear], fact
         columns = [(layer, layer.weight.data) for layer in layers]
         for tensor, old in before:
             tensor.copy_(old / (factor[:, None] if tensor.dim() == 2 else factor).to(old.dtype))
-        # What the maker's dtype has made of the factor, which is what the columns must make up for.
+        # The factor after rounding to the maker's dtype, which is what the columns have to make up for.
         kept = before[0][1].float() / before[0][0].float()
         kept = torch.where(kept.isfinite(), kept, factor[:, None] if kept.dim() == 2 else factor)
         _scale_columns(columns, kept.mean(dim=1) if kept.dim() == 2 else kept)
@@ -51,13 +51,13 @@ def scale_inputs(parts: Parts, inputs: Inputs, layers: Sequence[nn.Linear], fact
 
 
 def _scale_columns(columns: Sequence[tuple[nn.Linear, torch.Tensor]], factor: torch.Tensor) -> None:
-    """Multiply columns by a factor, in float32; the weights keep their dtype."""
+    """Multiply the columns of weights by a factor in float32; the weights keep their dtype."""
     for layer, weight in columns:
         layer.weight.data = (weight.float() * factor).to(weight.dtype)
 
 
 def _may_make(module: nn.Module, layers: Sequence[nn.Linear]) -> bool:
-    """Whether a module's output could be the input of layers, by its sizes."""
+    """Whether a module's output could be the input of the layers, judging by its sizes."""
     if any(module is layer for layer in layers):
         return False
     width = layers[0].in_features
@@ -68,5 +68,5 @@ def _may_make(module: nn.Module, layers: Sequence[nn.Linear]) -> bool:
 
 
 def _tolerance(expected: torch.Tensor, dtype: torch.dtype) -> float:
-    """What rounding alone may change."""
+    """Return the largest difference that rounding alone can make."""
     return float(expected.abs().max()) * max(32 * torch.finfo(dtype).eps, 1e-4)

@@ -1,6 +1,6 @@
-"""The inputs of a segment's linear layers, token by token.
+"""The inputs of a segment's linear layers on the calibration texts, token by token.
 
-Padding never enters a statistic: rows are taken by the batch's mask before anything else sees them.
+Padding never enters a statistic: padded rows are removed by the batch's mask before anything else sees them.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from compress.models.network.segments import Kind, Parts, Segment, replaced
 from compress.models.network.walk import Carry
 
 See = Callable[[str, torch.Tensor, torch.Tensor], None]
-"""Told the layer that leads those with one input, its rows, float [n, in], and what each of them counts, float32 [n]."""
+"""Called with the first of the layers that share an input, the input's rows, float [n, in], and the weight of each, float32 [n]."""
 
 
 class Inputs:
     """The calibration texts as they arrive at a segment."""
 
     def __init__(self, carry: Carry, texts: CalibrationTexts, index: int, segment: Segment) -> None:
-        """Take the texts where the walk has them."""
+        """`carry`: hidden states of the texts where the walk is; `index`: the segment's number."""
         self._carry, self._texts, self._index, self._segment = carry, texts, index, segment
 
     def see(
-        self, parts: Parts, layers: Mapping[str, nn.Module], told: See, *, pooled_only: bool = False
+        self, parts: Parts, layers: Mapping[str, nn.Module], receive: See, *, pooled_only: bool = False
     ) -> dict[str, tuple[str, ...]]:
-        """Run the segment on all texts and tell what its layers are given.
+        """Run the segment on all texts and pass on the inputs of its layers.
 
         Args:
             parts: the segment's modules.
-            layers: modules inside of them, by name. Those that are given one and the same tensor are told once, as the first.
-            told: called for each batch and each such group.
-            pooled_only: tokens count as much as in their text's mean: those that are pooled 1 / their number, others nothing.
+            layers: modules inside of them, by name. Layers that get the same tensor form a group, which is named after the first.
+            receive: called for each batch and each group.
+            pooled_only: weigh tokens as in their text's mean: a pooled token counts 1 / their number, others count nothing.
 
         Returns:
-            The layers of each group, by the one that leads it.
+            The layers of each group, by its first layer.
 
         Raises:
-            ValueError: a layer is never called, or given something that is not finite.
+            ValueError: a layer is never called, or its input is not finite.
         """
         groups: dict[str, list[str]] = {}
         for batch in range(len(self._texts.batches)):
@@ -62,28 +62,28 @@ class Inputs:
                 rows, counts = self._rows(caught[leader], batch, pooled_only)
                 if not torch.isfinite(rows).all():
                     raise ValueError(f"the input of {leader} on the calibration texts holds NaN or infinity")
-                told(leader, rows, counts)
+                receive(leader, rows, counts)
         return {leader: tuple(names) for leader, names in groups.items()}
 
     def gather(
         self, parts: Parts, layers: Mapping[str, nn.Module], make: Callable[[int, torch.device], S], *, pooled_only: bool = False
     ) -> tuple[dict[str, tuple[str, ...]], dict[str, S]]:
-        """Gather a statistic of each input: `make` it from the input's width and device; see `see` for the rest.
+        """Gather a statistic of each input. `make` makes it from the input's width and device; see `see` for the other arguments.
 
         Returns:
-            The layers of each group, and each group's statistic, both by the layer that leads it.
+            The layers of each group, and each group's statistic, both by the group's first layer.
         """
         found: dict[str, S] = {}
 
-        def told(leader: str, rows: torch.Tensor, counts: torch.Tensor) -> None:
+        def add(leader: str, rows: torch.Tensor, counts: torch.Tensor) -> None:
             if leader not in found:
                 found[leader] = make(rows.shape[1], rows.device)
             found[leader].add(rows, counts)
 
-        return self.see(parts, layers, told, pooled_only=pooled_only), found
+        return self.see(parts, layers, add, pooled_only=pooled_only), found
 
     def sample(self, parts: Parts) -> torch.Tensor:
-        """Return what the segment answers for the batch of the shortest texts: hidden states, or vectors where it is the head."""
+        """Return the segment's output for the batch of the shortest texts: hidden states, or vectors if it is the head."""
         return self._run(parts, len(self._texts.batches) - 1)
 
     def _run(self, parts: Parts, batch: int) -> torch.Tensor:
@@ -98,7 +98,7 @@ class Inputs:
         return vectors
 
     def _rows(self, given: torch.Tensor, batch: int, pooled_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rows of unmasked tokens [n, in] and their weights [n]; the head's inputs have no others."""
+        """Return the rows of unmasked tokens [n, in] and their weights [n]. Inputs of the head are such rows already."""
         if given.dim() == 2:
             return given, torch.ones(len(given), device=given.device)
         mask = torch.from_numpy(self._texts.batches[batch][1]).to(given.device)
@@ -113,7 +113,7 @@ class Inputs:
 
 
 class _AllSeen(Exception):
-    """Every layer has its input: the rest of the segment need not run, a block's last and widest product above all."""
+    """Raised when every layer has its input, to skip the rest of the segment, above all a block's last and widest product."""
 
 
 def _keeping(caught: dict[str, torch.Tensor], name: str, count: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -126,7 +126,7 @@ def _keeping(caught: dict[str, torch.Tensor], name: str, count: int) -> Callable
 
 
 def _grouped(caught: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
-    """Put layers together that were given the same tensor; all of these are alive, so that no two share a place in memory."""
+    """Group layers that got the same tensor. All these tensors are alive, so no two share an address."""
     leaders: dict[Any, str] = {}
     groups: dict[str, list[str]] = {}
     for name, given in caught.items():

@@ -1,7 +1,7 @@
-"""A model looked at whole before anything of it is changed: what becomes of texts where parts of it are left out.
+"""How sensitive a model is to each of its parts: what happens to texts if blocks or sublayers are left out.
 
-Streamed like everything else. What several cases have in common up to a block is computed once: each block is read once, and run
-once for every different history that arrives at it.
+The model is streamed, and what several cases have in common is computed once: each block is read once, and run once for every
+different set of parts left out before it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from compress.models.network.surgery import signature, without
 from compress.models.network.walk import Streamed
 from compress.models.opened import OpenModel
 
-Part = tuple[int, Literal["block"] | Sublayer]
+BlockPart = tuple[int, Literal["block"] | Sublayer]
 """A block by its number, or one of its sublayers."""
-Left = frozenset[Part]
+Left = frozenset[BlockPart]
 """Parts that are left out together."""
 
-# Tokens of which hidden states are kept behind every block, spread over the texts.
+# Number of tokens whose hidden states are kept after every block, spread evenly over the texts.
 SAMPLED_TOKENS = 1_024
 
 
 class Survey:
-    """A model and texts to run through it."""
+    """A model and the texts to run through it."""
 
     def __init__(self, model: OpenModel, texts: Callable[[], CalibrationTexts], device: torch.device, dtype: torch.dtype) -> None:
-        """Take a model whose buffers are on `device`; `texts` makes its batches, `dtype` is what is computed in."""
+        """`model`: its buffers are on `device`; `texts`: makes the batches; `dtype`: the dtype to compute in."""
         self.model = model
         self._make_texts = texts
         self.device = device
@@ -52,13 +52,17 @@ class Survey:
 
     @property
     def droppable(self) -> list[int]:
-        """Blocks that have the same tensors as the last, so that others of them can stand in their place."""
+        """Numbers of the blocks with the same tensors as the last one, so that one can take the place of another."""
         blocks = blocks_of(self.model.network)[1]
         return [number for number, block in enumerate(blocks) if signature(block) == signature(blocks[-1])]
 
     @torch.no_grad()
     def vectors(self, cases: Sequence[Left]) -> list[torch.Tensor]:
-        """Embed all texts with parts left out: for each case float32 [texts, dimension], texts in the order of the batches."""
+        """Embed all texts with parts left out.
+
+        Returns:
+            For each case the vectors, float32 [texts, dimension], in the order of the batches.
+        """
 
         def wanted(number: int) -> set[Left]:
             return {frozenset(part for part in case if part[0] <= number) for case in cases}
@@ -70,17 +74,22 @@ class Survey:
         return [torch.cat([last(hidden, batch) for batch, hidden in enumerate(found[case])]) for case in cases]
 
     @torch.no_grad()
-    def influence(self, parts: Sequence[Part]) -> list[float]:
-        """Return of each part 1 - cosine between what its block gives with and without it, mean over tokens (Men et al. 2024)."""
+    def influence(self, parts: Sequence[BlockPart]) -> list[float]:
+        """Return the influence of each part: mean over tokens of 1 - cosine of its block's outputs with and without it.
+
+        For whole blocks this is the block influence of ShortGPT (Men et al. 2024, arXiv 2403.03853, equation 1): without the block
+        its output is its input.
+        """
         nothing: Left = frozenset()
 
         def wanted(number: int) -> set[Left]:
             return {nothing, *(frozenset([part]) for part in parts if part[0] == number)}
 
-        found: dict[Part, float] = {}
+        found: dict[BlockPart, float] = {}
         for number, states in self._through(wanted):
             for part in parts:
                 if part[0] == number:
+                    # BI = 1 - E[x_i . x_(i+1) / (|x_i| |x_(i+1)|)], over the tokens of all texts
                     turned = [
                         1 - torch.cosine_similarity(self._tokens(whole, batch), self._tokens(left, batch), dim=1)
                         for batch, (whole, left) in enumerate(zip(states[nothing], states[frozenset([part])], strict=True))
@@ -90,7 +99,11 @@ class Survey:
 
     @torch.no_grad()
     def angles(self, span: int) -> list[float]:
-        """Return the angular distance, arccos(cosine) / pi, that each run of `span` blocks takes tokens (Gromov et al. 2024)."""
+        """Return the angular distance from the input to the output of each run of `span` blocks, averaged over sampled tokens.
+
+        Gromov et al. 2024, arXiv 2403.17887, section 3.2: d(x^(l), x^(l+n)) = arccos(cosine) / pi. They take only the last token of
+        each text.
+        """
         nothing: Left = frozenset()
         sampled: list[torch.Tensor] = []
         for _, states in self._through(lambda _: {nothing}, before=True):
@@ -102,20 +115,20 @@ class Survey:
         ]
 
     def _tokens(self, hidden: torch.Tensor, batch: int) -> torch.Tensor:
-        """Return the hidden states of a batch without its padding: float32 [tokens, width]."""
+        """Return the hidden states of a batch's tokens without padding, float32 [tokens, width]."""
         return hidden[torch.from_numpy(self.texts.batches[batch][1]).to(hidden.device).bool()].float()
 
     def _through(
         self, wanted: Callable[[int], Iterable[Left]], before: bool = False
     ) -> Iterator[tuple[int, dict[Left, list[torch.Tensor]]]]:
-        """Take the texts through the blocks in every way that is wanted.
+        """Run the texts through the blocks once for each different set of parts left out.
 
         Args:
-            wanted: given a block's number, which parts up to and with this block are left out in the cases that still count.
-            before: whether what enters the first block is told too, under number -1.
+            wanted: given a block's number, the sets of parts to leave out up to and including this block.
+            before: whether to yield the input of the first block too, as number -1.
 
         Yields:
-            A block's number and the hidden states behind it, batch by batch, by what was left out so far.
+            A block's number and the hidden states after it, batch by batch, for each set of parts left out so far.
         """
         blocks = [segment for segment in self._segments if segment.kind is Kind.BLOCK]
         first = next(segment for segment in self._segments if segment.kind is Kind.EMBEDDINGS)
@@ -146,7 +159,7 @@ class Survey:
             yield number, states
 
     def _after_blocks(self) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """Return what makes vectors [texts, dimension] of a batch's hidden states behind the last block, given its number."""
+        """Return a function from hidden states after the last block, and the batch's number, to vectors [texts, dimension]."""
         network = self.model.network
         loaded = {segment.kind: self._source.load(segment) for segment in self._segments if segment.kind in (Kind.NORM, Kind.HEAD)}
         norms: Parts = loaded.get(Kind.NORM, {})

@@ -10,21 +10,24 @@ import torch
 from compress.layers.float_layers import linear
 
 
-class Statistic(Protocol):
-    """Something that is gathered from rows, a few at a time."""
+class InputStatistic(Protocol):
+    """A statistic that is gathered from rows, a few at a time."""
 
     def add(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
-        """Take rows [n, width] and what each counts, float32 [n]."""
+        """Add rows [n, width] with the weight of each, float32 [n]."""
         ...
 
 
-S = TypeVar("S", bound=Statistic)
+S = TypeVar("S", bound=InputStatistic)
 
 
 class Hessian:
-    """The second moment of a layer's inputs, `sum_t c_t x_t x_t^T / sum_t c_t`: half of the Hessian of its squared output error."""
+    """The second moment of a layer's inputs, `sum_t c_t x_t x_t^T / sum_t c_t`.
 
-    # Rows are gathered up to this many, so that products are large; columns are multiplied in stretches, upper ones alone.
+    It is half of the Hessian of the layer's squared output error (GPTQ: H = 2 X X^T), divided by the tokens' total weight.
+    """
+
+    # Rows are collected up to this many, so that products are large. Columns are multiplied in stretches, only above the diagonal.
     ROWS, COLUMNS = 4_096, 2_048
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -33,17 +36,17 @@ class Hessian:
         self._rows: list[torch.Tensor] = []
 
     def add(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
-        """Take rows [n, width] and what each counts, float32 [n]."""
+        """Add rows [n, width] with the weight of each, float32 [n]."""
         self._count += float(counts.sum())
         self._rows.append(rows.float() * counts.sqrt()[:, None])
         if sum(map(len, self._rows)) >= self.ROWS:
             self._flush()
 
     def mean(self) -> torch.Tensor:
-        """Return the moment, float32 [width, width]; nothing can be added after that."""
+        """Return the moment, float32 [width, width]. No rows can be added after that."""
         if self._rows:
             self._flush()
-        for start in range(0, len(self._sum), self.COLUMNS):  # below the diagonal, where only whole stretches were multiplied
+        for start in range(0, len(self._sum), self.COLUMNS):  # fill in the part below the diagonal
             stop = start + self.COLUMNS
             inner = self._sum[start:stop, start:stop].triu_()
             inner.add_(inner.triu(1).t())
@@ -59,10 +62,10 @@ class Hessian:
 
 
 class Moments:
-    """Of each channel of a layer's inputs the largest magnitude, the mean magnitude and the mean square; and some of the rows."""
+    """Largest magnitude, mean magnitude and mean square of each channel of a layer's inputs, and a sample of the rows."""
 
     def __init__(self, width: int, device: torch.device, keep: int = 0) -> None:
-        """`keep`: how many rows to keep, spread evenly over all that come."""
+        """`keep`: number of rows to keep, spread evenly over all rows."""
         self.largest = torch.zeros(width, device=device)
         self._magnitudes, self._squares = (torch.zeros(width, device=device, dtype=torch.float64) for _ in range(2))
         self._count = 0.0
@@ -70,7 +73,7 @@ class Moments:
         self._kept: list[torch.Tensor] = []
 
     def add(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
-        """Take rows [n, width] and what each counts, float32 [n]."""
+        """Add rows [n, width] with the weight of each, float32 [n]."""
         magnitudes = rows.float().abs()
         self.largest = torch.maximum(self.largest, magnitudes.amax(dim=0))
         self._magnitudes += counts @ magnitudes
@@ -84,12 +87,12 @@ class Moments:
 
     @property
     def mean_magnitude(self) -> torch.Tensor:
-        """float32 [width]."""
+        """Mean magnitude of each channel, float32 [width]."""
         return (self._magnitudes / self._count).float()
 
     @property
     def mean_square(self) -> torch.Tensor:
-        """float32 [width]."""
+        """Mean square of each channel, float32 [width]."""
         return (self._squares / self._count).float()
 
     def rows(self) -> torch.Tensor:
@@ -99,27 +102,27 @@ class Moments:
 
 
 def relative_error(made: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return the sum over tokens of |made - exact|^2 / |exact|^2, [n, out] twice.
+    """Return the sum over tokens of |made - exact|^2 / |exact|^2, for outputs [n, out].
 
-    Relative to each token's own size, because a norm follows sooner or later in which a token with huge values counts no more than
-    another. Chosen by the plain sum, SmoothQuant's exponents for MiniLM served those few tokens: static int8 at a mean cosine of
-    0.951, relative 0.997.
+    It is relative to each token's own size because sooner or later a norm follows, after which a token with huge values counts no
+    more than others. Chosen by the plain sum, SmoothQuant's exponents for MiniLM fitted those few tokens: static int8 had a mean
+    cosine of 0.951, instead of 0.997 with the relative sum.
     """
     return float(((made - exact).square_().sum(dim=1) / exact.square().sum(dim=1).clamp_min(1e-12)).sum())
 
 
 class Magnitudes:
-    """How often a layer's inputs have which magnitude, for the range of a static scale."""
+    """Histogram of the magnitudes of a layer's inputs, to choose the range of a static scale."""
 
     BINS = 4_096
 
     def __init__(self, largest: float) -> None:
-        """`largest`: magnitude where the last bin ends."""
+        """`largest`: magnitude at which the last bin ends."""
         self.largest = max(largest, 1e-12)
         self._bins = torch.zeros(self.BINS, dtype=torch.float64)
 
     def add(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
-        """Take rows [n, width] and what each counts, float32 [n]."""
+        """Add rows [n, width] with the weight of each, float32 [n]."""
         magnitudes = rows.float().abs()
         bins = (magnitudes * (self.BINS / self.largest)).long().clamp_max_(self.BINS - 1)
         weights = counts.double()[:, None].expand_as(magnitudes)
@@ -132,7 +135,7 @@ class Magnitudes:
         return self.largest * min(place + 1, self.BINS) / self.BINS
 
     def least_error(self, levels: int = 127) -> float:
-        """Return the magnitude at which a symmetric grid of so many positive levels should end for the least squared error."""
+        """Return the end of a symmetric grid with `levels` positive levels that has the smallest squared error."""
         middles = (torch.arange(self.BINS, dtype=torch.float64) + 0.5) * (self.largest / self.BINS)
         best, least = self.largest, float("inf")
         for part in np.geomspace(0.02, 1.0, 120):

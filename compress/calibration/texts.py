@@ -1,4 +1,4 @@
-"""Calibration texts, and how they become batches."""
+"""Calibration texts, and how they are batched."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """What methods that calibrate are shown."""
+    """The texts that methods calibrate on."""
 
     texts: Sequence[str]
     prompts: Sequence[str] | None
-    """Put before the texts in turn; None: the model's own, each once."""
+    """Prompts that are put before the texts in turn; None: the model's own."""
     max_tokens: int
+    """Number of tokens at which texts are cut, with their prompts."""
 
     def batches(self, tokenizer: TextTokenizer, spec: EmbedderSpec) -> CalibrationTexts:
         """Tokenize and batch the texts."""
@@ -33,21 +34,21 @@ class CalibrationSource:
         )
 
 
-# Padded tokens a batch holds: little enough that a 7B's widest activations stay below a gigabyte.
+# Padded tokens per batch: few enough that the widest activations of a 7B model stay below a gigabyte.
 BATCH_TOKENS = 2_048
 
 
 @dataclass(frozen=True)
 class CalibrationTexts:
-    """Texts as batches, and of each batch which tokens the model pools."""
+    """Texts as batches, with the tokens of each batch that the model pools."""
 
     batches: list[Batch]
     pooled: list[Ids]
-    """int64 [texts, length], 1 for tokens that are pooled, 0 for padding and for a prompt that is not."""
+    """Pooling mask of each batch, int64 [texts, length]: 1 for pooled tokens, 0 for padding and for a prompt that is not pooled."""
 
     @property
     def tokens(self) -> int:
-        """Number of tokens, padding not counted."""
+        """Number of tokens without padding."""
         return int(sum(mask.sum() for _, mask in self.batches))
 
 
@@ -57,14 +58,14 @@ def calibration_batches(
     """Tokenize texts, each with one of the prompts in turn, and batch them.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         texts: the texts.
-        prompts: put before them, the first before the first text, and so on, over and over.
+        prompts: prompts that are put before the texts in turn.
         pool_prompt: whether the model pools the prompt's tokens.
-        max_tokens: texts are cut here, their prompts included.
+        max_tokens: number of tokens at which texts are cut, with their prompts.
 
     Raises:
-        UserError: a prompt leaves no token of a text.
+        UserError: a prompt leaves no room for any token of a text.
     """
     prompts = list(prompts) or [""]
     lengths = {prompt: 0 if pool_prompt or not prompt else tokenizer.prompt_length(prompt) for prompt in prompts}
@@ -73,7 +74,7 @@ def calibration_batches(
     for prompt, row in zip(given, rows, strict=True):
         if len(row) <= lengths[prompt]:
             raise UserError(
-                f"calibration: {max_tokens} tokens leave none of a text behind the prompt {prompt!r}", "raise max_tokens"
+                f"calibration: {max_tokens} tokens leave no room for a text after the prompt {prompt!r}", "raise max_tokens"
             )
     batches, pooled = [], []
     for chosen in batches_by_tokens([len(row) for row in rows], BATCH_TOKENS):

@@ -1,1 +1,1 @@
-"""What every room may use: errors, files, the journal, the cache, memory, the machine."""
+"""Used by all other packages: errors, files, the journal, the cache, memory, the machine."""

@@ -1,4 +1,4 @@
-"""Where what is dear and large is kept between runs, outside of any checkout."""
+"""The cache: large results that are expensive to compute again, kept between runs outside of any checkout."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 DEFAULT_LIMIT_GB = 50.0
-# What can be made again without being asked for by name.
+# Kinds that may be removed: they are computed again when they are needed.
 EVICTED = ("vectors", "scores")
 
 
 def cache_root() -> Path:
-    """Return the folder: `COMPRESS_CACHE` if it is set, else `compress-embedders` in the user's cache folder (XDG)."""
+    """Return the cache folder: `COMPRESS_CACHE` if set, else `compress-embedders` in the user's cache folder (XDG)."""
     given = os.environ.get("COMPRESS_CACHE")
     if given:
         return Path(given)
@@ -20,16 +20,16 @@ def cache_root() -> Path:
 
 
 def limit_bytes() -> int:
-    """Return how large the cache may grow before what was used longest ago goes: `COMPRESS_CACHE_GB`, by default 50."""
+    """Return the size limit of the cache in bytes: `COMPRESS_CACHE_GB` x 10^9, by default 50 GB."""
     return int(float(os.environ.get("COMPRESS_CACHE_GB", DEFAULT_LIMIT_GB)) * 1e9)
 
 
 def use(kind: str, name: str) -> Path:
-    """Return the folder of one cached thing, marked as used now; others of its kind make room where the cache is too large.
+    """Return the folder of a cache entry and mark it as just used. When the cache is too large, the oldest entries are removed.
 
     Args:
-        kind: what it is: `vectors`, `scores`, `random`. Only folders of kinds in `EVICTED` are ever removed.
-        name: which one; it says everything that decides the content.
+        kind: kind of the entry: `vectors`, `scores`, `random`. Only entries of the kinds in `EVICTED` are ever removed.
+        name: name of the entry; it must identify everything that determines the content.
     """
     folder = cache_root() / kind / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def use(kind: str, name: str) -> Path:
 
 
 def _make_room(keep: Path) -> None:
-    """Remove the folders used longest ago until the rest is within the limit."""
+    """Remove the least recently used entries until the cache is within its limit."""
     folders = sorted((path for kind in EVICTED for path in (cache_root() / kind).glob("*") if path != keep), key=_used)
     sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in (*folders, keep)}
     total = sum(sizes.values())

@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend: a sentence, and where it helps the nearest right answer."""
+"""Errors that a user can cause and fix: what is wrong, and where possible the nearest right answer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """What is wrong, in one line, and how to mend it, in another.
+    """An error of the user's: one line says what is wrong, another how to fix it.
 
-    The command line prints both and exits with 2; nothing else is caught there, so a traceback is always a bug of ours.
+    The command line prints both and exits with code 2. It catches nothing else, so a traceback is always a bug in this project.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Say which of `names` was probably meant, or list them when none comes close.
+    """Suggest which of `names` was meant, or list them when none is close.
 
     >>> nearest("steppes", ["steps", "model"])
     "did you mean 'steps'?"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes: a file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from compress.common.errors import UserError
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file."""
+    """Write a JSON file, atomically."""
     write_text_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write a file under a temporary name beside it and rename it, so that no reader ever sees half of it."""
+    """Write a text file under a temporary name in the same folder and rename it, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -38,10 +38,10 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a `.npy` file under a temporary name beside it and rename it.
+    """Write a `.npy` file under a temporary name in the same folder and rename it.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

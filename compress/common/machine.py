@@ -1,4 +1,4 @@
-"""The machine that numbers come from: processor, memory, GPU, package versions."""
+"""The machine that measurements come from: processor, memory, GPU, package versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from compress.common.memory import memory_bytes
 
 INFORMATION = Path("/proc/cpuinfo")
-# Of bytes with bytes into 32 bits. Without one of these, x86 adds pairs of unsigned x signed products in 16 bits, which overflow.
+# Instruction sets that add byte products in 32 bits. Without them, x86 adds pairs of unsigned x signed products in 16 bits, which
+# overflow.
 BYTE_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
@@ -27,12 +28,12 @@ def cpu_name() -> str:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Return the processor's instruction sets as Linux names them; empty where it does not tell."""
+    """Return the processor's instruction sets by their Linux names; empty where the system does not list them."""
     return frozenset((_field("flags") or "").split())
 
 
 def multiplies_bytes_exactly() -> bool:
-    """Whether products of unsigned with signed bytes cannot overflow; taken for granted where the processor does not tell."""
+    """Whether sums of unsigned x signed byte products cannot overflow; assumed where the instruction sets are unknown."""
     return not cpu_flags() or bool(cpu_flags().intersection(BYTE_PRODUCTS))
 
 
@@ -44,7 +45,7 @@ def _field(name: str) -> str | None:
 
 
 def gpu_name(device: str) -> str | None:
-    """Return the name of the accelerator that a device is, or None for a CPU."""
+    """Return the name of a device's accelerator; None for the CPU."""
     if device == "cpu":
         return None
     import torch
@@ -67,26 +68,26 @@ PACKAGES = (
 
 
 class Machine(BaseModel):
-    """Where the numbers come from."""
+    """The machine that a measurement was made on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     cpu: str
     cores: int
     instructions: tuple[str, ...]
-    """Instruction sets that integer and half-precision products depend on."""
+    """Instruction sets of the CPU that affect integer and half-precision products."""
     memory_bytes: int
     gpu: str | None
     system: str
 
 
 def now() -> str:
-    """Return the time in ISO 8601, UTC, to the second."""
+    """Return the current time in ISO 8601, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that results depend on."""
+    """Return the versions of Python and of the packages in `PACKAGES`; `not installed` for those that are missing."""
     installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -97,7 +98,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(gpu: str | None) -> Machine:
-    """Describe this machine; `gpu` is the name of the accelerator in use, if any."""
+    """Describe this machine; `gpu`: name of the accelerator in use, if any."""
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
     return Machine(
         cpu=cpu_name(),

@@ -1,4 +1,4 @@
-"""Memory: of this machine, and of this process (anonymous resident pages, which no file can give back, and their peak)."""
+"""Memory of this machine and of this process: its anonymous resident pages, which are not backed by files, and their peak."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ INTERVAL_SECONDS = 0.002
 
 
 def gigabytes(count: float) -> str:
-    """Write a number of bytes for people: MB (10^6) below 1 GB (10^9), two decimals above."""
+    """Format a number of bytes: in MB (10^6) with one decimal below 1 GB, in GB (10^9) with two above."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def memory_bytes() -> int:
-    """Return the machine's memory."""
+    """Return the machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def available_memory_bytes() -> int:
-    """Return the memory that new work can have without swapping, or all of it where the kernel does not say."""
+    """Return the bytes that are available without swapping; all memory where the kernel does not report it."""
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.M)
     except OSError:
@@ -32,9 +32,9 @@ def available_memory_bytes() -> int:
 
 
 def anonymous_bytes() -> int | None:
-    """Return the anonymous resident set of this process, or None where the kernel does not say (not Linux).
+    """Return the anonymous resident set of this process in bytes; None where the kernel does not report it (not Linux).
 
-    Mapped files are left out: their pages are shared, and dropped when memory is wanted.
+    Mapped files do not count: their pages are shared, and dropped when memory is needed.
     """
     try:
         found = re.search(r"^RssAnon:\s+(\d+) kB", STATUS.read_text(encoding="ascii"), re.M)
@@ -44,7 +44,7 @@ def anonymous_bytes() -> int | None:
 
 
 def release_free_pages() -> None:
-    """Hand memory that was freed but kept by the C allocator back to the kernel, where the C library is glibc."""
+    """Return freed memory that the C allocator still holds to the kernel; does so only where the C library is glibc."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
@@ -52,7 +52,7 @@ def release_free_pages() -> None:
 
 
 class PeakAnonymous:
-    """Watches the anonymous resident set from a thread: `with PeakAnonymous() as peak: ...; peak.bytes`."""
+    """Tracks the peak of the anonymous resident set in a thread: `with PeakAnonymous() as peak: ...; peak.bytes`."""
 
     def __init__(self) -> None:
         self.bytes: int | None = anonymous_bytes()

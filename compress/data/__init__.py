@@ -1,1 +1,1 @@
-"""Package data: the embedded suite and the shapes of models known by name."""
+"""Package data: the embedded suite, calibration texts, the model nano, and the shapes of models known by name."""

@@ -1,4 +1,4 @@
-"""Rows and texts from files: JSON lines (gzipped or not) and plain text, with faults named by file and line. No torch here."""
+"""Texts from files: JSON lines (gzipped or not) and plain text; errors name file and line. No torch here."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from compress.common.errors import UserError, nearest
 
 SUITE = Path(str(resources.files("compress.data"))) / "suite"
 CALIBRATION = SUITE.with_name("calibration.jsonl")
-# Longest text of `mixed_texts` in words: some 250 tokens, where a MiniLM cuts.
+# Longest text of `mixed_texts` in words: about 250 tokens, where a MiniLM truncates.
 LONGEST_WORDS = 190
 HUB = "hub:"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a text file, gzipped or not, with their numbers from 1; empty lines are passed over.
+    """Yield the lines of a text file, gzipped or not, with their numbers from 1; blank lines are skipped.
 
     Raises:
-        UserError: the file is missing, is not UTF-8, or is a broken gzip.
+        UserError: the file is missing, is not UTF-8, or is not valid gzip.
     """
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
@@ -44,7 +44,7 @@ def read_jsonl(path: Path, required: tuple[str, ...] = ()) -> list[dict[str, Any
     """Read JSON lines.
 
     Raises:
-        UserError: a line is not a JSON object or lacks a required key; names file and line.
+        UserError: a line is not a JSON object or lacks a required key, or there are no rows; names file and line.
     """
     rows = []
     for number, line in read_lines(path):
@@ -53,29 +53,29 @@ def read_jsonl(path: Path, required: tuple[str, ...] = ()) -> list[dict[str, Any
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: a JSON object is wanted, this is {type(row).__name__}")
+            raise UserError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
         missing = [key for key in required if key not in row]
         if missing:
             raise UserError(f"{path}, line {number}: lacks {missing[0]!r}; it has {', '.join(sorted(row))}")
         rows.append(row)
     if not rows:
-        raise UserError(f"{path}: holds no rows")
+        raise UserError(f"{path}: has no rows")
     return rows
 
 
 def is_hub(source: Path | str) -> bool:
-    """Whether texts are named by a dataset of the hub and not by a file."""
+    """Whether a source of texts names a dataset on the hub, not a file."""
     return str(source).startswith(HUB)
 
 
 def read_texts(source: Path | str) -> list[str]:
-    """Read texts: the `text` of a JSONL file's rows (`.jsonl`, `.jsonl.gz`), the lines of any other text file, or a hub dataset.
+    """Read texts: the `text` of each row of a JSONL file (`.jsonl`, `.jsonl.gz`), the lines of another text file, or a hub dataset.
 
     Args:
-        source: a path, or `hub:OWNER/NAME:COLUMN[:SPLIT]`, the split being `train` where none is named.
+        source: a path, or `hub:OWNER/NAME:COLUMN[:SPLIT]`; the split defaults to `train`.
 
     Raises:
-        UserError: it cannot be read, or what it holds there is not text.
+        UserError: the source cannot be read, or does not hold text.
     """
     if is_hub(source):
         return _hub_texts(str(source))
@@ -115,7 +115,7 @@ def _hub_texts(source: str) -> list[str]:
     name, _, rest = source.removeprefix(HUB).partition(":")
     column, _, split = rest.partition(":")
     if not name or not column:
-        raise UserError(f"{source}: a dataset of the hub is named as {HUB}OWNER/NAME:COLUMN, or with :SPLIT behind")
+        raise UserError(f"{source}: name a dataset on the hub as {HUB}OWNER/NAME:COLUMN or {HUB}OWNER/NAME:COLUMN:SPLIT")
     try:
         rows = load_dataset(name, split=split or "train")
     except Exception as error:  # of many kinds, from many libraries: whatever it is, the user is told and the run ends
@@ -131,7 +131,7 @@ def _hub_texts(source: str) -> list[str]:
 
 
 def same_text(text: str) -> str:
-    """Return what texts have in common that differ in case and white space alone."""
+    """Normalise case and white space, so that such texts compare equal."""
     return " ".join(text.lower().split())
 
 
@@ -149,14 +149,14 @@ def suite_texts() -> tuple[str, ...]:
 
 @cache
 def calibration_texts() -> tuple[str, ...]:
-    """Return the embedded calibration texts: 512 of many kinds, none of them in the embedded suite."""
+    """Return the embedded calibration texts: 512 texts of many kinds, none of which is in the embedded suite."""
     return tuple(row["text"] for row in read_jsonl(CALIBRATION, ("text",)))
 
 
 def mixed_texts(count: int, seed: int) -> list[str]:
-    """Make texts of mixed lengths, 3 to some 250 tokens, from the embedded suite: sentences, and several documents joined.
+    """Make texts of mixed lengths, 3 to about 250 tokens, from the embedded suite: sentences, and joined documents.
 
-    Word counts are drawn log-uniformly, which gives the many short and few long texts that requests to an embedder are.
+    Word counts are drawn log-uniformly: many short and few long texts, as in requests to an embedder.
     """
     generator = np.random.default_rng(seed)
     pool = suite_texts()
@@ -170,19 +170,19 @@ def mixed_texts(count: int, seed: int) -> list[str]:
 
 
 def measure_texts(source: str, count: int, seed: int) -> list[str]:
-    """Return `count` texts to measure on: made from the embedded suite (`mini`), or drawn with a seed from a file.
+    """Return `count` texts to measure on: made from the embedded suite (`mini`), or sampled with a seed from a file.
 
     Raises:
-        UserError: the file holds fewer.
+        UserError: the file has fewer texts.
     """
     return mixed_texts(count, seed) if source == "mini" else _drawn(read_texts(source), source, count, seed, "measure.count")
 
 
 def texts_to_calibrate(source: str, count: int, seed: int) -> list[str]:
-    """Return `count` texts to calibrate on, drawn with a seed from the embedded ones (`embedded`) or from a file.
+    """Return `count` texts to calibrate on, sampled with a seed from the embedded texts (`embedded`) or from a file.
 
     Raises:
-        UserError: there are fewer.
+        UserError: the source has fewer texts.
     """
     texts = calibration_texts() if source == "embedded" else read_texts(source)
     return _drawn(texts, source, count, seed, "calibration.count")
@@ -190,6 +190,6 @@ def texts_to_calibrate(source: str, count: int, seed: int) -> list[str]:
 
 def _drawn(texts: Sequence[str], source: str, count: int, seed: int, key: str) -> list[str]:
     if len(texts) < count:
-        raise UserError(f"{source}: holds {len(texts)} texts, {count} are wanted", f"lower {key}")
+        raise UserError(f"{source}: has {len(texts)} texts, {count} are needed", f"lower {key}")
     chosen = np.random.default_rng(seed).choice(len(texts), size=count, replace=False)
     return [texts[index] for index in chosen]

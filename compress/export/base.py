@@ -1,9 +1,9 @@
-"""What every layout of a torch checkpoint shares: a variant opened, its layers told apart, its tensors and config written."""
+"""Shared by the layouts of torch checkpoints: opening a variant, checking its layers, writing its tensors and its config."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,50 +16,56 @@ from compress.common.errors import UserError
 from compress.common.files import write_json
 from compress.layers.compressed import CompressedLayer, CompressedLinear
 from compress.layers.quantized_embedding import QuantizedEmbedding
-from compress.layers.scheme import BITSANDBYTES, QuantizedLayer
+from compress.layers.scheme import Numbers, QuantizedLayer
 from compress.layers.torch_packing import pack
 from compress.models.files.shards import join_shards, shard, write_tensors
 from compress.models.files.variant import VariantInfo
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import TokenPooling, head_of
-from compress.models.network.segments import Kind, segments_of
+from compress.models.network.segments import HEAD, Kind, Segment, segments_of
 from compress.models.network.walk import Streamed
 from compress.models.opened import empty_model, weights_of
 
 Convert = Callable[[Any], dict[str, torch.Tensor]]
-"""From a quantized linear layer to its tensors in a layout, without its bias."""
+"""Converts a quantized linear layer to its tensors in a layout, without the bias."""
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A variant whose weights are still in its files."""
+class Exportable:
+    """A variant that is about to be written in another layout; its weights are still in its files."""
 
     info: VariantInfo
     folder: ModelFolder
     network: nn.Module
-    """Without values."""
+    """The network on the meta device."""
     linears: dict[str, QuantizedLayer]
     """Quantized linear layers by name."""
     tables: list[str]
     """Names of quantized embedding tables."""
     plain: list[str]
-    """Names of linear layers that are not quantized; those that readers' network has and the variant lacks (BERT's pooler) too."""
+    """Names of linear layers that are not quantized, including those that only the reader's network has (BERT's pooler)."""
     blocks: str
     """Name of the list of blocks."""
     prefix: str
-    """What stands before every name in the checkpoint of a model with a task's head: `model.`, `bert.`."""
+    """Prefix of every name in the checkpoint of a model with a task head: `model.`, `bert.`."""
 
     def shape(self, name: str) -> tuple[int, int]:
-        """Return outputs and inputs of a quantized linear layer."""
+        """Return the numbers of outputs and inputs of a quantized linear layer."""
         layer = self.network.get_submodule(name)
         return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
 
-def open_variant(source: ModelFolder, layout: str, *, integers: bool = True) -> Opened:
-    """Open a variant to be written in a layout of integers, or (`integers` False) of half-precision values.
+def open_for_export(source: ModelFolder, layout: str, numbers: frozenset[Numbers] | None = None) -> Exportable:
+    """Open a variant for writing.
+
+    Args:
+        source: the variant.
+        layout: name of the layout, for errors.
+        numbers: kinds of weights that the layout stores as they are; at least one linear layer must then be quantized. None: the
+            layout is not asked here, or stores half-precision values.
 
     Raises:
-        UserError: NV-Embed's architecture, which only its own code runs; numbers that the layout does not hold; a layer that
+        UserError: NV-Embed's architecture, which only its own code runs; weights that the layout does not store; a layer that
             divides its input; blocks that the architecture's config cannot describe; texts that end in a token of their own.
     """
     info = source.compressed
@@ -67,25 +73,25 @@ def open_variant(source: ModelFolder, layout: str, *, integers: bool = True) -> 
     pooling = head_of(network).pooling
     if not isinstance(pooling, TokenPooling):
         raise UserError(
-            f"{source.name}: cannot be written as {layout}: its pooling ({type(pooling).__name__}) has weights of its own",
-            "onnx and openvino hold it; NV-Embed's can also be left out and healed: the steps mean_pooling and distill",
+            f"{source.name}: NV-Embed's latent-attention head cannot be stored in {layout} files",
+            "onnx and openvino store it; or replace it with the steps mean_pooling and distill",
         )
     tables = [name for name in info.quantized if isinstance(network.get_submodule(name), QuantizedEmbedding)]
     linears = {name: layer for name, layer in info.quantized.items() if name not in tables}
-    if integers:
-        check_integers(linears, layout)
-    if not linears and integers:
-        raise UserError(f"{source.name}: no linear layer is quantized", "sentence-transformers is the layout of such a model")
+    if numbers is not None:
+        check_linears(linears, layout, numbers)
+    if not linears and numbers is not None:
+        raise UserError(f"{source.name}: no linear layer is quantized", "export it as sentence-transformers")
     if info.heads is not None or info.dropped:
         lacks = f"{info.heads} heads a block" if info.heads is not None else f"{len(info.dropped)} blocks without a sublayer"
         kind = source.config["model_type"]
         raise UserError(
             f"{source.name}: cannot be written as {layout}: it has {lacks}, which a {kind} config cannot say",
-            "use the variant as it is, or prune whole blocks and MLP channels alone",
+            "use the variant as it is, or prune only whole blocks and MLP channels",
         )
     if info.spec.suffix:
         raise UserError(
-            f"{source.name}: cannot be written as {layout}: texts end in {info.spec.suffix!r}, which readers would not add",
+            f"{source.name}: cannot be written as {layout}: texts end in {info.spec.suffix!r}, which other libraries do not add",
             "use the variant as it is (compress encode)",
         )
     with torch.device("meta"):
@@ -93,39 +99,53 @@ def open_variant(source: ModelFolder, layout: str, *, integers: bool = True) -> 
     plain = [name for name, module in full.named_modules() if isinstance(module, nn.Linear) and name not in linears]
     block = next(segment for segment in segments_of(network) if segment.kind is Kind.BLOCK)
     prefix = str(getattr(network, "base_model_prefix", "") or "")
-    return Opened(info, source, network, linears, tables, plain, block.paths[0].rpartition(".")[0], f"{prefix}." if prefix else "")
+    return Exportable(
+        info, source, network, linears, tables, plain, block.paths[0].rpartition(".")[0], f"{prefix}." if prefix else ""
+    )
 
 
-def check_integers(linears: Mapping[str, QuantizedLayer], layout: str) -> None:
-    """See that linear layers are integers of ours, for the input as it comes.
+def check_linears(linears: Mapping[str, QuantizedLayer], layout: str, numbers: frozenset[Numbers]) -> None:
+    """Check that a layout stores the weights of linear layers, and that these take their input as it is.
 
     Raises:
-        UserError: one is stored by another package, or divides its input.
+        UserError: the weights are of another kind than `numbers`, or a layer divides its input; names the layer.
     """
     for name, layer in linears.items():
-        if layer.numbers in BITSANDBYTES:
-            raise refusal(name, layout, f"are stored by the bitsandbytes package ({layer.numbers})", "use rtn, gptq or awq")
+        check_numbers(name, layer, layout, numbers)
         if layer.input_factor:
             raise refusal(
                 name,
                 layout,
-                "want their input divided channel by channel first",
-                "awq and smoothquant make none under `keep_factors: false`; rtn and gptq never do",
+                "need their input divided channel by channel first",
+                "awq and smoothquant avoid that with `keep_factors: false`; rtn and gptq never need it",
             )
 
 
+def check_numbers(name: str, layer: QuantizedLayer, layout: str, numbers: frozenset[Numbers]) -> None:
+    """Check that a layout stores a layer's kind of weights.
+
+    Raises:
+        UserError: the kind is not in `numbers`; a kind that is added later is refused until the layout lists it.
+    """
+    if layer.numbers not in numbers:
+        stored = " and ".join(sorted(numbers))
+        hint = "rtn, gptq and awq make integers; compressed-tensors stores fp8 too"
+        raise refusal(name, layout, f"are {layer.numbers} numbers, and it stores {stored}", hint)
+
+
 def refusal(name: str, layout: str, why: str, hint: str) -> UserError:
-    """Say that a layout cannot hold a layer: `why` goes on after "its weights"."""
+    """Return the error of a layout that cannot store a layer; `why` continues the sentence after "its weights"."""
     return UserError(f"{name}: cannot be written as {layout}: its weights {why}", hint)
 
 
-def write_weights(opened: Opened, folder: Path, convert: Convert, prefix: str = "") -> None:
+def write_weights(opened: Exportable, folder: Path, convert: Convert, prefix: str = "") -> None:
     """Write a variant's tensors, segment by segment: quantized linear layers converted, tables in half precision, others as stored.
 
-    `prefix`: put before every name.
+    `prefix`: prefix of every name.
     """
-    parts = len(segments_of(opened.network))
-    for index, (layers, tensors) in enumerate(stored(opened)):
+    segments = [segment for segment in segments_of(opened.network) if segment.paths != (HEAD,)]
+    parts = len(segments)
+    for index, (layers, tensors) in enumerate(stored(opened, segments)):
         for name, layer in layers.items():
             converted = {"weight": _half_table(layer)} if isinstance(layer, QuantizedEmbedding) else convert(layer)
             tensors |= {f"{name}.{key}": tensor for key, tensor in converted.items()}
@@ -133,10 +153,22 @@ def write_weights(opened: Opened, folder: Path, convert: Convert, prefix: str = 
     join_shards(folder, parts)
 
 
-def stored(opened: Opened) -> Iterator[tuple[dict[str, CompressedLayer], dict[str, torch.Tensor]]]:
-    """Read a variant, segment by segment: its compressed layers by name, and all other tensors, the biases of these layers too."""
+def head_tensors(opened: Exportable, number: int) -> dict[str, torch.Tensor]:
+    """Return the tensors of a module between pooling and the final vector, in float32, by the names that its own file has."""
+    (module,) = Streamed(opened.network, weights_of(opened.folder, opened.network)).load(Segment(Kind.HEAD, (HEAD,))).values()
+    state = module.get_submodule(f"after.{number}").state_dict()
+    return {name: tensor.float().contiguous() for name, tensor in state.items()}
+
+
+def stored(
+    opened: Exportable, segments: Sequence[Segment] | None = None
+) -> Iterator[tuple[dict[str, CompressedLayer], dict[str, torch.Tensor]]]:
+    """Read a variant, segment by segment: its compressed layers by name, and all other tensors, including the layers' biases.
+
+    `segments`: those to be read; None: all.
+    """
     source = Streamed(opened.network, weights_of(opened.folder, opened.network))
-    for segment in segments_of(opened.network):
+    for segment in segments_of(opened.network) if segments is None else segments:
         layers: dict[str, CompressedLayer] = {}
         tensors: dict[str, torch.Tensor] = {}
         for path, part in source.load(segment).items():
@@ -154,32 +186,32 @@ def stored(opened: Opened) -> Iterator[tuple[dict[str, CompressedLayer], dict[st
 
 
 def half_values(layer: CompressedLinear) -> dict[str, torch.Tensor]:
-    """Return a quantized linear layer's weight as the values that it stands for, in half precision."""
+    """Return the dequantized weight of a linear layer, in half precision."""
     return {"weight": layer.values().half()}
 
 
 def words(integers: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack rows without gaps into 32-bit words: uint8 [rows, n] to int32 [rows, ceil(n x bits / 32)], the first value lowest.
 
-    Our own packing is the same in bytes, so this is it, filled up to whole words.
+    This is our own packing, padded to whole words.
     """
     packed = pack(integers, bits)
-    # Copied into a tensor of its own: a single row may come with strides that no view as words takes.
+    # Copy into a new tensor: the strides of a single row may not allow a view as words.
     filled = packed.new_zeros(packed.shape[0], -(-packed.shape[1] // 4) * 4)
     filled[:, : packed.shape[1]] = packed
     return filled.view(torch.int32)
 
 
 def write_config(
-    opened: Opened, folder: Path, quantization: Mapping[str, Any] | None, dtype: str, changes: Mapping[str, Any]
+    opened: Exportable, folder: Path, quantization: Mapping[str, Any] | None, dtype: str, changes: Mapping[str, Any]
 ) -> None:
     """Write the model's `config.json` with its quantization, if any.
 
-    `dtype`: what readers compute in unless they are told otherwise, under its name of today and that of transformers 4.
+    `dtype`: default dtype of readers, written under its current name and that of transformers 4.
     """
     config = copy.deepcopy(opened.folder.config)
     rope = config.get("rope_parameters")
-    if rope and "rope_theta" in rope:  # where transformers 4 looks for it
+    if rope and "rope_theta" in rope:  # where transformers 4 expects it
         config.setdefault("rope_theta", rope["rope_theta"])
     config |= {**changes, "dtype": dtype, "torch_dtype": dtype}
     if quantization is not None:
@@ -187,11 +219,11 @@ def write_config(
     write_json(folder / "config.json", config)
 
 
-def table_notes(opened: Opened) -> tuple[str, ...]:
-    """Say that tables are written in half precision, where there are quantized ones."""
+def table_notes(opened: Exportable) -> tuple[str, ...]:
+    """Return a note that quantized tables are written in half precision, if there are any."""
     if not opened.tables:
         return ()
-    return (f"{', '.join(opened.tables)}: in half precision here; readers of this layout look up no quantized tables.",)
+    return (f"{', '.join(opened.tables)}: written in half precision; readers of this layout do not support quantized tables.",)
 
 
 def _half_table(table: QuantizedEmbedding) -> torch.Tensor:

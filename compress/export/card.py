@@ -1,4 +1,4 @@
-"""The card of an export: licence, how to load it, what it was measured to keep, how it was made, its files' checksums."""
+"""The card of an export: licence, how to load it, measured accuracy and speed, recipe, and checksums of the files."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ CARD_FILE, EXAMPLE_FILE = "README.md", "example.py"
 
 
 def record_of(variant: Path) -> Record | None:
-    """Return the record of the run that a variant lies in; None where it lies alone."""
+    """Return the record of the run that a variant belongs to; None where the variant's folder is not in a run's folder."""
     return Record.read(variant.parent) if (variant.parent / RECORD_FILE).exists() else None
 
 
 def card(info: VariantInfo, reader: Reader, prompt: str, read_back: str, record: Record | None, folder: Path) -> str:
-    """Return the card of what lies in a folder.
+    """Return the card of an export, Markdown.
 
     Args:
         info: the variant.
         reader: what loads it.
-        prompt: that the example has before its texts.
-        read_back: what came of that.
-        record: of the run that made it; without one the card has no scores.
-        folder: the files.
+        prompt: prompt that the example puts before its texts.
+        read_back: result of reading the export back, in a sentence.
+        record: record of the run that made the variant; without one the card has no scores.
+        folder: the export's folder.
     """
     info = info.model_copy(update={"base": PUBLISHED.get(info.base, info.base)})
     title = f"{info.base}: weights {info.weights}, activations {info.activations}"
@@ -57,21 +57,21 @@ def _front(info: VariantInfo, reader: Reader) -> Iterator[str]:
 
 def _warnings(info: VariantInfo) -> Iterator[str]:
     if not info.pretrained:
-        yield "Made from random weights, to measure speed and memory; its vectors mean nothing."
+        yield "Made from random weights to measure speed and memory; its vectors mean nothing."
     if info.licence:
-        yield f"The licence of {info.base}, {info.licence}, holds for this too."
+        yield f"The licence of {info.base}, {info.licence}, also applies to this model."
     else:
-        yield f"The files of {info.base} named no licence; whatever holds for it holds here."
+        yield f"The files of {info.base} name no licence; the licence of that model also applies to this one."
 
 
 def example(reader: Reader, prompt: str) -> str:
-    """Return a program that embeds two texts with a reader, to be run in the export's folder."""
+    """Return a program that embeds two texts with a reader; it is run in the export's folder."""
     call = f'embed(["any", "texts"]{f", {json.dumps(prompt, ensure_ascii=False)}" if prompt else ""})'
     return f"{reader.example}\nvectors = {call}\nprint(vectors.shape)\n"
 
 
 def _use(reader: Reader, prompt: str) -> str:
-    install = f"`pip install {' '.join(reader.packages)}` is all that it needs; in this folder (`{EXAMPLE_FILE}`):"
+    install = f"`pip install {' '.join(reader.packages)}` installs all that is needed. In this folder (`{EXAMPLE_FILE}`):"
     return f"## Use\n\n{install}\n\n```python\n{example(reader, prompt)}```"
 
 
@@ -86,9 +86,9 @@ def _accuracy(record: Record) -> Iterator[str]:
     yield "\n".join(rows)
     yield f"Verdict: {record.verdict}."
     fidelity = record.fidelity
-    if fidelity is not None and fidelity["cosine_mean"] is not None:
-        cosine, overlap = f"{fidelity['cosine_mean']:.5f}", f"{100 * fidelity['overlap_at_10']:.1f} %"
-        yield f"Mean cosine to the vectors before: {cosine} on {fidelity['texts']} texts; of ten neighbours {overlap} are the same."
+    if fidelity is not None and fidelity.cosine_mean is not None:
+        cosine, overlap = f"{fidelity.cosine_mean:.5f}", f"{100 * fidelity.overlap_at_10:.1f} %"
+        yield f"Mean cosine to the vectors before: {cosine} on {fidelity.texts} texts; of ten neighbours {overlap} are the same."
 
 
 def _speed(record: Record) -> Iterator[str]:
@@ -96,16 +96,16 @@ def _speed(record: Record) -> Iterator[str]:
         return
     machine = record.machine
     where = machine.gpu or f"{machine.cpu}, {machine.cores} cores"
-    yield f"## Speed and memory\n\nOf the variant as it was measured, in the runtime named: {record.measured_on}; {where}."
+    yield f"## Speed and memory\n\nMeasured for the variant, in the runtime named: {record.measured_on}; {where}."
     rows = ["| | runtime | texts/s | p50 ms | peak memory | on disk |", "|---|---|---|---|---|---|"]
     for row in record.rows:
         name = f"before, {row.compute}" if row.role == "baseline" else "this"
         speed = row.speed
         shown = "- | - | -"
         if speed is not None:
-            peak = speed["gpu_peak_bytes"] if machine.gpu else speed["peak_bytes"]
+            peak = speed.gpu_peak_bytes if machine.gpu else speed.peak_bytes
             memory = f"{peak / 1e6:,.0f} MB" if peak is not None else "-"
-            shown = f"{speed['texts_per_second']:,.0f} | {speed['latency_p50_ms']:.1f} | {memory}"
+            shown = f"{speed.texts_per_second:,.0f} | {speed.latency_p50_ms:.1f} | {memory}"
         rows.append(f"| {name} | {row.runtime} | {shown} | {row.size_bytes / 1e6:,.1f} MB |")
     yield "\n".join(rows)
     installed = [f"{name} {version}" for name, version in record.versions.items() if version != "not installed"]

@@ -1,19 +1,28 @@
-"""The layout of the compressed-tensors package, which transformers, sentence-transformers and vLLM load (the last not tried here).
+"""The layout of the compressed-tensors package, which transformers, sentence-transformers and vLLM load (vLLM is not tested here).
 
-Three formats, chosen layer by layer: weights alone in packed integers (`pack-quantized`), int8 weights with int8 activations
+Three formats, chosen per layer: packed integer weights only (`pack-quantized`), int8 weights with int8 activations
 (`int-quantized`), FP8 weights (`float-quantized`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress.export.base import Opened, open_variant, refusal, table_notes, words, write_config, write_weights
+from compress.export.base import (
+    Exportable,
+    check_numbers,
+    open_for_export,
+    refusal,
+    table_notes,
+    words,
+    write_config,
+    write_weights,
+)
 from compress.export.loader_files import write_modules, write_tokenizer
 from compress.export.reader import Reader, in_sentence_transformers, in_transformers
 from compress.layers.float8_linear import Float8Linear
@@ -22,15 +31,25 @@ from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 from compress.models.folder import ModelFolder
 
 LAYOUT = "compressed-tensors"
-# The release whose layout this is.
+# Release of compressed-tensors that defines this layout.
 VERSION = "0.20.0"
-# Bits that divide a 32-bit word, which every release packs alike; others were packed with gaps up to release 0.17.
+NUMBERS = frozenset({Numbers.INTEGER, Numbers.FLOAT8})
+# How the layout describes activations of integer layers; a scheme that is not here is refused.
+INTEGER_ACTIVATIONS: Mapping[ActivationScheme, Mapping[str, Any]] = {
+    ActivationScheme.STATIC_PER_TENSOR: {"strategy": "tensor", "dynamic": False},
+    ActivationScheme.DYNAMIC_PER_TOKEN: {"strategy": "token", "dynamic": True},
+}
+# And of FP8 layers.
+FLOAT8_ACTIVATIONS: Mapping[ActivationScheme, Mapping[str, Any]] = {
+    ActivationScheme.DYNAMIC_PER_TOKEN: {"strategy": "token", "dynamic": True}
+}
+# Bits that divide a 32-bit word, which every release packs in the same way; others were packed with gaps up to release 0.17.
 EVEN_BITS = (2, 4, 8)
 
 DEQUANTIZE = "from transformers import CompressedTensorsConfig\n"
 NO_ROUNDING = """\
 for module in model.modules():
-    module.quantization_enabled = False  # of activations, whose range it finds in another way than the variant
+    module.quantization_enabled = False  # of activations, whose range it finds in a different way than the variant
 """
 OPTIONS = '"quantization_config": CompressedTensorsConfig(dequantize=True)'
 
@@ -39,9 +58,9 @@ def write(source: ModelFolder, folder: Path) -> Reader:
     """Write a variant into an empty folder.
 
     Raises:
-        UserError: the layout cannot hold a layer; see `scheme_of`.
+        UserError: the layout cannot store a layer; see `scheme_of`.
     """
-    opened = open_variant(source, LAYOUT)
+    opened = open_for_export(source, LAYOUT, NUMBERS)
     quantization = quantization_config(opened)
     write_weights(opened, folder, tensors_of)
     config = opened.folder.config
@@ -53,7 +72,7 @@ def write(source: ModelFolder, folder: Path) -> Reader:
     mixed = len(quantization["config_groups"]) > 1
     rounds = opened.info.activations != ActivationScheme.NONE
     notes = (*table_notes(opened), *_notes(opened.linears.values(), mixed, rounds))
-    if mixed:  # sentence-transformers 6.2 does not open these, and transformers does
+    if mixed:  # transformers opens these, sentence-transformers 6.2 does not
         example = in_transformers(opened.info.spec, NO_ROUNDING if rounds else "")
         return Reader("transformers", ("transformers", "torch", LAYOUT), example, notes=notes)
     example = in_sentence_transformers(DEQUANTIZE, OPTIONS)
@@ -61,31 +80,31 @@ def write(source: ModelFolder, folder: Path) -> Reader:
 
 
 def _notes(layers: Iterable[QuantizedLayer], mixed: bool, rounds: bool) -> list[str]:
-    """Say what readers of today do not do with such layers."""
+    """Return notes on what current readers do not support for such layers."""
     layers = list(layers)
     notes = []
     odd = sorted({layer.bits for layer in layers if layer.activations is ActivationScheme.NONE} - set(EVEN_BITS))
     if odd:
         bits = " and ".join(map(str, odd))
-        notes.append(f"{bits} bits: packed without gaps, as compressed-tensors does from release 0.19 on.")
+        notes.append(f"{bits} bits: packed without gaps, as in compressed-tensors 0.19 and later.")
     zeros = not all(layer.symmetric for layer in layers)
     if mixed and zeros:
-        notes.append("Several precisions, and zeros of their own: transformers 5.23 loads such files neither way.")
+        notes.append(
+            "Several precisions, some asymmetric: transformers 5.23 loads such files neither with nor without `dequantize=True`."
+        )
     elif mixed:
         notes.append(
-            "Several precisions: under `dequantize=True` transformers 5.23 takes all layers for the first one's; leave it out."
+            "Several precisions: with `dequantize=True`, transformers 5.23 applies the first layer's to all; leave it out."
         )
     elif zeros:
-        notes.append("Zeros of their own: transformers 5.23 loads these, its own files too, under `dequantize=True` alone.")
+        notes.append("Asymmetric: transformers 5.23 loads such files, its own too, only with `dequantize=True`.")
     if rounds:
-        notes.append(
-            "Activations: `dequantize=True` leaves them in floating point; readers that multiply 8-bit numbers quantize them."
-        )
+        notes.append("Activations: `dequantize=True` leaves them in floating point; readers with 8-bit products quantize them.")
     return notes
 
 
-def quantization_config(opened: Opened) -> dict[str, Any]:
-    """Return the `quantization_config` of `config.json`: a group for each precision that differs.
+def quantization_config(opened: Exportable) -> dict[str, Any]:
+    """Return the `quantization_config` of `config.json`: one group per precision.
 
     Raises:
         UserError: see `scheme_of`.
@@ -112,24 +131,24 @@ def quantization_config(opened: Opened) -> dict[str, Any]:
 
 
 def exactly(names: Iterable[str]) -> Iterable[str]:
-    """Return patterns of single modules, whatever a reader puts before their names: transformers nothing, vLLM `model.`."""
+    """Return patterns that match single modules, with any prefix that a reader adds: none in transformers, `model.` in vLLM."""
     return (rf"re:(.*\.)?{re.escape(name)}$" for name in names)
 
 
 def scheme_of(name: str, layer: QuantizedLayer, inputs: int) -> dict[str, Any]:
-    """Describe a layer's numbers as a group of the config does, its targets left out.
+    """Describe a layer's numbers as a group of the config, without its targets.
 
     Raises:
-        UserError: its inputs are no multiple of its group; quantized activations beside weights of other than 8 bits, or with
-            one dynamic scale per tensor.
+        UserError: the layout does not store the kind of numbers; the inputs are not a multiple of the group size; quantized
+            activations with weights of other than 8 bits; an activation scheme that no reader runs.
     """
+    check_numbers(name, layer, LAYOUT, NUMBERS)
     if layer.numbers is Numbers.FLOAT8:
         weights = _arguments(8, "float", strategy="channel")
-        activations = None if layer.activations is ActivationScheme.NONE else _arguments(8, "float", strategy="token", dynamic=True)
-        return _scheme("float-quantized", weights, activations)
+        return _scheme("float-quantized", weights, _activations(name, layer, "float", FLOAT8_ACTIVATIONS))
     if layer.group_size and inputs % layer.group_size:
         raise refusal(
-            name, LAYOUT, f"have {inputs} inputs, no multiple of the group of {layer.group_size}", "choose another group_size"
+            name, LAYOUT, f"have {inputs} inputs, not a multiple of the group size {layer.group_size}", "choose another group_size"
         )
     weights = _arguments(
         layer.bits,
@@ -145,30 +164,39 @@ def scheme_of(name: str, layer: QuantizedLayer, inputs: int) -> dict[str, Any]:
             name,
             LAYOUT,
             f"have {layer.bits} bits and quantized activations",
-            "use 8 bits, or leave the activations alone (`activations: none`)",
+            "use 8 bits, or keep activations in floating point (`activations: none`)",
         )
-    if layer.activations is ActivationScheme.DYNAMIC_PER_TENSOR:
+    return _scheme("int-quantized", weights, _activations(name, layer, "int", INTEGER_ACTIVATIONS))
+
+
+def _activations(
+    name: str, layer: QuantizedLayer, kind: str, known: Mapping[ActivationScheme, Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Describe a layer's activations; None where they stay in floating point.
+
+    Raises:
+        UserError: the scheme is not one of those that readers of the layout run.
+    """
+    if layer.activations is ActivationScheme.NONE:
+        return None
+    if layer.activations not in known:
         raise refusal(
-            name,
-            LAYOUT,
-            "go with activations of one scale per tensor found while running, which no reader runs",
-            "use dynamic_per_token",
+            name, LAYOUT, f"are used with {layer.activations} activations, which no reader runs", f"use {' or '.join(known)}"
         )
-    static = layer.activations is ActivationScheme.STATIC_PER_TENSOR
-    return _scheme("int-quantized", weights, _arguments(8, "int", strategy="tensor" if static else "token", dynamic=not static))
+    return _arguments(8, kind, **known[layer.activations])
 
 
 def tensors_of(layer: QuantizedLinear | Float8Linear) -> dict[str, torch.Tensor]:
-    """Return a layer's tensors: scales [out, 1] or [out, groups] in the dtype that the variant stores them in.
+    """Return a layer's tensors; scales are [out, 1] or [out, groups] in the variant's dtype.
 
-    Packed integers are unsigned, the middle of their range standing for zero, as in the variant; rows of weights are filled up to
-    whole words, and zeros are packed along the outputs.
+    Packed integers are unsigned, with zero at the middle of their range, as in the variant. Rows of weights are padded to whole
+    words; zeros are packed along the outputs.
     """
     scale = layer.weight_scale.view(layer.out_features, -1)
     if isinstance(layer, Float8Linear):
         return {"weight": layer.weight, "weight_scale": scale}
     if layer.scheme is not ActivationScheme.NONE:
-        assert layer.weight is not None, "as it was read"  # int8 as it stands: 8 bits, symmetric
+        assert layer.weight is not None, "the layer is not packed for a kernel"  # plain int8: 8 bits, symmetric
         tensors = {"weight": layer.weight, "weight_scale": scale}
         if layer.input_scale is not None:
             tensors["input_scale"] = layer.input_scale.view(1)

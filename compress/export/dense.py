@@ -1,10 +1,10 @@
-"""A variant as an ordinary model of its architecture in half precision, for sentence-transformers or for plain transformers."""
+"""A variant as a half-precision model of its architecture, for sentence-transformers or for plain transformers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from compress.export.base import Opened, half_values, open_variant, table_notes, write_config, write_weights
+from compress.export.base import Exportable, half_values, open_for_export, table_notes, write_config, write_weights
 from compress.export.loader_files import write_modules, write_tokenizer
 from compress.export.reader import Reader, in_sentence_transformers, in_transformers
 from compress.models.folder import ModelFolder
@@ -13,9 +13,9 @@ SENTENCE_TRANSFORMERS, TRANSFORMERS = "sentence-transformers", "transformers"
 
 
 def write_sentence_transformers(source: ModelFolder, folder: Path) -> Reader:
-    """Write a variant into an empty folder: weights, tokenizer, and the modules that pool and normalise.
+    """Write a variant into an empty folder: weights, tokenizer, and the modules for pooling and normalisation.
 
-    Pruned weights are written as zeros, integers as the values that they stand for.
+    Pruned weights are written as zeros, integers as dequantized values.
 
     Raises:
         UserError: the architecture's config cannot describe the variant.
@@ -26,7 +26,7 @@ def write_sentence_transformers(source: ModelFolder, folder: Path) -> Reader:
 
 
 def write_transformers(source: ModelFolder, folder: Path) -> Reader:
-    """Write a variant into an empty folder, weights and tokenizer alone; the card's example pools.
+    """Write a variant into an empty folder: only weights and tokenizer. The card's example does the pooling.
 
     Raises:
         UserError: the architecture's config cannot describe the variant.
@@ -35,19 +35,19 @@ def write_transformers(source: ModelFolder, folder: Path) -> Reader:
     return Reader(TRANSFORMERS, (TRANSFORMERS, "torch"), in_transformers(opened.info.spec), notes=_notes(opened))
 
 
-def _write(source: ModelFolder, folder: Path, layout: str) -> Opened:
-    opened = open_variant(source, layout, integers=False)
+def _write(source: ModelFolder, folder: Path, layout: str) -> Exportable:
+    opened = open_for_export(source, layout)
     write_weights(opened, folder, half_values)
     write_config(opened, folder, None, "float16", {})
     write_tokenizer(opened, folder)
     return opened
 
 
-def _notes(opened: Opened) -> tuple[str, ...]:
+def _notes(opened: Exportable) -> tuple[str, ...]:
     if not opened.linears:
         return table_notes(opened)
     return (
-        f"{len(opened.linears)} linear layers of {opened.info.weights}: written out in half precision as the values that they stand"
-        " for, so that the file is as large as the model's before; activations are not quantized.",
+        f"{len(opened.linears)} linear layers of {opened.info.weights}: dequantized to half precision, so the file is as large as"
+        " the original model's; activations are not quantized.",
         *table_notes(opened),
     )

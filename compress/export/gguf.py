@@ -1,8 +1,8 @@
-"""GGUF, the one file of llama.cpp and what is built on it: BERTs, and Mistrals, NV-Embed's without its head among them.
+"""GGUF, the file format of llama.cpp: for BERTs and Mistrals, including NV-Embed's without its head.
 
-Values share a scale in blocks of 32 of a row: `Q8_0` is int8, `Q4_0` four bits round 8, `Q4_1` four bits above a least value
-(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Our integers are carried over: a group is some whole blocks with one
-scale, rounded to half precision as all scales of GGUF are; two and three bits lie in four.
+Blocks of 32 values of a row share a scale: `Q8_0` is int8, `Q4_0` four bits centred on 8, `Q4_1` four bits above a minimum
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Our integers are copied: a group becomes several blocks with the same
+scale, rounded to half precision as all scales of GGUF are; two and three bits are stored in four.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.common.errors import UserError
-from compress.export.base import Opened, check_integers, open_variant, refusal, stored
-from compress.export.gguf_vocabulary import Vocabulary, read_vocabulary
+from compress.export.base import Exportable, check_linears, check_numbers, open_for_export, refusal, stored
+from compress.export.gguf_vocabulary import GGUFVocabulary, read_vocabulary
 from compress.export.reader import READ_BACK_COSINE, Reader
 from compress.layers.compressed import CompressedLinear
 from compress.layers.quantized_embedding import QuantizedEmbedding
@@ -28,15 +28,16 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 LAYOUT, FILE = "gguf", "model.gguf"
+NUMBERS = frozenset({Numbers.INTEGER})
 BLOCK = 32
 Q4_0, Q4_1, Q8_0 = "Q4_0", "Q4_1", "Q8_0"
-# Of plain tensors with two dimensions, those that llama.cpp wants in float32.
+# Two-dimensional tensors that llama.cpp needs in float32.
 FLOAT32 = ("position_embd.weight", "token_types.weight")
-# What llama.cpp's rounding of every quantized layer's input comes to.
+# Lowest cosine to accept: llama.cpp rounds the input of every quantized layer.
 EIGHT_BIT_COSINE = 0.999
-# Tokens of a text in the example.
+# Maximum length of texts in the example, in tokens.
 LONGEST = 4096
-POOLINGS = {Pooling.CLS: "CLS", Pooling.MEAN: "MEAN", Pooling.LAST: "LAST"}
+POOLINGS: dict[Pooling | tuple[Pooling, ...], str] = {Pooling.CLS: "CLS", Pooling.MEAN: "MEAN", Pooling.LAST: "LAST"}
 
 OPENED = """\
 import numpy
@@ -50,7 +51,7 @@ def embed(texts, prompt=""):
 """
 BY_TOKEN = """
 def embed(texts, prompt=""):
-    skipped = len(model.tokenize(prompt.encode())) - {ends} if prompt else 0  # it is read, and does not enter the mean
+    skipped = len(model.tokenize(prompt.encode())) - {ends} if prompt else 0  # the network reads it, but the mean leaves it out
     vectors = numpy.array([numpy.mean(model.embed({prepared})[skipped:], axis=0) for text in texts])
     return {vectors}
 """
@@ -60,23 +61,28 @@ def write(source: ModelFolder, folder: Path) -> Reader:
     """Write a variant into an empty folder.
 
     Raises:
-        UserError: llama.cpp has no such architecture, tokenizer or numbers; the package that writes the file is not installed.
+        UserError: llama.cpp does not support the architecture, the tokenizer or the numbers; the package gguf is not installed.
     """
     try:
         import gguf
     except ImportError as error:
-        raise UserError(f"{LAYOUT} files want a package of their own", "pip install 'compress-embedders[gguf]'") from error
+        raise UserError("the package gguf is not installed", "pip install 'compress-embedders[gguf]'") from error
 
-    opened = open_variant(source, LAYOUT, integers=False)
+    opened = open_for_export(source, LAYOUT)
     spec, config = opened.info.spec, opened.folder.config
     architecture = architecture_of(config, source.name)
-    check_integers(opened.linears, LAYOUT)
+    check_linears(opened.linears, LAYOUT, NUMBERS)
     for name, layer in opened.linears.items():
         check(name, layer, opened.shape(name)[1])
     for name in opened.tables:
         check(name, opened.info.quantized[name], opened.network.get_submodule(name).embedding_dim)  # type: ignore[arg-type]
     vocabulary = read_vocabulary(opened.folder.path / "tokenizer.json", int(config["vocab_size"]))
-    # llama.cpp pools all tokens, the prompt's too; where these stay out, the mean is left to whoever calls it.
+    # llama.cpp pools all tokens, including the prompt's. Where the mean leaves these out, the caller computes it.
+    if spec.pooling not in POOLINGS or spec.modules or spec.dimensions or spec.truncation_side != "right":
+        raise UserError(
+            f"{source.name}: cannot be written as {LAYOUT}: llama.cpp has cls, mean and lasttoken pooling, and nothing after it",
+            "onnx holds every pooling and what comes after it",
+        )
     by_token = spec.pooling is Pooling.MEAN and not spec.pool_prompt
     writer = gguf.GGUFWriter(folder / FILE, architecture, use_temp_file=True)
     writer.add_name(opened.info.base)
@@ -102,10 +108,10 @@ def write(source: ModelFolder, folder: Path) -> Reader:
 
 
 def architecture_of(config: Mapping[str, Any], name: str) -> str:
-    """Return llama.cpp's name of a model's architecture.
+    """Return llama.cpp's name for a model's architecture.
 
     Raises:
-        UserError: it has none, or this is not written.
+        UserError: llama.cpp or this export does not support it.
     """
     kind, rope = config["model_type"], config.get("rope_parameters") or {}
     if kind == "bert" and config.get("hidden_act", "gelu") == "gelu":
@@ -113,49 +119,48 @@ def architecture_of(config: Mapping[str, Any], name: str) -> str:
     if kind == "mistral" and not config.get("sliding_window") and rope.get("rope_type", "default") == "default":
         return "llama" if config.get("is_causal", True) else "llama-embed"
     raise UserError(
-        f"{name}: cannot be written as {LAYOUT}: a {kind} model, or one like this, is not known here",
-        "BERTs with GELU and Mistrals without a sliding window are",
+        f"{name}: cannot be written as {LAYOUT}: this kind of {kind} model is not supported",
+        "supported: BERTs with GELU, Mistrals without a sliding window",
     )
 
 
 def check(name: str, layer: QuantizedLayer, inputs: int) -> None:
-    """See that blocks of 32 can hold a layer.
+    """Check that blocks of 32 values can store a layer.
 
     Raises:
-        UserError: they cannot: FP8, zeros beside more than four bits, widths.
+        UserError: they cannot, because of the kind of numbers, zeros with more than four bits, or widths.
     """
-    if layer.numbers is Numbers.FLOAT8:
-        raise refusal(name, LAYOUT, "are FP8 numbers, and it stores integers", "export as compressed-tensors")
+    check_numbers(name, layer, LAYOUT, NUMBERS)
     if layer.bits > 4 and not layer.symmetric:
-        raise refusal(name, LAYOUT, f"have {layer.bits} bits and zeros of their own", "make them symmetric, or take four bits")
-    for what, width in (("inputs", inputs), ("inputs a group", layer.group_size or BLOCK)):
+        raise refusal(name, LAYOUT, f"have {layer.bits} bits and are asymmetric", "use symmetric weights, or four bits")
+    for what, width in (("inputs", inputs), ("inputs per group", layer.group_size or BLOCK)):
         if width % BLOCK:
-            raise refusal(name, LAYOUT, f"have {width} {what}, no multiple of {BLOCK}", "choose another width or group_size")
+            raise refusal(name, LAYOUT, f"have {width} {what}, not a multiple of {BLOCK}", "choose another width or group_size")
 
 
 def block_kind(layer: QuantizedLayer) -> str:
-    """Return the kind of block that holds a layer's integers."""
+    """Return the type of block that stores a layer's integers."""
     if layer.bits > 4:
         return Q8_0
     return Q4_0 if layer.bits == 4 and layer.symmetric else Q4_1
 
 
 def blocks(kind: str, integers: np.ndarray, scale: np.ndarray, zero: np.ndarray, group: int | None) -> np.ndarray:
-    """Return rows of blocks: the scale, for `Q4_1` the least value, and 32 values.
+    """Return rows of blocks, each with the scale, for `Q4_1` the minimum, and 32 values.
 
     Args:
         kind: `Q4_0`, `Q4_1` or `Q8_0`.
         integers: uint8 [rows, width].
         scale: [rows, groups].
         zero: uint8 [rows, groups].
-        group: values that share a scale, a multiple of 32; None: a row.
+        group: number of values that share a scale, a multiple of 32; None: all values of a row.
 
     Returns:
         uint8 [rows, bytes].
     """
     rows, width = integers.shape
     wide = integers.reshape(rows, -1, BLOCK)
-    each, count = (group or width) // BLOCK, width // BLOCK  # the last group may be a part of one
+    each, count = (group or width) // BLOCK, width // BLOCK  # the last group may be smaller
     step, middle = (np.repeat(values, each, axis=1)[:, :count, None] for values in (scale.astype(np.float16), zero))
     parts = [step.view(np.uint8)]
     if kind == Q8_0:
@@ -168,8 +173,8 @@ def blocks(kind: str, integers: np.ndarray, scale: np.ndarray, zero: np.ndarray,
     return np.concatenate(parts, axis=2).reshape(rows, -1)
 
 
-def _tensors(opened: Opened, config: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray, str | None]]:
-    """Yield names, values and the kind of their blocks; None: as they are, in half precision."""
+def _tensors(opened: Exportable, config: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray, str | None]]:
+    """Yield names, values and types of blocks; type None: plain values in half precision."""
     for layers, tensors in stored(opened):
         for name, layer in layers.items():
             if isinstance(layer, QuantizedLinear | QuantizedEmbedding):
@@ -186,7 +191,7 @@ def _tensors(opened: Opened, config: Mapping[str, Any]) -> Iterator[tuple[str, n
 
 
 def _in_pairs(name: str, rows: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
-    """Return the rows of a rotated projection in llama.cpp's order: it turns neighbours, transformers the halves of a head."""
+    """Reorder the rows of a query or key projection: llama.cpp rotates neighbours, transformers the halves of a head."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.rpartition(".")[2])
     if heads is None:
         return rows
@@ -194,7 +199,7 @@ def _in_pairs(name: str, rows: np.ndarray, config: Mapping[str, Any]) -> np.ndar
 
 
 def _describe(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
-    """Write what the network is."""
+    """Write the hyperparameters of the network."""
     width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(width)
@@ -217,7 +222,7 @@ def _describe(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_causal_attention(bool(config.get("is_causal", True)))
 
 
-def _reader(opened: Opened, vocabulary: Vocabulary, by_token: bool) -> Reader:
+def _reader(opened: Exportable, vocabulary: GGUFVocabulary, by_token: bool) -> Reader:
     spec = opened.info.spec
     length = min(opened.info.max_length, LONGEST)
     example = OPENED.format(length=length)
@@ -231,13 +236,13 @@ def _reader(opened: Opened, vocabulary: Vocabulary, by_token: bool) -> Reader:
     if opened.linears:
         notes.append("llama.cpp rounds the inputs of quantized layers to 8 bits in blocks of 32, whatever the variant does.")
     if any(layer.activations is not ActivationScheme.NONE for layer in opened.linears.values()):
-        notes.append("The variant's own scales of activations are left out.")
+        notes.append("The variant's activation scales are not stored.")
     if length < opened.info.max_length:
         notes.append(
-            f"The example cuts texts at {length:,} of {opened.info.max_length:,} tokens: llama.cpp's memory grows with the square"
-            " of `n_ctx` (more than 30 GB at 32,768); raise it where texts are longer."
+            f"The example truncates texts at {length:,} of {opened.info.max_length:,} tokens: llama.cpp's memory grows with"
+            " the square of `n_ctx` (more than 30 GB at 32,768); raise it for longer texts."
         )
     if by_token:
-        notes.append("Prompts do not enter the mean, which llama.cpp cannot say: the file gives token vectors, pooled as above.")
+        notes.append("The mean leaves prompts out, which llama.cpp does not support: the example pools the file's token vectors.")
     lowest = EIGHT_BIT_COSINE if opened.linears else READ_BACK_COSINE
     return Reader("llama.cpp", ("llama-cpp-python", "numpy"), example, lowest=lowest, notes=tuple(notes))

@@ -1,4 +1,4 @@
-"""A `tokenizer.json` in the words of GGUF, where llama.cpp has a tokenizer that does the same: BERT's uncased and Llama's."""
+"""Conversion of a `tokenizer.json` to GGUF, for tokenizers that llama.cpp reproduces: uncased BERT and Llama."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 SPACE = "\u2581"
-# Of what no merge gives: any score below those of merges.
+# Score of tokens that no merge makes: lower than that of any merge.
 UNMERGED = -1e6
 PREPENDED = {
     "type": "Sequence",
@@ -26,25 +26,25 @@ PREPENDED = {
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """A tokenizer as llama.cpp is to do it."""
+class GGUFVocabulary:
+    """A tokenizer in the terms of llama.cpp."""
 
     model: str
-    """Of `tokenizer.ggml.model`: `bert` or `llama`."""
+    """Value of `tokenizer.ggml.model`: `bert` or `llama`."""
     tokens: list[str]
     types: list[str]
-    """Names of `gguf.TokenType`."""
+    """Type of each token, a name of `gguf.TokenType`."""
     scores: list[float] | None
-    """Of Llama's: which of two merges comes first."""
+    """Score of each token of a Llama tokenizer: the merge with the higher score comes first. None for BERT."""
     special: Mapping[str, int]
-    """Ids by `bos`, `eos`, `unk`, `sep`, `pad`, `mask`."""
+    """Ids of special tokens, by `bos`, `eos`, `unk`, `sep`, `pad`, `mask`."""
     starts: int
-    """Special tokens that it puts before a text."""
+    """Number of special tokens before a text."""
     ends: int
-    """And behind it."""
+    """Number of special tokens after a text."""
 
     def write(self, writer: GGUFWriter) -> None:
-        """Write it into a file's header."""
+        """Write the tokenizer into the header of a file."""
         from gguf import TokenType
 
         writer.add_tokenizer_model(self.model)
@@ -61,15 +61,15 @@ class Vocabulary:
             getattr(writer, f"add_{name}_token_id")(number)
 
 
-def read_vocabulary(path: Path, size: int) -> Vocabulary:
+def read_vocabulary(path: Path, size: int) -> GGUFVocabulary:
     """Read a `tokenizer.json`.
 
     Args:
         path: the file.
-        size: rows of the token table; those that no token has are filled up.
+        size: rows of the token table; unused rows get placeholder tokens.
 
     Raises:
-        UserError: llama.cpp has no tokenizer that does the same.
+        UserError: llama.cpp has no equivalent tokenizer.
     """
     found = read_json(path)
     kind = found["model"]["type"]
@@ -80,8 +80,8 @@ def read_vocabulary(path: Path, size: int) -> Vocabulary:
     raise _refusal(f"is {kind}")
 
 
-def _wordpiece(found: Mapping[str, Any], size: int) -> Vocabulary:
-    """BERT's, lower case: llama.cpp lowers all texts and strips their accents."""
+def _wordpiece(found: Mapping[str, Any], size: int) -> GGUFVocabulary:
+    """Convert an uncased BERT tokenizer: llama.cpp lowercases all texts and strips accents."""
     normalizer, model = found["normalizer"] or {}, found["model"]
     uncased = normalizer.get("type") == "BertNormalizer" and normalizer["lowercase"] and normalizer["strip_accents"] is not False
     if (
@@ -89,34 +89,34 @@ def _wordpiece(found: Mapping[str, Any], size: int) -> Vocabulary:
         or (found["pre_tokenizer"] or {}).get("type") != "BertPreTokenizer"
         or model["continuing_subword_prefix"] != "##"
     ):
-        raise _refusal("is WordPiece, and not that of an uncased BERT")
+        raise _refusal("is WordPiece, but not that of an uncased BERT")
     before, after = _around(found)
     if len(before) != 1 or len(after) != 1:
-        raise _refusal("does not put one special token before texts and one behind")
+        raise _refusal("does not put one special token before and one after texts")
     tokens, types = _tokens(found, size)
     for index, token in enumerate(tokens):
-        if types[index] == "NORMAL":  # llama.cpp marks what begins a word, not what goes on with one
+        if types[index] == "NORMAL":  # llama.cpp marks tokens that begin a word, not those that continue one
             tokens[index] = token[2:] if token.startswith("##") else SPACE + token
     ids = {"bos": before[0], "sep": after[0], "unk": model["vocab"][model["unk_token"]]}
     for name, token in (("pad", "[PAD]"), ("mask", "[MASK]")):
         if token in model["vocab"]:
             ids[name] = model["vocab"][token]
-    return Vocabulary("bert", tokens, types, None, ids, 1, 1)
+    return GGUFVocabulary("bert", tokens, types, None, ids, 1, 1)
 
 
-def _merges(found: Mapping[str, Any], size: int) -> Vocabulary:
-    """Llama's: merges in the order of their tokens' scores, bytes for what is unknown."""
+def _merges(found: Mapping[str, Any], size: int) -> GGUFVocabulary:
+    """Convert a Llama tokenizer: merges in the order of their tokens' scores, bytes for unknown characters."""
     pre, normalizer = found["pre_tokenizer"], found["normalizer"]
     space = {"type": "Metaspace", "replacement": SPACE, "split": False}
     as_pre = pre is not None and normalizer is None and space.items() <= pre.items() and pre.get("prepend_scheme") != "never"
     if not as_pre and (pre is not None or normalizer != PREPENDED):
-        raise _refusal("changes or cuts texts before it merges as Llama's does not")
+        raise _refusal("normalises or splits texts differently from Llama's")
     before, after = _around(found)
     if len(before) > 1 or len(after) > 1:
-        raise _refusal("puts several special tokens around texts")
+        raise _refusal("puts several special tokens before or after texts")
     tokens, types = _tokens(found, size)
     if types.count("BYTE") < 256:
-        raise _refusal("has no token for each byte")
+        raise _refusal("lacks tokens for single bytes")
     scores = [UNMERGED] * size
     vocabulary = found["model"]["vocab"]
     for rank, merge in enumerate(found["model"]["merges"]):
@@ -125,11 +125,11 @@ def _merges(found: Mapping[str, Any], size: int) -> Vocabulary:
     ids = {name: numbers[0] for name, numbers in (("bos", before), ("eos", after)) if numbers}
     if found["model"].get("unk_token") in vocabulary:
         ids["unk"] = vocabulary[found["model"]["unk_token"]]
-    return Vocabulary("llama", tokens, types, scores, ids, len(before), len(after))
+    return GGUFVocabulary("llama", tokens, types, scores, ids, len(before), len(after))
 
 
 def _tokens(found: Mapping[str, Any], size: int) -> tuple[list[str], list[str]]:
-    """Return tokens and their types by id."""
+    """Return the tokens and their types, by id."""
     tokens, types = [f"[PAD{index}]" for index in range(size)], ["UNUSED"] * size
     for token, index in found["model"]["vocab"].items():
         byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
@@ -145,7 +145,7 @@ def _tokens(found: Mapping[str, Any], size: int) -> tuple[list[str], list[str]]:
 
 
 def _around(found: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """Return the special tokens that a tokenizer puts before and behind a text."""
+    """Return the ids of the special tokens that a tokenizer puts before and after a text."""
     template = found["post_processor"]
     if template is None:
         return [], []
@@ -154,17 +154,17 @@ def _around(found: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     if template["type"] != "TemplateProcessing":
         raise _refusal(f"ends with a {template['type']}")
     sides: tuple[list[int], list[int]] = [], []
-    behind = False
+    after_text = False
     for piece in template["single"]:
         if "Sequence" in piece:
-            behind = True
+            after_text = True
         else:
-            sides[behind].extend(template["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
+            sides[after_text].extend(template["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
     return sides
 
 
 def _refusal(why: str) -> UserError:
     return UserError(
-        f"cannot be written as gguf: the tokenizer {why}, and llama.cpp has none that does the same",
-        "onnx and openvino come with the tokenizer as it is",
+        f"cannot be written as gguf: the tokenizer {why}, and llama.cpp has no equivalent",
+        "export as onnx or openvino, which include the tokenizer unchanged",
     )

@@ -1,7 +1,7 @@
-"""The GPTQ layout, version 1, as auto-gptq 0.7.1 reads it, GPTQModel through transformers and optimum, and vLLM (not tried here).
+"""The GPTQ layout, version 1, which auto-gptq 0.7.1, GPTQModel (through transformers and optimum) and vLLM (not tested here) read.
 
 Each linear layer is `qweight` int32 [in x bits / 32, out], packed along the inputs; `qzeros` int32 [groups, out x bits / 32], zeros
-less one, packed along the outputs; `scales` [groups, out]; `g_idx` int32 [in], the group of each input.
+minus one, packed along the outputs; `scales` [groups, out]; `g_idx` int32 [in], the group of each input.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ import torch
 
 from compress.common.errors import UserError
 from compress.common.files import write_json
-from compress.export.base import Opened, open_variant, refusal, table_notes, words, write_config, write_weights
+from compress.export.base import (
+    Exportable,
+    check_numbers,
+    open_for_export,
+    refusal,
+    table_notes,
+    words,
+    write_config,
+    write_weights,
+)
 from compress.export.loader_files import write_modules, write_tokenizer
 from compress.export.reader import Reader, in_sentence_transformers
 from compress.layers.quantized_linear import QuantizedLinear
@@ -22,12 +31,13 @@ from compress.models.architectures import is_in_block
 from compress.models.folder import ModelFolder
 
 LAYOUT = "gptq"
+NUMBERS = frozenset({Numbers.INTEGER})
 BITS = (2, 3, 4, 8)
-# auto-gptq makes room for whole runs of 32 values along the inputs and along the outputs.
+# auto-gptq allocates multiples of 32 values along the inputs and along the outputs.
 RUN = 32
-# GPTQModel has kernels for half precision alone: that is what rounding every layer's output to it comes to.
+# GPTQModel's kernels compute in half precision only; rounding every layer's output costs this much.
 HALF_COSINE = 0.9995
-# Lists of blocks that readers find by themselves, in any class of a model; another is named to them.
+# Lists of blocks that readers find by themselves; the config names any other.
 FOUND = ("layers", "h", "decoder.layers")
 
 
@@ -35,20 +45,20 @@ def write(source: ModelFolder, folder: Path) -> Reader:
     """Write a variant into an empty folder.
 
     Raises:
-        UserError: the layout cannot hold a layer; see `check` and `quantization_config`.
+        UserError: the layout cannot store a layer; see `check` and `quantization_config`.
     """
-    opened = open_variant(source, LAYOUT)
+    opened = open_for_export(source, LAYOUT, NUMBERS)
     quantization = quantization_config(opened)
     write_weights(opened, folder, tensors_of, opened.prefix)
-    # auto-gptq makes a causal language model, whose head an embedder lacks; tied to the table, it would overwrite the table.
+    # auto-gptq builds a causal language model, whose head an embedder lacks; a tied head would overwrite the embedding table.
     write_config(opened, folder, quantization, "float16", {"tie_word_embeddings": False})
     write_json(folder / "quantize_config.json", quantization)
     write_tokenizer(opened, folder)
     write_modules(opened, folder)
     notes = [*table_notes(opened), *_notes(list(opened.linears.values()))]
     if "modules_in_block_to_quantize" in quantization:
-        notes.append("Some layers of a block are in half precision: for optimum and vLLM; auto-gptq expects all of them quantized.")
-    # Float16 as it is stored; without a word GPTQModel's kernel for CPUs computes in bfloat16.
+        notes.append("Some layers of a block are in half precision: optimum and vLLM load that; auto-gptq expects all quantized.")
+    # float16, as stored; by default GPTQModel's kernel for CPUs computes in bfloat16.
     options = f'"dtype": "float16", "quantization_config": GPTQConfig(bits={quantization["bits"]}, backend="torch")'
     example = in_sentence_transformers("from transformers import GPTQConfig\n", options)
     return Reader(
@@ -57,30 +67,30 @@ def write(source: ModelFolder, folder: Path) -> Reader:
 
 
 def _notes(layers: list[QuantizedLayer]) -> list[str]:
-    """Say what readers of today make of such layers."""
-    notes = ['On a CPU GPTQModel chooses a kernel that computes in bfloat16; `backend="torch"` takes float16.']
+    """Return notes on how current readers treat such layers."""
+    notes = ['On a CPU, GPTQModel chooses a kernel that computes in bfloat16; `backend="torch"` computes in float16.']
     if any(layer.group_size is None for layer in layers):
         notes.append("Scales are float32, as in the variant; readers round them to their own dtype.")
     if not all(layer.symmetric for layer in layers):
         notes.append(
-            "Zeros of their own: `GPTQModel.load` takes such files from itself alone; through transformers it reads these too."
+            "Asymmetric: `GPTQModel.load` accepts such files only from GPTQModel itself; through transformers it reads these too."
         )
-        notes.append("GPTQModel 7.6 leaves zeros out in its CPU kernel `torch_fused`, which is not the one it chooses.")
+        notes.append("GPTQModel 7.6 ignores zeros in its CPU kernel `torch_fused`, which it does not choose by default.")
     return notes
 
 
-def quantization_config(opened: Opened) -> dict[str, Any]:
-    """Return what `quantize_config.json`, and `quantization_config` in `config.json`, say.
+def quantization_config(opened: Exportable) -> dict[str, Any]:
+    """Return the content of `quantize_config.json`, which is also the `quantization_config` of `config.json`.
 
     Raises:
-        UserError: see `check`; layers of several precisions; a layer in some blocks quantized and in others not.
+        UserError: see `check`; layers of several precisions; a layer that is quantized in some blocks but not in others.
     """
     first_name, first = next(iter(opened.linears.items()))
     for name, layer in opened.linears.items():
         check(name, layer, *opened.shape(name))
         if layer != first:
             raise UserError(
-                f"{name}: is {_described(layer)} where {first_name} is {_described(first)}; a {LAYOUT} file has one precision",
+                f"{name}: is {_described(layer)} where {first_name} is {_described(first)}; a {LAYOUT} file has a single precision",
                 "leave `overrides` out, or export as compressed-tensors",
             )
     config = {
@@ -104,18 +114,17 @@ def quantization_config(opened: Opened) -> dict[str, Any]:
 
 
 def check(name: str, layer: QuantizedLayer, outputs: int, inputs: int) -> None:
-    """See that the layout can hold a layer.
+    """Check that the layout can store a layer.
 
     Raises:
-        UserError: it cannot: quantized activations, FP8, bits, widths.
+        UserError: it cannot, because of the kind of numbers, quantized activations, bits or widths.
     """
-    if layer.numbers is Numbers.FLOAT8:
-        raise refusal(name, LAYOUT, "are FP8 numbers, and it stores integers", "export as compressed-tensors")
+    check_numbers(name, layer, LAYOUT, NUMBERS)
     if layer.activations is not ActivationScheme.NONE:
         raise refusal(
             name,
             LAYOUT,
-            f"go with {layer.activations} activations, and it stores no activation scheme",
+            f"are used with {layer.activations} activations, and it stores no activation scheme",
             "export as compressed-tensors, or make a variant with `activations: none`",
         )
     if layer.bits not in BITS:
@@ -123,16 +132,16 @@ def check(name: str, layer: QuantizedLayer, outputs: int, inputs: int) -> None:
     for what, width in (("inputs", inputs), ("outputs", outputs)):
         if width % RUN:
             raise refusal(
-                name, LAYOUT, f"have {width} {what}, no multiple of {RUN}", "skip the layer, or export as compressed-tensors"
+                name, LAYOUT, f"have {width} {what}, not a multiple of {RUN}", "skip the layer, or export as compressed-tensors"
             )
     if layer.group_size and inputs % layer.group_size:
         raise refusal(
-            name, LAYOUT, f"have {inputs} inputs, no multiple of the group of {layer.group_size}", "choose another group_size"
+            name, LAYOUT, f"have {inputs} inputs, not a multiple of the group size {layer.group_size}", "choose another group_size"
         )
 
 
 def tensors_of(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
-    """Return a layer's tensors; see the module. Our zeros are at least 1, so that one less never wraps around."""
+    """Return a layer's tensors; see the module. Our zeros are at least 1, so zero minus one never wraps around."""
     bits = layer.layer.bits
     group = layer.layer.group_size or layer.in_features
     return {
@@ -147,11 +156,11 @@ def _described(layer: QuantizedLayer) -> str:
     return layer.name + ("" if layer.symmetric else " with zeros")
 
 
-def _chosen(opened: Opened) -> list[str] | None:
-    """Return the names inside a block of its quantized layers; None where all linear layers of the blocks are quantized.
+def _chosen(opened: Exportable) -> list[str] | None:
+    """Return the names of quantized layers, relative to the block; None where all linear layers of the blocks are quantized.
 
     Raises:
-        UserError: readers, who look at the ends of names, would take other layers for quantized ones.
+        UserError: readers match the ends of names, and would take another layer for a quantized one.
     """
     left = [name for name in opened.plain if is_in_block(name)]
     if not left:
@@ -160,7 +169,7 @@ def _chosen(opened: Opened) -> list[str] | None:
     taken = next((name for name in left if name.endswith(tuple(chosen))), None)
     if taken is not None:
         raise UserError(
-            f"{taken}: is not quantized, and a {LAYOUT} file cannot tell it from others of its name that are",
+            f"{taken}: is not quantized, and a {LAYOUT} file cannot distinguish it from quantized layers of the same name",
             "skip such layers in all blocks or in none, or export as compressed-tensors",
         )
     return chosen

@@ -1,6 +1,6 @@
-"""A variant as a graph for a runtime alone: token ids in, vectors out; the tokenizer and an example that runs it lie beside.
+"""A variant as a graph from token ids to vectors, with its tokenizer and an example that runs it.
 
-Needs neither torch nor transformers nor this package: onnxruntime or openvino, tokenizers, numpy.
+Running it needs onnxruntime or openvino, tokenizers and numpy, but neither torch nor transformers nor this package.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from compress.common.files import write_json
 from compress.export.reader import Reader
-from compress.models.files.headers import weight_files
-from compress.models.files.variant import INDEX_FILE
+from compress.models.files.headers import INDEX_FILE, weight_files
 from compress.models.folder import ModelFolder
-from compress.runtimes.contract import INPUTS, RuntimeName, graph_file, pick_runtime
+from compress.runtimes.contract import graph_file, graph_inputs, pick_runtime
+from compress.runtimes.exported import SETTINGS_FILE
 
-SETTINGS_FILE = "embedder.json"
+ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 
 EXAMPLE = """\
 import json
@@ -23,7 +23,7 @@ import numpy as np
 {imports}
 from tokenizers import Tokenizer
 
-folder = "."  # where this file lies
+folder = "."  # the folder of this file
 settings = json.load(open(folder + "/embedder.json"))
 tokenizer = Tokenizer.from_file(folder + "/tokenizer.json")
 tokenizer.enable_padding()
@@ -34,7 +34,7 @@ def embed(texts, prompt=""):
     rows = tokenizer.encode_batch([prepare(prompt + text) + settings["suffix"] for text in texts])
     ids, mask = (np.array([getattr(row, key) for row in rows]) for key in ("ids", "attention_mask"))
     pooled = mask.copy()
-    if prompt and not settings["pool_prompt"]:  # the prompt is read, and does not enter the mean
+    if prompt and not settings["pool_prompt"]:  # the network reads the prompt, but the mean leaves it out
         alone = tokenizer.encode(prepare(prompt), add_special_tokens=settings["prompt_specials"])
         pooled[:, : len(alone.ids) - (alone.special_tokens_mask or [0])[-1]] = 0
     inputs = [ids, mask, pooled][: len(settings["inputs"])]
@@ -51,21 +51,21 @@ session = onnxruntime.InferenceSession(folder + "/model.onnx", options, provider
 IN_OPENVINO = {
     "imports": "import openvino",
     "opening": """\
-exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}  # as it was stored, and no more rounding
+exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}  # no further rounding
 compiled = openvino.Core().compile_model(folder + "/model.xml", "CPU", exact)""",
     "running": "return compiled(inputs)[0]",
 }
 
 
 def write_onnx(source: ModelFolder, folder: Path) -> Reader:
-    """Write a variant into an empty folder as ONNX, its weights in the safetensors files that the graph refers to.
+    """Write a variant into an empty folder as ONNX; the graph refers to the weights in the safetensors files.
 
     Raises:
         UserError: onnxruntime does not execute the variant's numbers.
     """
-    graph = _lowered(source, folder, RuntimeName.ONNXRUNTIME)
+    graph = _lowered(source, folder, ONNXRUNTIME)
     graph.rename(folder / "model.onnx")
-    return _reader(source, folder, RuntimeName.ONNXRUNTIME, IN_ONNXRUNTIME)
+    return _reader(source, folder, ONNXRUNTIME, IN_ONNXRUNTIME)
 
 
 def write_openvino(source: ModelFolder, folder: Path) -> Reader:
@@ -74,18 +74,18 @@ def write_openvino(source: ModelFolder, folder: Path) -> Reader:
     Raises:
         UserError: openvino is not installed, or does not execute the variant's numbers.
     """
-    graph = _lowered(source, folder, RuntimeName.OPENVINO)
+    graph = _lowered(source, folder, OPENVINO)
     import openvino
 
-    # Weights stay in the numbers that they are stored in.
+    # Keep the weights in their stored dtypes.
     openvino.save_model(openvino.Core().read_model(graph), folder / "model.xml", compress_to_fp16=False)
     for path in (graph, *weight_files(folder), folder / INDEX_FILE):
         path.unlink(missing_ok=True)
-    return _reader(source, folder, RuntimeName.OPENVINO, IN_OPENVINO)
+    return _reader(source, folder, OPENVINO, IN_OPENVINO)
 
 
-def _lowered(source: ModelFolder, folder: Path, runtime: RuntimeName) -> Path:
-    """Copy a variant and write its graph for a runtime beside its weights."""
+def _lowered(source: ModelFolder, folder: Path, runtime: str) -> Path:
+    """Copy a variant and write its graph for a runtime next to its weights."""
     from compress.runtimes.lower import lower
 
     pick_runtime(runtime, source.compressed.quantized)
@@ -98,9 +98,9 @@ def _lowered(source: ModelFolder, folder: Path, runtime: RuntimeName) -> Path:
     return graph_file(folder, runtime)
 
 
-def _reader(source: ModelFolder, folder: Path, runtime: RuntimeName, words: dict[str, str]) -> Reader:
-    """Write what lies beside a graph, and say how it is run."""
-    source.tokenizer.save(folder / "tokenizer.json")  # with its longest input, which it cuts itself
+def _reader(source: ModelFolder, folder: Path, runtime: str, words: dict[str, str]) -> Reader:
+    """Write the tokenizer and the settings of a graph, and return how it is run."""
+    source.tokenizer.save(folder / "tokenizer.json")  # it truncates to the maximum length itself
     spec = source.spec
     settings = {
         "dimension": source.dimension,
@@ -112,7 +112,7 @@ def _reader(source: ModelFolder, folder: Path, runtime: RuntimeName, words: dict
         "lowercase": spec.lowercase,
         "suffix": spec.suffix,
         "normalized": spec.normalize,
-        "inputs": list(INPUTS[:2] if spec.pool_prompt else INPUTS),
+        "inputs": list(graph_inputs(spec.pool_prompt)),
     }
     write_json(folder / SETTINGS_FILE, settings)
-    return Reader(str(runtime), (str(runtime), "tokenizers", "numpy"), EXAMPLE.format(**words), runtime, quantizes=True)
+    return Reader(runtime, (runtime, "tokenizers", "numpy"), EXAMPLE.format(**words), runtime, quantizes=True)

@@ -1,4 +1,4 @@
-"""What a loader needs besides weights: the tokenizer's files, sentence-transformers' modules."""
+"""Files that loaders need in addition to weights: the tokenizer, sentence-transformers' modules."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 from compress.common.files import write_json
 from compress.common.inputs import read_json
-from compress.export.base import Opened
+from compress.export.base import Exportable, head_tensors
+from compress.models.files.shards import write_tensors
 from compress.models.files.variant import VariantInfo
-from compress.models.text.spec import Pooling
+from compress.models.text.sentence_transformers import LEGACY_POOLINGS
+from compress.models.text.spec import HeadModule
 
 MODULES = "sentence_transformers.models"
-# By what names tokenizers know their special tokens, where neither the model's config nor anything else says which is which.
+# Usual names of special tokens, for tokenizers whose special tokens no file describes.
 USUAL = {
     "unk_token": ("[UNK]", "<unk>"),
     "cls_token": ("[CLS]",),
@@ -23,25 +25,32 @@ USUAL = {
 }
 
 
-def write_tokenizer(opened: Opened, folder: Path) -> None:
-    """Write the tokenizer's files."""
+def write_tokenizer(opened: Exportable, folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`."""
     config = opened.folder.config
     shutil.copy(opened.folder.path / "tokenizer.json", folder / "tokenizer.json")
     settings = tokenizer_config(read_json(folder / "tokenizer.json"), config, opened.info.max_length)
+    settings["truncation_side"] = opened.info.spec.truncation_side
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def write_modules(opened: Opened, folder: Path) -> None:
-    """Write sentence-transformers' files."""
-    width = opened.network.config.hidden_size  # type: ignore[union-attr]
-    for name, content in sentence_transformers_files(opened.info, int(width)).items():  # type: ignore[arg-type]
+def write_modules(opened: Exportable, folder: Path) -> None:
+    """Write the files of sentence-transformers: modules, pooling, prompts, maximum length."""
+    spec = opened.info.spec
+    width = spec.token_width or opened.folder.shape.hidden_size
+    for name, content in sentence_transformers_files(opened.info, width).items():
         write_json(folder / name, content)
-    if opened.info.spec.normalize:
-        (folder / "2_Normalize").mkdir()
+    for number, module in enumerate(spec.modules):
+        place = folder / f"{2 + number}_{module.kind}"
+        place.mkdir(exist_ok=True)
+        if module.kind != "Normalize":
+            write_tensors(place / "model.safetensors", head_tensors(opened, number))
+    if spec.normalize:
+        (folder / f"{2 + len(spec.modules)}_Normalize").mkdir()
 
 
 def tokenizer_config(tokenizer: dict[str, Any], config: dict[str, Any], max_length: int) -> dict[str, Any]:
-    """Return a `tokenizer_config.json`: the class that takes `tokenizer.json` as it stands, and the special tokens' names."""
+    """Return the content of `tokenizer_config.json`: a class that uses `tokenizer.json` unchanged, and special tokens."""
     added = {entry["id"]: entry["content"] for entry in tokenizer.get("added_tokens", []) if entry.get("special")}
     named = {f"{kind}_token": config.get(f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     special = {key: added[number] for key, number in named.items() if number in added}
@@ -49,7 +58,7 @@ def tokenizer_config(tokenizer: dict[str, Any], config: dict[str, Any], max_leng
         name = next((name for name in usual if name in added.values()), None)
         if key not in special and name is not None:
             special[key] = name
-    if "pad_token" not in special and added:  # masked, so any token will do
+    if "pad_token" not in special and added:  # padding is masked, so any token will do
         special["pad_token"] = added.get(config.get("eos_token_id"), next(iter(added.values())))
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -62,9 +71,10 @@ def tokenizer_config(tokenizer: dict[str, Any], config: dict[str, Any], max_leng
 
 
 def sentence_transformers_files(info: VariantInfo, width: int) -> dict[str, Any]:
-    """Return what sentence-transformers reads, by file name; `width`: of the token vectors."""
+    """Return the files that sentence-transformers reads, by name; `width`: width of the token vectors."""
     spec = info.spec
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + ([("2_Normalize", "Normalize")] if spec.normalize else [])
+    after = [module.kind for module in spec.modules] + (["Normalize"] if spec.normalize else [])
+    modules = [("", "Transformer"), *((f"{number}_{kind}", kind) for number, kind in enumerate(["Pooling", *after], start=1))]
     prompts = dict(spec.prompts)
     default = next((name for name, text in prompts.items() if text == spec.default_prompt), None) if spec.default_prompt else None
     if spec.default_prompt and default is None:
@@ -78,10 +88,36 @@ def sentence_transformers_files(info: VariantInfo, width: int) -> dict[str, Any]
         "sentence_bert_config.json": {"max_seq_length": info.max_length, "do_lower_case": spec.lowercase},
         "1_Pooling/config.json": {
             "word_embedding_dimension": width,
-            "pooling_mode_cls_token": spec.pooling is Pooling.CLS,
-            "pooling_mode_mean_tokens": spec.pooling is Pooling.MEAN,
-            "pooling_mode_lasttoken": spec.pooling is Pooling.LAST,
+            # Keys that every version reads, where they say it all: they have no order.
+            **(
+                {key: mode in spec.poolings for key, mode in LEGACY_POOLINGS.items()}
+                if len(spec.poolings) == 1
+                else {"pooling_mode": list(spec.poolings)}
+            ),
             "include_prompt": spec.pool_prompt,
         },
-        "config_sentence_transformers.json": {"prompts": prompts, "default_prompt_name": default, "similarity_fn_name": "cosine"},
+        "config_sentence_transformers.json": {
+            "prompts": prompts,
+            "default_prompt_name": default,
+            "similarity_fn_name": "cosine",
+            **({"truncate_dim": spec.dimensions} if spec.dimensions else {}),
+        },
+        **{
+            f"{number}_{module.kind}/config.json": _module_config(module)
+            for number, module in enumerate(spec.modules, start=2)
+            if module.kind != "Normalize"
+        },
+    }
+
+
+def _module_config(module: HeadModule) -> dict[str, Any]:
+    """Return the settings of a module between pooling and the final vector."""
+    if module.kind == "LayerNorm":
+        return {"dimension": module.width}
+    return {
+        "in_features": module.inputs,
+        "out_features": module.width,
+        "bias": module.bias,
+        "activation_function": module.activation,
+        **({"use_residual": True} if module.residual else {}),
     }

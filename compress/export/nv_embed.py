@@ -1,4 +1,4 @@
-"""An NV-Embed with all its weights in floating point as a checkpoint in the published layout: a model to start from."""
+"""A floating-point variant of NV-Embed as a checkpoint in the published layout, which further recipes can start from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compress.common.errors import UserError
 from compress.common.files import write_json
-from compress.export.base import Opened, half_values, refusal, write_weights
+from compress.export.base import Exportable, half_values, refusal, write_weights
 from compress.export.reader import OURS, Reader
 from compress.models.folder import ModelFolder
 from compress.models.opened import empty_model
@@ -17,7 +17,7 @@ LAYOUT = "nv-embed"
 EXAMPLE = """\
 import compress
 
-model = compress.load(".")  # the folder that this file lies in
+model = compress.load(".")  # the folder of this file
 
 def embed(texts, prompt=""):
     return model.encode(texts, prompt)
@@ -25,23 +25,23 @@ def embed(texts, prompt=""):
 
 
 def write(source: ModelFolder, folder: Path) -> Reader:
-    """Write a variant into an empty folder: the published keys, in half precision, config, tokenizer and longest input.
+    """Write a variant into an empty folder: the published keys in half precision, config, tokenizer and maximum length.
 
     Raises:
-        UserError: another architecture, a folded head, integers, or blocks that lack a part.
+        UserError: the variant has another architecture, a folded head, quantized weights, or blocks without some part.
     """
     if source.config.get("model_type") != MODEL_TYPE:
-        raise UserError(f"{source.name}: is no NV-Embed", "sentence-transformers is the layout of other models")
+        raise UserError(f"{source.name}: is not an NV-Embed", "export other models as sentence-transformers")
     info = source.compressed
     if info.quantized:
         raise refusal(next(iter(info.quantized)), LAYOUT, "are quantized", "use the variant as it is (compress encode)")
     if info.folded or info.heads is not None or info.dropped:
         lacks = "a folded head" if info.folded else "blocks that lack heads or a sublayer"
         raise UserError(
-            f"{source.name}: cannot be written as {LAYOUT}: it has {lacks}, which the published keys cannot say",
-            "`fold: false` in the recipe leaves the head alone" if info.folded else "use the variant as it is (compress encode)",
+            f"{source.name}: cannot be written as {LAYOUT}: it has {lacks}, which the published keys cannot describe",
+            "`fold: false` in the recipe keeps the head as it is" if info.folded else "use the variant as it is (compress encode)",
         )
-    write_weights(Opened(info, source, empty_model(source), {}, [], [], "", ""), folder, half_values)
+    write_weights(Exportable(info, source, empty_model(source), {}, [], [], "", ""), folder, half_values)
     write_json(folder / "config.json", source.config)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": info.max_length, "do_lower_case": False})
     shutil.copy(source.path / "tokenizer.json", folder / "tokenizer.json")

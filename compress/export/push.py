@@ -43,11 +43,11 @@ def push(folder: Path, name: str) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    expected: tuple[type[Exception], ...] = (*failures(), ValueError, RuntimeError)  # of a card, of an upload that broke off
+    caught: tuple[type[Exception], ...] = (*failures(), ValueError, RuntimeError)  # the last two: of a card, of a broken upload
     try:
         page = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add what compress export wrote")
-    except expected as error:
+    except caught as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise UserError(f"--push {name}: the hub does not let this token write there ({status})", LOGIN) from error

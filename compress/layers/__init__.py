@@ -1,1 +1,1 @@
-"""Layers that a compressed model is made of."""
+"""The layers of a compressed model: storage formats, grids, kernels."""

@@ -1,4 +1,4 @@
-"""Linear layers that the bitsandbytes package stores and multiplies: LLM.int8(), NF4 and FP4."""
+"""Linear layers stored and multiplied by the bitsandbytes package: LLM.int8(), NF4 and FP4."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def bitsandbytes() -> Any:
         import bitsandbytes
     except ImportError as error:
         raise UserError("the package bitsandbytes is not installed", "pip install 'compress-embedders[bitsandbytes]'") from error
-    # It says at every layer that float32 inputs are cast for the quantization, and once that a kernel from a hub is not there.
+    # It warns at every layer that float32 inputs are cast, and once that a kernel from the hub is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return bitsandbytes
 
 
 class BitsAndBytes4BitLinear(CompressedLinear):
-    """NF4 or FP4 weights in blocks of 64, their scales in 8 bits in blocks of 256.
+    """NF4 or FP4 weights in blocks of 64, with 8-bit scales in blocks of 256 (QLoRA, arXiv 2305.14314, section 3).
 
     Buffers: `weight` uint8 [ceil(out x in / 2), 1] in the package's own layout, `weight_scale` uint8 [blocks],
     `weight_nested_scale` float32 [ceil(blocks / 256)] and `weight_nested_offset` float32 [], `bias` [out] or None.
@@ -78,7 +78,7 @@ class BitsAndBytes4BitLinear(CompressedLinear):
 
     @classmethod
     def empty(cls, linear: nn.Linear, layer: QuantizedLayer) -> BitsAndBytes4BitLinear:
-        """Stand in for `linear` with buffers that have shapes and no values."""
+        """Return a layer in place of `linear` whose buffers are on the meta device."""
         count = linear.out_features * linear.in_features
         blocks = -(-count // BLOCK)
         with torch.device("meta"):
@@ -102,7 +102,7 @@ class BitsAndBytes4BitLinear(CompressedLinear):
         return self.dequantized()
 
     def _quant_state(self) -> Any:
-        """Return the package's own description of the weight, made once the buffers are where they stay."""
+        """Return the package's description of the weight, made once the buffers are on their final device."""
         if self._state is None or self._state.absmax.device != self.weight.device:
             functional, device = bitsandbytes().functional, self.weight.device
             nested = functional.QuantState(
@@ -125,7 +125,7 @@ class BitsAndBytes4BitLinear(CompressedLinear):
 
 
 class BitsAndBytesInt8Linear(CompressedLinear):
-    """LLM.int8(): int8 weights and activations, but for input channels with outliers, which stay in floating point.
+    """LLM.int8(): int8 weights and activations; input channels with outliers stay in floating point (arXiv 2208.07339).
 
     Buffers: `weight` int8 [out, in], `weight_scale` float32 [out] (each row's largest magnitude), `bias` [out] or None.
     """
@@ -145,19 +145,19 @@ class BitsAndBytesInt8Linear(CompressedLinear):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, layer: QuantizedLayer) -> BitsAndBytesInt8Linear:
-        """Quantize `linear`; the package does so from half precision."""
+        """Quantize `linear`; the package quantizes from half precision."""
         weight, scale, _ = bitsandbytes().functional.int8_vectorwise_quant(linear.weight.detach().half())
         bias = None if linear.bias is None else linear.bias.detach().clone()
         return cls(layer, weight, scale, bias)
 
     @classmethod
     def empty(cls, linear: nn.Linear, layer: QuantizedLayer) -> BitsAndBytesInt8Linear:
-        """Stand in for `linear` with buffers that have shapes and no values."""
+        """Return a layer in place of `linear` whose buffers are on the meta device."""
         weight = torch.empty((linear.out_features, linear.in_features), dtype=torch.int8, device="meta")
         return cls(layer, weight, torch.empty(linear.out_features, device="meta"), linear.bias)
 
     def values(self) -> torch.Tensor:
-        """Return the weight, float32 [out, in]: 127 stands for the row's largest magnitude."""
+        """Return the weight, float32 [out, in]; 127 stands for the largest magnitude of a row."""
         return self.weight.float().mul_(self.weight_scale[:, None] / 127)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What every compressed layer is to those who only pass it on: how it is stored, and that it can be prepared to run."""
+"""Base classes of compressed layers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 
 
 class CompressedLayer(nn.Module):
-    """A layer whose buffers are kept as they are stored, whatever dtype the model around it runs in."""
+    """A layer whose buffers keep their stored dtypes, whatever dtype the model around it runs in."""
 
     layer: QuantizedLayer
 
     def pack(self) -> None:
-        """Prepare to run on the device the buffers are on; a second call does nothing. By default nothing is needed."""
+        """Prepare to run on the device of the buffers; a second call does nothing. By default nothing is needed."""
 
     def held(self, dtype: torch.dtype) -> nn.Module:
-        """Return a layer of the same function for many calls in `dtype`, whatever memory it takes: by default itself, packed."""
+        """Return an equivalent layer for many calls in `dtype`, at any cost in memory; by default the packed layer itself."""
         self.pack()
         return self
 
 
 class CompressedLinear(CompressedLayer):
-    """A linear layer that stands for another in floating point."""
+    """A compressed linear layer."""
 
     bias: torch.Tensor | None
 
@@ -36,10 +36,10 @@ class CompressedLinear(CompressedLayer):
 
     @abstractmethod
     def values(self) -> torch.Tensor:
-        """Return the weight that is stored, for the input as it comes: float32 [out, in]."""
+        """Return the stored weight, for inputs that are not divided by anything: float32 [out, in]."""
 
     def plain(self) -> nn.Linear:
-        """Return a linear layer of torch's with the values that are stored, float32; its activations are in floating point."""
+        """Return an `nn.Linear` with the stored values in float32; its activations are in floating point."""
         weight = self.values()
         with torch.device("meta"):
             plain = nn.Linear(weight.shape[1], weight.shape[0], bias=self.bias is not None)

@@ -1,4 +1,4 @@
-"""What stands in a block for a sublayer that was dropped, called as the sublayer was."""
+"""Stand-ins for dropped sublayers of a block; they take the same arguments as the sublayer."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import nn
 
 
 class First(nn.Module):
-    """Gives back what it was given first."""
+    """Returns its first argument."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Return it."""
+        """Return `hidden_states`."""
         return hidden_states
 
 
 class FirstOfTwo(nn.Module):
-    """`First` where a block takes attention probabilities too."""
+    """`First` for blocks that also expect attention probabilities."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-        """Return it, and no probabilities."""
+        """Return `hidden_states`, and None as probabilities."""
         return hidden_states, None
 
 
 class Zeros(nn.Module):
-    """Adds nothing to a residual."""
+    """Returns zeros: adds nothing to a residual."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Return zeros like the input."""
@@ -33,10 +33,10 @@ class Zeros(nn.Module):
 
 
 class ZerosOfTwo(nn.Module):
-    """`Zeros` where a block takes attention probabilities too."""
+    """`Zeros` for blocks that also expect attention probabilities."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-        """Return zeros like the input, and no probabilities."""
+        """Return zeros like the input, and None as probabilities."""
         return torch.zeros_like(hidden_states), None
 
 

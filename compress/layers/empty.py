@@ -1,4 +1,4 @@
-"""From a variant's description of a layer to the layer, its buffers without values, ready to be filled from the variant's files."""
+"""From a variant's description of a layer to the layer, with buffers on the meta device that the variant's files then fill."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ LINEAR: dict[Numbers, Callable[[nn.Linear, QuantizedLayer], CompressedLayer]] = 
 
 
 def empty_layer(module: nn.Module, layer: QuantizedLayer) -> CompressedLayer:
-    """Return what stands in the place of a linear layer or a table of a network without values."""
+    """Return the compressed layer that replaces a linear layer or a table of a network on the meta device.
+
+    Raises:
+        KeyError: no layer stores this kind of numbers.
+    """
     if isinstance(module, nn.Embedding):
         return QuantizedEmbedding.empty(module, layer)
     assert isinstance(module, nn.Linear), f"{type(module).__name__} is neither a linear layer nor a table"

@@ -1,4 +1,4 @@
-"""A linear layer on FP8 weights, its activations left alone or rounded to FP8 token by token."""
+"""A linear layer with FP8 weights; its activations stay in floating point or are rounded to FP8, token by token."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ LARGEST = float(torch.finfo(E4M3).max)
 def to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale each row's largest magnitude to 448, E4M3's largest value, and round: E4M3 [rows, n] and float32 scales [rows, 1]."""
     scale = x.abs().amax(dim=1, keepdim=True).float().div_(LARGEST).clamp_min_(SMALLEST_SCALE)
-    # Clamped first: beyond the range E4M3 has no infinity, and the cast gives NaN.
+    # Clamp first: E4M3 has no infinity, and casting a larger value gives NaN.
     return (x.float() / scale).clamp_(-LARGEST, LARGEST).to(E4M3), scale
 
 
 class Float8Linear(CompressedLinear):
     """`y = x W^T + b` with W in E4M3, one float32 scale per output channel, and x in floating point or E4M3 per token.
 
-    Buffers: `weight` E4M3 [out, in], `weight_scale` float32 [out], `bias` [out] or None. On GPUs with FP8 products (compute
-    capability 8.9 on) these are used; elsewhere the same rounded numbers are multiplied in the compute dtype, which holds each of
-    them exactly.
+    E4M3: Micikevicius et al. 2022, arXiv 2209.05433. Buffers: `weight` E4M3 [out, in], `weight_scale` float32 [out], `bias` [out]
+    or None. GPUs of compute capability 8.9 and later multiply FP8 directly; elsewhere the same rounded numbers are multiplied in
+    the compute dtype, which represents each of them exactly.
     """
 
     weight: torch.Tensor
@@ -39,7 +39,7 @@ class Float8Linear(CompressedLinear):
         """Take the buffers.
 
         Raises:
-            ValueError: the weight is not E4M3, or the scheme is another than `none` and `dynamic_per_token`.
+            ValueError: the weight is not E4M3, or the scheme is neither `none` nor `dynamic_per_token`.
         """
         super().__init__()
         if weight.dtype != E4M3:
@@ -61,7 +61,7 @@ class Float8Linear(CompressedLinear):
 
     @classmethod
     def empty(cls, linear: nn.Linear, layer: QuantizedLayer) -> Float8Linear:
-        """Stand in for `linear` with buffers that have shapes and no values."""
+        """Return a layer in place of `linear` whose buffers are on the meta device."""
         weight = torch.empty((linear.out_features, linear.in_features), dtype=E4M3, device="meta")
         return cls(layer, weight, torch.empty(linear.out_features, device="meta"), linear.bias)
 
@@ -89,5 +89,5 @@ class Float8Linear(CompressedLinear):
 
 @functools.cache
 def has_float8_products(device: torch.device) -> bool:
-    """Whether the device multiplies FP8 numbers itself."""
+    """Whether the device multiplies FP8 numbers directly."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

@@ -1,4 +1,4 @@
-"""Floating-point layers as the torch runtime executes them: the same numbers, stored or multiplied another way."""
+"""Floating-point layers of the torch runtime: the same numbers, stored or multiplied in another way."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 
 
 class OneDnnLinear(nn.Module):
-    """A float32 or bfloat16 linear layer through oneDNN, its weight packed once.
+    """A float32 or bfloat16 linear layer through oneDNN, with its weight packed once.
 
-    `nn.Linear` in float32 goes to MKL, which on CPUs that are not Intel's runs at less than half of oneDNN's rate (2.2x measured
-    on a 2,048 x 384 x 1,536 product, AMD EPYC Zen 5, torch 2.13). A baseline that ignores that flatters every variant.
+    `nn.Linear` in float32 uses MKL, which runs at less than half of oneDNN's rate on CPUs that are not Intel's (2.2x measured on a
+    2,048 x 384 x 1,536 product, AMD EPYC Zen 5, torch 2.13). A baseline through MKL would make every variant look faster.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
@@ -28,7 +28,7 @@ class OneDnnLinear(nn.Module):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return `x weight^T + bias`, [..., in] and [out, in] to [..., out], by oneDNN where `OneDnnLinear` would be."""
+    """Return `x weight^T + bias`, [..., in] and [out, in] to [..., out], by oneDNN where `OneDnnLinear` would use it."""
     if x.device.type == "cpu" and has_onednn_linear(x.dtype):
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
         return y
@@ -36,7 +36,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 class CastEmbedding(nn.Module):
-    """A lookup table kept as stored, its rows cast after the lookup, so half-precision tables cost half the memory."""
+    """A lookup table in its stored dtype; rows are cast after the lookup, so half-precision tables take half the memory."""
 
     def __init__(self, embedding: nn.Embedding, dtype: torch.dtype) -> None:
         super().__init__()
@@ -50,9 +50,9 @@ class CastEmbedding(nn.Module):
 
 @functools.cache
 def has_onednn_linear(dtype: torch.dtype) -> bool:
-    """Whether this build of torch carries oneDNN's packed linear layer, and this CPU multiplies `dtype` with it.
+    """Whether this build of torch has oneDNN's packed linear layer, and this CPU multiplies `dtype` with it.
 
-    float16 is left to torch: oneDNN takes it only on the newest CPUs.
+    float16 is left to torch: oneDNN supports it only on the newest CPUs.
     """
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not available or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):

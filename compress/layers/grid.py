@@ -1,4 +1,4 @@
-"""Grids that weights are rounded to: integers of 2 to 8 bits, a scale and a zero for each output channel or group of inputs."""
+"""Quantization grids of weights: integers of 2 to 8 bits, with a scale and a zero per output channel or group of inputs."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from dataclasses import dataclass
 
 import torch
 
-# Of an all-zero group: any positive scale gives zeros. Small, and still representable in half precision.
+# Scale of an all-zero group, where any positive scale gives zeros: small, and still representable in half precision.
 SMALLEST_SCALE = 1e-7
-# Rows are worked on this many elements at a time, which stay in the cache between the passes over them.
+# Rows are processed this many elements at a time, so that they stay in the CPU's cache between passes.
 CHUNK = 2**18
-# What the search tries: the largest magnitude of a group divided by the grid's end, down to this part of it.
+# The search tries this many ranges per group, from the full range down to this share of it.
 SHRINK_TO, SHRINK_STEPS = 0.6, 17
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the weights of a layer [out, in] may lie: `(u - zero) * scale` with unsigned integers u below 2^bits.
+    """The values that the weights of a layer [out, in] may take: `(u - zero) * scale`, with unsigned integers u below 2^bits.
 
-    A symmetric grid has the middle, 2^(bits - 1), as its zero everywhere; with 8 bits u = 0 is not used, so that negating a value
-    never overflows. `group_size` inputs share a scale; None: all inputs of an output channel do. The last group is smaller where
-    the inputs are no multiple of it.
+    The zero of a symmetric grid is always the middle, 2^(bits - 1); with 8 bits u = 0 is not used, so that negating a value never
+    overflows. `group_size` inputs share a scale; None: all inputs of an output channel do. The last group is smaller where the
+    number of inputs is not a multiple of the group size.
     """
 
     bits: int
     group_size: int | None
     symmetric: bool
     scale: torch.Tensor
-    """float32 [out, groups], rounded to the precision it is stored in: half where there are groups."""
+    """float32 [out, groups], rounded to the precision it is stored in: half precision where there are groups."""
     zero: torch.Tensor
     """float32 [out, groups], whole numbers."""
 
@@ -47,7 +47,7 @@ class Grid:
         return torch.arange(inputs, device=device) // (self.group_size or inputs)
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the nearest u of each weight: [out, in] of any floating dtype to uint8."""
+        """Round weights [out, in] of any floating dtype to the grid: return the integers u, uint8 [out, in]."""
         rounded = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         group = self.group_of(weight.shape[1], weight.device)
         for rows in row_chunks(weight):
@@ -57,18 +57,18 @@ class Grid:
         return rounded
 
     def values(self, integers: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return the weights that integers u [out, in] stand for."""
+        """Return the weights that integers u [out, in] represent."""
         return dequantize(integers, self.scale, self.zero, self.group_size, dtype)
 
 
 def row_chunks(weight: torch.Tensor) -> Iterator[slice]:
-    """Cut the rows of a matrix into stretches of some `CHUNK` elements."""
+    """Split the rows of a matrix into chunks of about `CHUNK` elements."""
     step = max(1, CHUNK // max(1, weight.shape[1]))
     return (slice(start, start + step) for start in range(0, weight.shape[0], step))
 
 
 def _spread(per_group: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Give each input its group's value: [rows, groups] to [rows, in], or [rows, 1] where there is one group."""
+    """Expand values from groups to inputs: [rows, groups] to [rows, in], or [rows, 1] where there is one group."""
     return per_group if per_group.shape[1] == 1 else per_group[:, group]
 
 
@@ -104,10 +104,10 @@ def find_grid(
         weight: [out, in], any floating dtype.
         bits: 2 to 8.
         group_size: inputs that share a scale; None: all of an output channel.
-        symmetric: whether zero is the middle of the grid; else it follows the group's smallest and largest weight, and is at least
-            1, because readers of the GPTQ format store it less one.
-        search: shrink each group's range where that lowers the squared error of its rounding, which clips its largest weights.
-        importance: what the squared error of each input counts, float32 [in]; None: all the same.
+        symmetric: whether zero is the middle of the grid; otherwise it follows the group's smallest and largest weight, and is at
+            least 1, because the GPTQ format stores the zero minus one.
+        search: whether to shrink each group's range where that lowers the squared rounding error; its largest weights are clipped.
+        importance: weight of each input's squared error, float32 [in]; None: all the same.
 
     Raises:
         ValueError: a scale does not fit into half precision.
@@ -132,13 +132,13 @@ def find_grid(
 
 
 def _grouped(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Cut [rows, in] into [rows, groups, size], zeros after the last input."""
+    """Reshape [rows, in] to [rows, groups, size], padded with zeros after the last input."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % size))
     return padded.view(len(x), -1, size)
 
 
 def _ends(low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool, half: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale and zero of grids that reach from `low` <= 0 to `high` >= 0."""
+    """Return scale and zero of grids that span `low` <= 0 to `high` >= 0."""
     top, middle = 2**bits - 1, 2 ** (bits - 1)
     if symmetric:
         zero = torch.full_like(low, middle)
@@ -160,7 +160,7 @@ def _searched(
     counts: torch.Tensor,
     found: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale and zero of the range, from all of it to `SHRINK_TO` of it, with the least squared error."""
+    """Return scale and zero of the range with the least squared error, from the full range down to `SHRINK_TO` of it."""
     bottom, top = (1 if symmetric and bits == 8 else 0), 2**bits - 1
     best_scale, best_zero = found
     least = torch.full_like(low, torch.inf)

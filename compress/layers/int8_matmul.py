@@ -1,7 +1,7 @@
-"""Products of int8 activations with int8 weights: one class per kernel, chosen once per device by trying it.
+"""Kernels for products of int8 activations with int8 weights. The kernel of a device is chosen once, by testing which are exact.
 
-All of them compute the same integers: `sum_k x[t, k] * w[n, k]`, exact in 32 bits for inner sizes up to 2^31 / 127^2 = 133,000,
-then scaled to floating point. They differ in which operator runs them and how that operator wants its weight stored.
+All kernels compute the same integers, `sum_k x[t, k] * w[n, k]`, exact in 32 bits for inner sizes up to 2^31 / 127^2 = 133,000, and
+scale them to floating point. They differ in the operator that they call and in the weight layout that it needs.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 
 
 def pad_rows(x: torch.Tensor) -> torch.Tensor:
-    """Append zero rows to `x` [rows, width] up to a multiple of 16, above 128 of 64; the caller cuts them off the product.
+    """Pad `x` [rows, width] with zero rows to a multiple of 16, above 128 rows of 64; the caller removes them from the product.
 
-    oneDNN compiles a kernel for every number of rows it meets and keeps it: some 60 KB and a millisecond each, and batches by token
+    oneDNN compiles and caches a kernel for every new number of rows (about 60 KB and a millisecond each), and batches by token
     budget have a new number nearly every time.
     """
     step = 16 if x.shape[0] <= 128 else 64
@@ -31,15 +31,15 @@ class Int8Matmul(Protocol):
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None: ...
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Multiply int8 [tokens, in], giving [tokens, out] in `dtype`, scaled by the weight's scale (not by the activation's)."""
+        """Multiply int8 [tokens, in], giving [tokens, out] in `dtype`, scaled by the weight's scale but not by the activation's."""
         ...
 
 
 class OneDnnMatmul:
-    """oneDNN's int8 linear on the CPU: the scale of each output channel is applied as the 32-bit sums leave the registers.
+    """oneDNN's int8 linear operator on the CPU; it applies the scale of each output channel to the 32-bit sums.
 
-    oneDNN's signed x signed path falls back to a reference loop in the tested build (torch 2.13), its unsigned x signed one is the
-    fast path, so activations are shifted by 128 and the operator is told of the zero point, which it subtracts exactly.
+    The fast path is unsigned x signed; signed x signed falls back to a reference loop in the tested build (torch 2.13). So
+    activations are shifted by 128, and the operator subtracts that zero point exactly.
     """
 
     name = "onednn"
@@ -60,14 +60,14 @@ class OneDnnMatmul:
 
 
 class OneDnnSplitMatmul:
-    """oneDNN's int8 linear on CPUs without VNNI, in two products that cannot saturate.
+    """oneDNN's int8 linear operator on CPUs without VNNI, as two products that cannot saturate.
 
     AVX2 adds pairs of unsigned x signed 8-bit products in 16 bits: 2 x 255 x 127 overflows them, 2 x 127 x 127 does not. So the
-    shifted activation is split into its upper seven bits and its last one.
+    shifted activation is split into its upper seven bits and its lowest bit.
     """
 
     name = "onednn_split"
-    ZERO_POINT = 64  # of the upper bits: half of 128
+    ZERO_POINT = 64  # zero point of the upper bits: half of 128
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         self._weight = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
@@ -79,7 +79,7 @@ class OneDnnSplitMatmul:
         """Multiply; see `Int8Matmul`."""
         shifted = pad_rows(x).view(torch.uint8).bitwise_xor(0x80)
         sums = self._product(shifted.bitwise_right_shift(1), self.ZERO_POINT).mul_(2)
-        # Scaled after the addition, so that the integers are added and not their rounded multiples.
+        # Scale after adding, so that exact integers are added, not rounded multiples of them.
         sums = sums.add_(self._product(shifted.bitwise_and(1), 0)).mul_(self._scale)
         return sums[: x.shape[0]].to(dtype)
 
@@ -93,8 +93,8 @@ class OneDnnSplitMatmul:
 class IntMmMatmul:
     """`torch._int_mm`: cuBLASLt on CUDA, a plain loop or oneDNN on the CPU.
 
-    On CUDA it wants more than 16 rows and inner and outer sizes that are multiples of 8, so both operands are padded with zeros
-    there, which adds nothing to the sums.
+    It needs more than 16 rows, and inner and outer sizes that are multiples of 8, so both operands are padded with zeros, which
+    adds nothing to the sums.
     """
 
     name = "int_mm"
@@ -105,7 +105,7 @@ class IntMmMatmul:
         self._outputs, inputs = weight.shape
         self._padding = -inputs % self.MULTIPLE
         padded = torch.nn.functional.pad(weight, (0, self._padding, 0, -self._outputs % self.MULTIPLE))
-        # [in, out] as a view of a contiguous [out, in]: the column-major operand that cuBLASLt asks for.
+        # [in, out] as a view of a contiguous [out, in]: the column-major operand that cuBLASLt needs.
         self._weight = padded.contiguous().t()
         self._scale = scale.contiguous()
 
@@ -120,9 +120,9 @@ class IntMmMatmul:
 
 
 def is_exact(kernel: type[Int8Matmul], device: torch.device) -> bool:
-    """Whether `kernel` runs here and gives the exact integers at the ends of the range.
+    """Whether `kernel` runs on this device and returns exact integers at the ends of the range.
 
-    CPUs without VNNI add pairs of 8-bit products in 16 bits, which saturates silently; the probe's rows are all at the limits.
+    CPUs without VNNI add pairs of 8-bit products in 16 bits, which saturates silently; so all values of the test are at the limits.
     """
     x = torch.tensor([[127] * 64, [-128] * 64, [127, -128] * 32], dtype=torch.int8, device=device)
     weight = torch.tensor([[127] * 64, [-127] * 64, [127, -127] * 32] * 8, dtype=torch.int8, device=device)
@@ -136,10 +136,10 @@ def is_exact(kernel: type[Int8Matmul], device: torch.device) -> bool:
 
 @functools.cache
 def int8_matmul(device_type: str) -> type[Int8Matmul]:
-    """Return the fastest kernel of this device that multiplies exactly.
+    """Return the fastest exact kernel for a type of device.
 
     Raises:
-        RuntimeError: no kernel does; nothing here falls back to floating point unasked.
+        RuntimeError: no kernel is exact; there is no silent fallback to floating point.
     """
     kernels: list[type[Int8Matmul]] = [OneDnnMatmul, OneDnnSplitMatmul, IntMmMatmul] if device_type == "cpu" else [IntMmMatmul]
     for kernel in kernels:

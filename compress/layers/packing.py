@@ -1,4 +1,4 @@
-"""Unsigned integers of 1 to 8 bits, packed without gaps. numpy alone, so that a runtime without torch can read a variant."""
+"""Packing of unsigned integers of 1 to 8 bits without gaps. Needs only numpy, so that runtimes without torch can read a variant."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def packed_width(count: int, bits: int) -> int:
-    """Return how many bytes a row of `count` values takes."""
+    """Return the bytes of a row of `count` values."""
     return -(-count * bits // 8)
 
 
 def pack(values: Bytes, bits: int) -> Bytes:
     """Pack rows of values: uint8 [rows, n], each below 2^bits, to uint8 [rows, ceil(n x bits / 8)].
 
-    Value i takes the bits from i x bits on of the row, the first value in the lowest bits of the first byte; a row ends with zero
-    bits up to a whole byte. Eight values lie in `bits` bytes, so that rows of any length are read eight values at a time.
+    Value i starts at bit i x bits of its row; the first value is in the lowest bits of the first byte. A row is padded with zero
+    bits to a whole byte. Eight values take `bits` bytes, so rows of any length are read eight values at a time.
 
     Raises:
         ValueError: a value does not fit, or `bits` is not 1 to 8.
@@ -30,7 +30,7 @@ def pack(values: Bytes, bits: int) -> Bytes:
     rows, count = values.shape
     padded = np.zeros((rows, -(-count // 8), 8), dtype=np.uint8)
     padded.reshape(rows, -1)[:, :count] = values
-    # Eight values make a word of 8 x bits bits; its low bytes, in order, are what is stored.
+    # Eight values make a word of 8 x bits bits; its low bytes are stored in order.
     words = np.zeros(padded.shape[:2], dtype=np.uint64)
     for place in range(8):
         words |= padded[:, :, place].astype(np.uint64) << np.uint64(place * bits)
@@ -39,15 +39,15 @@ def pack(values: Bytes, bits: int) -> Bytes:
 
 
 def unpack(packed: Bytes, bits: int, count: int) -> Bytes:
-    """Return what `pack` was given: uint8 [rows, ceil(count x bits / 8)] to uint8 [rows, count].
+    """Unpack what `pack` returned: uint8 [rows, ceil(count x bits / 8)] to uint8 [rows, count].
 
     Raises:
-        ValueError: the rows are not as wide as `count` values make them, or `bits` is not 1 to 8.
+        ValueError: the width of the rows does not match `count` values, or `bits` is not 1 to 8.
     """
     _check(bits)
     rows, width = packed.shape
     if width != packed_width(count, bits):
-        raise ValueError(f"rows of {width} bytes do not hold {count} values of {bits} bits ({packed_width(count, bits)} bytes)")
+        raise ValueError(f"rows have {width} bytes; {count} values of {bits} bits take {packed_width(count, bits)}")
     if bits == 8:
         return packed.copy()
     padded = np.zeros((rows, -(-count // 8) * bits), dtype=np.uint8)

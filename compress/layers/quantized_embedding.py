@@ -1,4 +1,4 @@
-"""A lookup table of integers: rows are unpacked and scaled after the lookup, so that the table stays as small as it is stored."""
+"""A lookup table of integers: rows are unpacked and scaled after the lookup, so the table in memory is as small as on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress.layers.scheme import QuantizedLayer
 
 
 class QuantizedEmbedding(CompressedLayer):
-    """A symmetric integer table; buffers `weight` and `weight_scale` as in `QuantizedLinear`, rows in the place of outputs."""
+    """A symmetric integer table. Its buffers `weight` and `weight_scale` are as in `QuantizedLinear`, with rows as outputs."""
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
@@ -21,7 +21,7 @@ class QuantizedEmbedding(CompressedLayer):
         """Take the buffers.
 
         Raises:
-            ValueError: the layer has zeros of its own or quantizes activations, which a table cannot.
+            ValueError: the layer has stored zeros, quantizes activations or divides its input, which a table cannot.
         """
         super().__init__()
         if not layer.symmetric or layer.activations != "none" or layer.input_factor:
@@ -29,7 +29,7 @@ class QuantizedEmbedding(CompressedLayer):
         self.layer = layer
         self.embedding_dim = width
         self.dtype = torch.float32
-        """Of what is looked up."""
+        """Dtype of the rows that are returned."""
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
 
@@ -41,7 +41,7 @@ class QuantizedEmbedding(CompressedLayer):
 
     @classmethod
     def empty(cls, table: nn.Embedding, layer: QuantizedLayer) -> QuantizedEmbedding:
-        """Stand in for `table` with buffers that have shapes and no values."""
+        """Return a table in place of `table` whose buffers are on the meta device."""
         width, dtype = stored_weight(layer, table.embedding_dim)
         with torch.device("meta"):
             weight = torch.empty((table.num_embeddings, width), dtype=dtype)

@@ -1,4 +1,4 @@
-"""A linear layer on integer weights, with its activations quantized as its scheme says."""
+"""A linear layer with integer weights, whose activations are quantized by a scheme."""
 
 from __future__ import annotations
 
@@ -13,27 +13,32 @@ from compress.layers.packing import packed_width
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
 from compress.layers.torch_packing import pack, unpack
 
-QMAX = 127  # where the scales of symmetric grids end
+QMAX = 127  # largest integer of a symmetric 8-bit grid
 
 
 def quantize_symmetric(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Round `x / scale` to the nearest int8, ties to even, as ONNX's QuantizeLinear does; `scale` broadcasts against `x`.
 
-    What a static scale cuts off ends at -128 or 127: one more than the grid has below, because every runtime saturates there.
+    Values beyond a static scale saturate at -128 or 127: one below the grid's lowest value, because every runtime saturates there.
     """
-    # In float32 whatever x is: bfloat16 cannot hold the integers between 128 and 256 that rounding may pass through.
+    # In float32 whatever the dtype of x: bfloat16 does not represent every integer between 128 and 256.
     return (x.float() / scale).round_().clamp_(-QMAX - 1, QMAX).to(torch.int8)
 
 
 class QuantizedLinear(CompressedLinear):
     """`y = x W^T + b` with W in integers of 2 to 8 bits and x quantized by a scheme.
 
-    Buffers: `weight`, int8 [out, in] for symmetric 8-bit weights, else the unsigned integers of `compress.layers.grid` packed
-    without gaps, uint8 [out, ceil(in x bits / 8)]; `weight_scale`, float32 [out] where an output channel has one scale, float16
-    [out, groups] where groups of inputs have; `weight_zero`, packed likewise, uint8 [out, ceil(groups x bits / 8)], for grids that
-    are not symmetric; `bias` [out] or None; `input_scale`, float32 [], for the static scheme; `input_factor`, float32 [in], where
-    the input is divided by it before anything else. Once `pack`ed, the weight of a layer that multiplies integers lives in the
-    kernel's own layout alone and the layer can no longer be saved.
+    Buffers:
+        `weight`: int8 [out, in] for symmetric 8-bit weights, otherwise the unsigned integers of `compress.layers.grid` packed
+            without gaps, uint8 [out, ceil(in x bits / 8)].
+        `weight_scale`: float32 [out] with one scale per output channel, float16 [out, groups] with groups of inputs.
+        `weight_zero`: packed in the same way, uint8 [out, ceil(groups x bits / 8)], for grids that are not symmetric.
+        `bias`: [out] or None.
+        `input_scale`: float32 [], for the static scheme.
+        `input_factor`: float32 [in], where the input is first divided by it.
+
+    After `pack`, the weight of a layer that multiplies integers exists only in the kernel's layout, and the layer can no longer be
+    saved.
     """
 
     weight: torch.Tensor | None
@@ -58,8 +63,8 @@ class QuantizedLinear(CompressedLinear):
         """Take the buffers; see the class.
 
         Raises:
-            ValueError: the weight has another dtype or shape than the layer's bits ask for; what the scheme or the grid needs is
-                missing, or something is given that it does not use; activations are quantized and the weight has groups or zeros,
+            ValueError: the dtype or shape of the weight does not match the layer's bits; a buffer that the scheme or the grid needs
+                is missing, or one is given that it does not use; activations are quantized and the weight has groups or zeros,
                 which no integer product allows.
         """
         super().__init__()
@@ -69,13 +74,13 @@ class QuantizedLinear(CompressedLinear):
                 f"{layer.name} weights of {in_features} inputs are {dtype} [out, {width}], got {weight.dtype} {list(weight.shape)}"
             )
         if (input_scale is not None) != (layer.activations is ActivationScheme.STATIC_PER_TENSOR):
-            raise ValueError(f"an input scale goes with the static scheme and with no other; the scheme is {layer.activations}")
+            raise ValueError(f"an input scale belongs to the static scheme only; the scheme is {layer.activations}")
         if (zero is not None) == layer.symmetric:
-            raise ValueError(f"zeros go with grids that are not symmetric; symmetric is {layer.symmetric}")
+            raise ValueError(f"zeros belong to grids that are not symmetric; symmetric is {layer.symmetric}")
         if (input_factor is not None) != layer.input_factor:
-            raise ValueError(f"an input factor goes with input_factor; it is {layer.input_factor}")
+            raise ValueError(f"an input factor belongs to input_factor; it is {layer.input_factor}")
         if layer.activations is not ActivationScheme.NONE and (layer.group_size or not layer.symmetric):
-            raise ValueError("quantized activations go with symmetric weights of one scale per output channel")
+            raise ValueError("quantized activations need symmetric weights with one scale per output channel")
         self.layer = layer
         self.in_features, self.out_features = in_features, weight.shape[0]
         self.register_buffer("weight", weight)
@@ -116,20 +121,20 @@ class QuantizedLinear(CompressedLinear):
             *stored_grid(integers, grid),
             None if bias is None else bias.detach().clone(),
             zero=None if grid.symmetric else pack(grid.zero.to(torch.uint8), grid.bits),
-            # Copies: layers with one input are given the same tensors, and a file has no shared ones.
+            # Copies: layers with the same input are given the same tensors, and safetensors files hold no shared ones.
             input_scale=None if input_scale is None else input_scale.clone(),
             input_factor=None if input_factor is None else input_factor.clone(),
         )
 
     @classmethod
     def from_float(cls, linear: nn.Linear, scheme: ActivationScheme, bits: int = 8, **grid: object) -> QuantizedLinear:
-        """Round `linear` to the nearest values of a grid, `find_grid`'s; by default int8 with one scale per output channel."""
+        """Round `linear` to the grid that `find_grid` finds; by default int8 with one scale per output channel."""
         found = find_grid(linear.weight.detach(), bits, **grid)  # type: ignore[arg-type]
         return cls.from_integers(found.round(linear.weight.detach()), found, linear.bias, scheme)
 
     @classmethod
     def empty(cls, linear: nn.Linear, layer: QuantizedLayer) -> QuantizedLinear:
-        """Stand in for `linear` with buffers that have shapes and no values."""
+        """Return a layer in place of `linear` whose buffers are on the meta device."""
         width, dtype = stored_weight(layer, linear.in_features)
         with torch.device("meta"):
             weight = torch.empty((linear.out_features, width), dtype=dtype)
@@ -150,23 +155,23 @@ class QuantizedLinear(CompressedLinear):
         return stored_zeros(self.weight_zero, self.layer, self.weight_scale)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return the weight that the integers stand for, [out, in]; it is for the input divided by `input_factor`."""
+        """Return the weight that the integers represent, [out, in], for an input divided by `input_factor`."""
         scale = self.weight_scale.view(self.out_features, -1)
         return dequantize(self.integers(), scale, self.zeros(), self.layer.group_size, dtype)
 
     def values(self) -> torch.Tensor:
-        """Return the weight for the input as it comes, float32 [out, in]."""
+        """Return the weight for an input that is not divided by `input_factor`, float32 [out, in]."""
         weight = self.dequantized()
         return weight if self.input_factor is None else weight.div_(self.input_factor)
 
     def pack(self) -> None:
-        """Hand the weight over to the kernel of its device and drop the plain copy; a second call does nothing."""
+        """Pack the weight for the kernel of its device and drop the plain copy; a second call does nothing."""
         if self.weight is not None and self.scheme is not ActivationScheme.NONE:
             self._packed = self._matmul()
             self.weight = None
 
     def held(self, dtype: torch.dtype) -> nn.Module:
-        """Return itself, packed; or where the weights alone are quantized, a plain layer with their values."""
+        """Return the packed layer itself; where only weights are quantized, a plain layer with their values."""
         if self.scheme is not ActivationScheme.NONE:
             self.pack()
             return self
@@ -185,7 +190,7 @@ class QuantizedLinear(CompressedLinear):
             rows = rows / self.input_factor
         input_scale = self._input_scale(rows)
         quantized = quantize_symmetric(rows, input_scale)
-        # Not cached before `pack`: an unpacked layer may still be changed or saved.
+        # Not cached before `pack`: until then the layer may be changed or saved.
         matmul = self._packed or self._matmul()
         y = matmul(quantized, torch.float32).mul_(input_scale)
         if bias is not None:
@@ -212,6 +217,8 @@ class QuantizedLinear(CompressedLinear):
         largest = rows.abs().amax(dim=1, keepdim=True)
         if self.scheme is ActivationScheme.DYNAMIC_PER_TENSOR:
             largest = largest.amax(dim=0, keepdim=True)
+        else:
+            assert self.scheme is ActivationScheme.DYNAMIC_PER_TOKEN, self.scheme
         return largest.float().div_(QMAX).clamp_min_(SMALLEST_SCALE)
 
     def extra_repr(self) -> str:
@@ -220,21 +227,21 @@ class QuantizedLinear(CompressedLinear):
 
 
 def stored_weight(layer: QuantizedLayer, inputs: int) -> tuple[int, torch.dtype]:
-    """Return the width and the dtype of a stored integer weight: plain int8 where it is symmetric and of 8 bits, else packed."""
+    """Return the width and the dtype of a stored integer weight: plain int8 for symmetric 8-bit weights, otherwise packed."""
     if layer.bits == 8 and layer.symmetric:
         return inputs, torch.int8
     return packed_width(inputs, layer.bits), torch.uint8
 
 
 def stored_scale(layer: QuantizedLayer, outputs: int, inputs: int) -> torch.Tensor:
-    """Return a tensor of the shape and dtype of stored scales: float32 [out], or float16 [out, groups]."""
+    """Return an empty tensor with the shape and dtype of stored scales: float32 [out], or float16 [out, groups]."""
     if layer.group_size is None:
         return torch.empty(outputs)
     return torch.empty(outputs, -(-inputs // layer.group_size), dtype=torch.float16)
 
 
 def stored_grid(integers: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weight and scale as they are stored."""
+    """Return weight and scale in the form in which they are stored."""
     plain = grid.bits == 8 and grid.symmetric
     weight = integers.bitwise_xor(0x80).view(torch.int8) if plain else pack(integers, grid.bits)  # u - 128 in two's complement
     return weight, (grid.scale[:, 0].contiguous() if grid.group_size is None else grid.scale.half())

@@ -1,4 +1,4 @@
-"""How a layer's numbers are stored and multiplied: the words that variants, methods and runtimes share. No torch here."""
+"""How a layer is stored and multiplied: the terms that variants, methods and runtimes share. No torch here."""
 
 from enum import StrEnum
 
@@ -6,11 +6,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class ActivationScheme(StrEnum):
-    """How the input of a quantized layer is turned into 8-bit numbers at run time.
+    """How the input of a quantized layer becomes 8-bit numbers at run time.
 
-    A variant stores weights and one of these; a runtime declares which it executes. `NONE` leaves activations in floating
-    point (weight-only quantization). The dynamic schemes take the absolute maximum of a row or of the whole tensor while running;
-    the static one uses a scale that calibration found.
+    A variant stores its weights and a scheme per layer; a runtime declares the schemes that it executes. `NONE` leaves activations
+    in floating point (weight-only quantization). The dynamic schemes use the absolute maximum of a row or of the whole tensor at
+    run time; the static scheme uses a scale from calibration.
     """
 
     NONE = "none"
@@ -20,7 +20,7 @@ class ActivationScheme(StrEnum):
 
 
 class Numbers(StrEnum):
-    """What a stored weight is made of."""
+    """Number format of a stored weight."""
 
     INTEGER = "int"
     FLOAT8 = "fp8"
@@ -30,12 +30,10 @@ class Numbers(StrEnum):
     FP4 = "fp4"
 
 
-BITSANDBYTES = (Numbers.LLM_INT8, Numbers.NF4, Numbers.FP4)
-"""Stored and multiplied by the bitsandbytes package."""
 BLOCK = 64
-"""Weights that share a scale in NF4 and FP4."""
+"""Number of weights that share a scale in NF4 and FP4."""
 NESTED_BLOCK = 256
-"""Scales that share a scale of their own (double quantization: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3)."""
+"""Number of scales that share a second scale (double quantization: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3)."""
 
 
 class QuantizedLayer(BaseModel):
@@ -46,16 +44,16 @@ class QuantizedLayer(BaseModel):
     numbers: Numbers = Numbers.INTEGER
     bits: int = Field(ge=2, le=8)
     group_size: int | None = None
-    """Inputs that share a scale; None: all of an output channel (for a table: of a row)."""
+    """Number of inputs that share a scale; None: all inputs of an output channel (of a table: of a row)."""
     symmetric: bool = True
-    """Whether zero is the middle of the integers; otherwise each group stores its own."""
+    """Whether zero is the middle of the integer range; otherwise each group stores its own zero."""
     activations: ActivationScheme = ActivationScheme.NONE
     input_factor: bool = False
-    """Whether the input is divided, channel by channel, by a stored vector before the product."""
+    """Whether the input is divided by a stored vector, channel by channel, before the product."""
 
     @property
     def name(self) -> str:
-        """Name the numbers in a word: `int8`, `int4-g64`, `fp8`."""
+        """Short name of the number format: `int8`, `int4-g64`, `fp8`."""
         if self.numbers is not Numbers.INTEGER:
             return str(self.numbers)
         return f"int{self.bits}" + (f"-g{self.group_size}" if self.group_size else "")

@@ -1,4 +1,4 @@
-"""`compress.layers.packing` in torch, for layers that unpack their weights while they run, wherever these are."""
+"""`compress.layers.packing` in torch, for layers that unpack their weights at run time, on any device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Return the integers again: uint8 [rows, ceil(count x bits / 8)] to uint8 [rows, count]; see `packing.unpack`."""
+    """Unpack rows of unsigned integers: uint8 [rows, ceil(count x bits / 8)] to uint8 [rows, count]; see `packing.unpack`."""
     if bits == 8:
         return packed
     if bits == 4:

@@ -1,1 +1,1 @@
-"""What a smaller model costs and gains: accuracy, fidelity, speed, memory. Sees Embedders and nothing of how they were made."""
+"""Measures accuracy, fidelity, speed and memory. Sees Embedders, and nothing of how they were made."""

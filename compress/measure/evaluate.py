@@ -1,8 +1,9 @@
-"""Accuracy alone: any model or run on any tasks, by itself or against another."""
+"""Accuracy only: any model or run on any tasks, alone or against another model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,8 @@ from compress.measure.accuracy.lengths import Bucket
 from compress.measure.accuracy.statistics import Interval
 from compress.measure.record import TaskRow, task_row
 from compress.measure.scored import Scored, baseline_key
-from compress.measure.vectors.codec import OutputScheme
-from compress.measure.vectors.index import OutputRow
+from compress.measure.vectors.codec import VectorFormat
+from compress.measure.vectors.index import VectorFormatRow
 from compress.models.folder import ModelFolder
 from compress.models.source import find
 from compress.runtimes.loading import open_source, runtime_of
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
 
 class Evaluation(BaseModel):
-    """What a model scored; `tasks` hold it as `variant`, and as `baseline` what it is compared with (itself where with nothing)."""
+    """What a model scored.
+
+    `tasks` hold the model's scores as `variant`, and the other model's scores as `baseline` (its own when there is no other).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,96 +39,114 @@ class Evaluation(BaseModel):
     against: str | None
     tasks: tuple[TaskRow, ...]
     overall: Interval | None
-    outputs: tuple[OutputRow, ...] = ()
-    """What retrieval scores with the model's vectors stored in fewer bytes."""
+    vector_formats: tuple[VectorFormatRow, ...] = ()
+    """Retrieval scores with the model's vectors stored in fewer bytes."""
     lengths: dict[str, tuple[Bucket, ...]] = {}
     """The model's scores on retrieval tasks, by the length of the documents."""
     mteb: dict[str, dict[str, object]]
     """The model's results in mteb's own format, by task."""
 
 
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How `evaluate` scores models."""
+
+    data: Path | str | None = None
+    """Folder with the tasks' data; None: the data comes from the hub."""
+    runtime: str | None = None
+    """Runtime of the model, as for `compress.load`; the model it is compared with runs in its own."""
+    device: str | None = None
+    """Device of both models, as for `compress.load`."""
+    dtype: str | None = None
+    """Compute dtype of both models, as for `compress.load`."""
+    stream: bool = False
+    """Whether both models are read block by block."""
+    batch_tokens: int | None = None
+    """Padded tokens that a batch may hold; None: what suits the device."""
+    prompts: Mapping[str, str] | None = None
+    """Prompts that replace the models' own of the same name."""
+    margin: float = 0.01
+    """Accepted loss, as a share of the other model's score."""
+    vector_formats: Sequence[str] = ()
+    """Ways of storing the model's vectors to score on the retrieval tasks, as `VectorFormat.parse` reads them."""
+    calibration: Path | None = None
+    """Texts that ranges and axes of the vector formats are fitted on; None: the embedded calibration texts."""
+    lengths: bool = False
+    """Whether the scores of retrieval tasks are split by the length of the documents."""
+
+
 def evaluate(
     model: str,
     tasks: Sequence[str],
+    options: EvaluationOptions | None = None,
     *,
     against: str | None = None,
-    data: Path | str | None = None,
-    runtime: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    stream: bool = False,
-    batch_tokens: int | None = None,
-    prompts: Mapping[str, str] | None = None,
-    margin: float = 0.01,
-    outputs: Sequence[str] = (),
-    lengths: bool = False,
-    calibration: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Evaluation:
-    """Score a model on tasks, and with `against` compare it with another in pairs.
+    """Score a model on tasks; with `against`, compare it with another model in pairs.
 
     Args:
         model: any name that `compress.load` takes.
         tasks: names of tasks, benchmarks or subsets; see `compress.measure.accuracy.tasks.find_tasks`.
+        options: None: all defaults.
         against: another model, such as the one that a variant was made from.
-        data: a folder with the tasks' data; None: the hub.
-        runtime: of `model`, as for `compress.load`; so are `device`, `dtype` and `stream`.
-        device: where both run.
-        dtype: of the arithmetic.
-        stream: read the models block by block.
-        batch_tokens: padded tokens a batch may hold; by default what suits the device.
-        prompts: go before the models' own of the same name.
-        margin: loss that is accepted, as a share of the other's score.
-        outputs: ways of storing the model's vectors to score on the retrieval tasks, as `OutputScheme.parse` reads them.
-        lengths: split the scores of retrieval tasks by the length of the documents.
-        calibration: texts that ranges and axes of these are found on; None: the embedded ones.
-        say: told each score, a line.
+        say: called with a line for each score.
 
     Raises:
         UserError: a model or a task is not there, or a model's weights are random.
     """
-    from compress.measure.accuracy.paired import compare
-    from compress.measure.accuracy.tasks import find_tasks
-    from compress.runtimes.torch_runtime import pick_device
-
-    schemes = [OutputScheme.parse(name) for name in outputs]
-    texts = read_texts(calibration) if calibration else calibration_texts()
+    options = options or EvaluationOptions()
+    formats = [VectorFormat.parse(name) for name in options.vector_formats]
+    texts = read_texts(options.calibration) if options.calibration else calibration_texts()
     sources = [find(name) for name in (against, model) if name is not None]
     for source in sources:
         if source.is_random:
             raise UserError(f"model {source.name!r}: accuracy cannot be measured on random weights")
-    found = find_tasks(tasks, Path(data) if data else None)
-    place = str(pick_device(device))
 
-    def scored(source: ModelFolder) -> Scored:
-        wanted = runtime if source is sources[-1] else None
-        opened = partial(open_source, source, runtime=wanted, device=place, dtype=dtype, stream=stream)
-        chosen = runtime_of(source, wanted, device=place, dtype=dtype)
-        key = baseline_key(source.fingerprint, dtype, place, batch_tokens, chosen)
-        return Scored(source, opened, key, batch_tokens=batch_tokens, prompts=prompts)
+    from compress.measure.accuracy.paired import compare_scores
+    from compress.measure.accuracy.tasks import find_tasks
 
+    found = find_tasks(tasks, Path(options.data) if options.data else None)
     scores: list[dict[str, TaskScore]] = []
-    stored: list[OutputRow] = []
+    stored: list[VectorFormatRow] = []
     for source in sources:
-        one = scored(source)
-        scores.append({})
-        for number, task in enumerate(found, start=1):
-            score = scores[-1][task.name] = one.score(task)
-            say(f"{source.name} {number}/{len(found)} {task.name}: {score.metric} {100 * score.score:.2f} ({score.seconds:.0f} s)")
-        if schemes and source is sources[-1]:
-            stored = one.outputs(schemes, found, texts, margin)
-        one.embedder.close()
+        own = source is sources[-1]
+        scored = _scored(source, options, options.runtime if own else None)
+        scores.append(_scores(source.name, scored, found, say))
+        if formats and own:
+            stored = scored.vector_formats(formats, found, texts, options.margin)
+        scored.embedder.close()
     theirs, ours = scores[0], scores[-1]
-    compared = compare(theirs, ours, margin)
+    compared = compare_scores(theirs, ours, options.margin)
     return Evaluation(
         model=sources[-1].name,
         against=sources[0].name if against else None,
         tasks=tuple(task_row(theirs[name], ours[name], compared.tasks[name], {}) for name in ours),
         overall=compared.overall if against else None,
-        outputs=tuple(stored),
-        lengths=_by_length(found, ours, sources[-1]) if lengths else {},
+        vector_formats=tuple(stored),
+        lengths=_by_length(found, ours, sources[-1]) if options.lengths else {},
         mteb={name: score.mteb for name, score in ours.items()},
     )
+
+
+def _scored(source: ModelFolder, options: EvaluationOptions, runtime: str | None) -> Scored:
+    """Return a model as tasks see it; its vectors and scores are kept in the cache."""
+    from compress.runtimes.torch_runtime import pick_device
+
+    device, dtype = str(pick_device(options.device)), options.dtype
+    opened = partial(open_source, source, runtime=runtime, device=device, dtype=dtype, stream=options.stream)
+    chosen = runtime_of(source, runtime, device=device, dtype=dtype)
+    key = baseline_key(source.fingerprint, dtype, device, options.batch_tokens, chosen)
+    return Scored(source, opened, key, batch_tokens=options.batch_tokens, prompts=options.prompts)
+
+
+def _scores(name: str, model: Scored, tasks: Sequence[Task], say: Callable[[str], None]) -> dict[str, TaskScore]:
+    """Score a model on tasks; return its scores by task."""
+    scores = {}
+    for number, task in enumerate(tasks, start=1):
+        score = scores[task.name] = model.score(task)
+        say(f"{name} {number}/{len(tasks)} {task.name}: {score.metric} {100 * score.score:.2f} ({score.seconds:.0f} s)")
+    return scores
 
 
 def _by_length(tasks: Sequence[Task], scores: Mapping[str, TaskScore], source: ModelFolder) -> dict[str, tuple[Bucket, ...]]:

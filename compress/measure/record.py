@@ -1,4 +1,4 @@
-"""What a run leaves behind: one versioned JSON record, and the journal of a run that is under way. No torch here."""
+"""The record of a run: one versioned JSON file. No torch here."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from compress.common.errors import UserError
 from compress.common.files import write_text_atomic
 from compress.common.machine import Machine
 from compress.measure.accuracy.statistics import Interval
+from compress.measure.speed.timing import Speed
+from compress.measure.vectors.fidelity import Fidelity
 
 if TYPE_CHECKING:
     from compress.measure.accuracy.score import TaskScore
@@ -20,13 +22,13 @@ if TYPE_CHECKING:
 RECORD_FILE = "record.json"
 
 
-class Part(BaseModel):
-    """A part of a record."""
+class RecordPart(BaseModel):
+    """A part of a record. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class Model(Part):
+class Model(RecordPart):
     """The model that a run started from."""
 
     name: str
@@ -34,23 +36,23 @@ class Model(Part):
     architecture: str
     licence: str | None
     weights: Literal["pretrained", "random"]
-    """`random`: only sizes, speed and memory mean anything."""
+    """Whether the weights are trained. If they are `random`, only sizes, speed and memory mean anything."""
     parameters: int
     dimension: int
     max_length: int
 
 
-class Step(Part):
+class Step(RecordPart):
     """A method as it was applied."""
 
     config: dict[str, Any]
     seconds: float
     note: str
     found: dict[str, Any] = {}
-    """What it found on its way: of a training the curve, and how many texts it saw and left out."""
+    """What the step found on the way; for a training, the curve and the numbers of texts it saw and left out."""
 
 
-class Row(Part):
+class Row(RecordPart):
     """One embedder as it was measured: a variant or a baseline, in one runtime."""
 
     name: str
@@ -63,12 +65,12 @@ class Row(Part):
     activations: str
     size_bytes: int
     """Bytes of the weights on disk at this precision."""
-    speed: dict[str, Any] | None = None
+    speed: Speed | None = None
     speedup: dict[str, float] = {}
-    """Throughput relative to each baseline, median of the rounds' ratios."""
+    """Throughput relative to each baseline: the median of the rounds' ratios."""
 
 
-class TaskRow(Part):
+class TaskRow(RecordPart):
     """A task's scores."""
 
     task: str
@@ -79,13 +81,13 @@ class TaskRow(Part):
     prompts: dict[str, str]
     data: str
     seconds: dict[str, float]
-    """Of scoring, encoding included; small where vectors or scores were at hand already."""
+    """Seconds to score each model, encoding included; few where vectors or scores were already in the cache."""
     interval: Interval | None = None
-    """Of the difference; None where the examples of such a task are not told apart."""
+    """Confidence interval of the difference. None if mteb does not score single examples of such a task."""
     verdict: str | None = None
     """`kept`, `regressed` or `inconclusive`, against the recipe's margin."""
     index: dict[str, float] = {}
-    """Scores where one model's queries search the other's documents, by which."""
+    """Scores of one model's queries on the other's documents, by which of the two does what."""
 
     @property
     def delta(self) -> float:
@@ -93,8 +95,8 @@ class TaskRow(Part):
         return self.variant - self.baseline
 
 
-class GateResult(Part):
-    """A bound of the recipe, and whether it was kept."""
+class GateResult(RecordPart):
+    """A gate of the recipe, and whether it was kept."""
 
     name: str
     bound: float
@@ -102,25 +104,25 @@ class GateResult(Part):
     kept: bool
 
 
-class Record(Part):
-    """A run, whole."""
+class Record(RecordPart):
+    """A whole run."""
 
     schema_version: Literal[1] = 1
     run: str
     created: str
     command: str
     recipe: dict[str, Any]
-    """As resolved: every default filled in."""
+    """The recipe with every default filled in."""
     model: Model
     steps: tuple[Step, ...]
     baseline: str
-    """Precision of the baseline's vectors, and why; or why nothing was compared with it."""
+    """Precision of the baseline's vectors and the reason for it, or the reason why nothing was compared."""
     tasks: tuple[TaskRow, ...]
     retained: float | None
-    """Mean score of the variant over that of the baseline; None where accuracy was not measured."""
+    """Mean score of the variant divided by that of the baseline. None if accuracy was not measured."""
     overall: Interval | None = None
-    """Of the difference of the mean over the tasks that have an interval."""
-    fidelity: dict[str, Any] | None
+    """Confidence interval of the difference of the means, over the tasks that have an interval."""
+    fidelity: Fidelity | None
     rows: tuple[Row, ...]
     measured_on: str
     gates: tuple[GateResult, ...]
@@ -130,15 +132,16 @@ class Record(Part):
     seed: int
 
     def write(self, folder: Path) -> None:
-        """Write `record.json`, whole or not at all."""
-        write_text_atomic(folder / RECORD_FILE, json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+        """Write `record.json` atomically. A record that was read is written as it was, without the keys that it lacked."""
+        kept = {"schema_version": self.schema_version} | self.model_dump(mode="json", exclude_unset=True)
+        write_text_atomic(folder / RECORD_FILE, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Record:
         """Read a run's record.
 
         Raises:
-            UserError: there is none, or it is not of this schema.
+            UserError: there is none, or it does not fit this schema.
         """
         path = folder / RECORD_FILE
         try:
@@ -155,7 +158,7 @@ class Record(Part):
 
 
 def task_row(baseline: TaskScore, variant: TaskScore, interval: Interval | None, index: Mapping[str, float]) -> TaskRow:
-    """Put a task's row together."""
+    """Build the row of a task."""
     return TaskRow(
         task=variant.task,
         type=baseline.type,

@@ -1,4 +1,4 @@
-"""A model as tasks see it: its vectors and its scores, made once for everything that decides them and read again after that."""
+"""A model as tasks see it. Vectors and scores are computed once, then read from disk until something that decides them changes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 from compress.common.cache import use
 from compress.common.journal import Journal
 from compress.common.machine import gpu_name, machine, versions
-from compress.measure.vectors.codec import OutputScheme
+from compress.measure.vectors.codec import VectorFormat
 from compress.models.folder import ModelFolder
 from compress.runtimes.stored_vectors import Mapped, StoredEmbedder, VectorStore
 
 if TYPE_CHECKING:
     from compress.measure.accuracy.score import TaskScore
     from compress.measure.accuracy.tasks import Task
-    from compress.measure.vectors.index import OutputRow
+    from compress.measure.vectors.index import VectorFormatRow
     from compress.models.embedder import Embedder, Vectors
 
 
 class Scored:
-    """A model with a store of its vectors, and of its scores where they outlive the run."""
+    """A model with a store of its vectors; its scores are stored too if they are kept longer than the run."""
 
     def __init__(
         self,
@@ -34,15 +34,15 @@ class Scored:
         batch_tokens: int | None = None,
         prompts: Mapping[str, str] | None = None,
     ) -> None:
-        """Take a model and how it is opened.
+        """Wrap a model.
 
         Args:
             source: the model.
-            open_embedder: called when a text comes that was never embedded under this key.
-            key: names all that decides the vectors (`baseline_key`), then vectors and scores are kept in the cache; or a folder for
-                vectors that last as long as it does.
-            batch_tokens: padded tokens a batch may hold.
-            prompts: go before the model's own of the same name.
+            open_embedder: opens the model; called for the first text that is not in the store.
+            key: a name for everything that decides the vectors (`baseline_key`), to keep vectors and scores in the cache; or a
+                folder that keeps the vectors only.
+            batch_tokens: padded tokens that a batch may hold.
+            prompts: replace the model's own prompts of the same name.
         """
         folder = key if isinstance(key, Path) else use("vectors", key)
         self._scores = None if isinstance(key, Path) else Journal(use("scores", key))
@@ -50,48 +50,48 @@ class Scored:
         self.embedder = StoredEmbedder(source, open_embedder, VectorStore(folder), batch_tokens)
 
     def score(self, task: Task) -> TaskScore:
-        """Score the model on a task, or read what it scored on the same data with the same prompts."""
-        from compress.measure.accuracy.score import TaskScore, evaluate
+        """Score the model on a task, or read its earlier score on the same data with the same prompts."""
+        from compress.measure.accuracy.score import TaskScore, score_task
 
         if self._scores is None:
-            return evaluate(self.embedder, task, None, self._prompts)
+            return score_task(self.embedder, task, None, self._prompts)
         decided = json.dumps([task.name, task.fingerprint, self._prompts], sort_keys=True)
         name = f"{task.name}-{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
         return TaskScore(
-            **self._scores.once(name, lambda: evaluate(self.embedder, task, None, self._prompts).model_dump(mode="json"))
+            **self._scores.once(name, lambda: score_task(self.embedder, task, None, self._prompts).model_dump(mode="json"))
         )
 
     def score_on(self, task: Task, documents: Scored, rotation: Vectors | None = None) -> float:
-        """Score a retrieval task with this model's queries, rotated or as they are, on another's documents."""
-        from compress.measure.accuracy.score import evaluate
+        """Score a retrieval task with this model's queries, rotated if asked, on another model's documents."""
+        from compress.measure.accuracy.score import score_task
 
         queries = self.embedder if rotation is None else Mapped(self.embedder, lambda vectors: vectors @ rotation)
-        return evaluate(queries, task, None, self._prompts, documents.embedder).score
+        return score_task(queries, task, None, self._prompts, documents.embedder).score
 
-    def outputs(
-        self, schemes: Sequence[OutputScheme], tasks: Sequence[Task], texts: Sequence[str], margin: float
-    ) -> list[OutputRow]:
-        """Score retrieval with the documents' vectors stored in each of several ways, fitted on calibration texts."""
-        from compress.measure.accuracy.score import evaluate
-        from compress.measure.vectors.index import score_outputs
+    def vector_formats(
+        self, formats: Sequence[VectorFormat], tasks: Sequence[Task], texts: Sequence[str], margin: float
+    ) -> list[VectorFormatRow]:
+        """Score retrieval with the documents' vectors stored in each format; formats are fitted on the vectors of `texts`."""
+        from compress.measure.accuracy.score import score_task
+        from compress.measure.vectors.index import score_vector_formats
 
         searched = {task.name: task for task in tasks if task.mteb.metadata.type == "Retrieval"}
-        return score_outputs(
-            schemes,
+        return score_vector_formats(
+            formats,
             self.embedder.encode(texts),
             {name: self.score(task) for name, task in searched.items()},
-            lambda name, index: evaluate(self.embedder, searched[name], None, self._prompts, index=index),
+            lambda name, index: score_task(self.embedder, searched[name], None, self._prompts, index=index),
             margin=margin,
         )
 
 
 def baseline_key(fingerprint: str, dtype: str | None, device: str, batch_tokens: int | None, runtime: str = "torch") -> str:
-    """Name everything that decides a model's vectors: files, precision, batches, runtime, packages, machine."""
+    """Return a key for everything that decides a model's vectors: files, precision, batches, runtime, packages, machine."""
     decided = [fingerprint, dtype, device, batch_tokens, runtime, versions_and_machine(device)]
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def versions_and_machine(device: str) -> list[Any]:
-    """Name the packages and the processor that numbers may depend on in their last digits."""
+    """Return the packages and the processor, on which the last digits of a number may depend."""
     here = machine(gpu_name(device))
     return [versions(), here.cpu, here.cores, here.gpu]

@@ -1,4 +1,4 @@
-"""A model against its card: the example that the card prints scores for, run here."""
+"""Checks a model against its card: runs the example that the card prints scores for."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from compress.runtimes.loading import open_source
 
 
 class Acceptance(BaseModel):
-    """An example of a model card: cosines x 100 of its queries (rows) with its passages (columns)."""
+    """Example from a model card: cosines x 100 of its queries (rows) with its passages (columns)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str
     model_type: str
-    """Of the config: which models the example is for."""
+    """The config's `model_type`; the example is for models of this type."""
     prompt: str
-    """Before the queries; passages have none."""
+    """Prompt before the queries; passages have none."""
     queries: tuple[str, ...]
     passages: tuple[str, ...]
     scores: tuple[tuple[float, ...], ...]
@@ -31,7 +31,7 @@ class Acceptance(BaseModel):
 
 
 class Verification(BaseModel):
-    """What came out."""
+    """Scores of a model on a card's example."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -46,12 +46,12 @@ class Verification(BaseModel):
 
     @property
     def passed(self) -> bool:
-        """Whether all scores are the card's."""
+        """Whether all scores agree with the card's."""
         return self.difference <= self.acceptance.tolerance
 
 
 def acceptances() -> dict[str, Acceptance]:
-    """Return the examples that the project carries, by the name of the model."""
+    """Return the examples that come with the project, by model name."""
     folder = resources.files("compress.data") / "acceptance"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
     return {
@@ -70,16 +70,16 @@ def verify(model: str, *, device: str | None = None, dtype: str | None = None, s
         stream: as for `compress.load`.
 
     Raises:
-        UserError: the project has no card's example for models of this kind.
+        UserError: the project has no example for models of this type.
     """
     source = find(model)
     kind = source.config.get("model_type")
     known = acceptances()
     acceptance = next((example for example in known.values() if example.model_type == kind), None)
     if acceptance is None:
-        raise UserError(f"model {model!r}: no card's example is known for model_type {kind!r}", f"known: {', '.join(known)}")
+        raise UserError(f"model {model!r}: no card example is known for model_type {kind!r}", f"known: {', '.join(known)}")
     embedder = open_source(source, device=device, dtype=dtype, stream=stream)
-    # One call for each prompt: a streamed model is read once a call.
+    # One call for each prompt: a streamed model is read once per call.
     queries = _unit(embedder.encode(acceptance.queries, acceptance.prompt))
     passages = _unit(embedder.encode(acceptance.passages, ""))
     scores = 100 * (queries @ passages.T)
@@ -93,7 +93,7 @@ def _unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 
 def describe(found: Verification) -> str:
-    """Write a verification for people."""
+    """Format a verification for people."""
     acceptance = found.acceptance
     lines = [f"{found.model} on the example of the {acceptance.source}, cosines x 100", f"{'':24}{'card':>12}{'here':>12}"]
     for row, (theirs, ours) in enumerate(zip(acceptance.scores, found.scores, strict=True), start=1):

@@ -1,4 +1,5 @@
-"""What every method is: its YAML keys, what it would do to a shape, and doing it. Torch is imported only inside `apply`."""
+"""What every method is: its YAML keys, an estimate of what it does to a shape, and the doing. Torch is imported only inside
+`apply`."""
 
 from __future__ import annotations
 
@@ -21,23 +22,28 @@ if TYPE_CHECKING:
     from compress.models.network.segments import Parts
     from compress.models.opened import OpenModel
 
+UNCHANGED = "as it was"
+FAMILIES = ("smaller", "sparse", "distilled", "quantized", UNCHANGED)
+"""What a method can do to a model, in the order in which reports name them: change its sizes, set weights to zero, train it, store
+it in fewer bits, or change nothing but rounding."""
+
 
 @dataclass(frozen=True)
 class Bench:
-    """What a run lends a step that looks at the model whole."""
+    """What a run provides to a step that looks at the model as a whole."""
 
     once: Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
     """Returns what a function returned the first time, in this process or in an earlier one that was stopped."""
     folder: Path
-    """Keeps the step's files for as long as the run is under way."""
+    """Where the step can keep files while the run is in progress."""
     published: ModelFolder
     """The model that the recipe started from."""
     say: Callable[[str], None]
-    """Tells the user how it goes."""
+    """Shows a progress message to the user."""
     evaluated: Callable[[], frozenset[str]]
-    """Every text of the tasks that the result will be scored on, as `compress.data.texts.same_text` has it."""
+    """Returns all texts of the tasks that the result will be scored on, normalised by `compress.data.texts.same_text`."""
     report: Callable[[dict[str, Any]], None]
-    """Puts something into the record beside the step's config; once, each time the step is prepared."""
+    """Puts results into the record, next to the step's config. It is called once each time the step is prepared."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +53,25 @@ class Estimate:
     after: ModelShape
     """The shape as it would be stored; the next step's estimate starts from it."""
     memory_bytes: int
-    """Most memory that applying it takes beside the model itself."""
+    """Peak memory of applying it, in addition to the model itself."""
     bytes_touched: int
-    """Bytes read and written while applying it, which is what its time depends on."""
+    """Bytes read and written while applying it; they determine its time."""
     note: str
     """One line for people."""
     flops: float = 0.0
-    """Floating-point operations beside passes over the weights and running the calibration texts."""
+    """Floating-point operations in addition to passes over the weights and to running the calibration texts."""
     passes: float = 0.0
-    """How often the calibration texts go through the whole model beside the walk that all steps share."""
+    """Number of times that the calibration texts go through the whole model, in addition to the walk that all steps share."""
     copies: float = 0.0
-    """How many hidden states of every calibration token are in memory at once."""
+    """Number of hidden states of every calibration token that are in memory at the same time."""
     quantized: Mapping[str, QuantizedLayer] = field(default_factory=dict)
     """How the layers that it quantizes would be stored, by name."""
     gpus: Mapping[int, tuple[int, float]] = field(default_factory=dict)
-    """Of a step that several GPUs share: by their number, bytes on each and floating-point operations one after another."""
+    """For a step that several GPUs can share: for each number of GPUs, the bytes on each and the operations of each."""
 
 
 def share_of(share: float, count: int) -> int:
-    """Return how many of `count` a share is, halves up."""
+    """Return a share of `count`, rounded, halves up."""
     return math.floor(share * count + 0.5)
 
 
@@ -75,26 +81,29 @@ class Method(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     method: str
+    """Name of the method."""
 
+    family: ClassVar[str]
+    """What it does to a model, in one word: one of `FAMILIES` where that fits. Reports group runs by it."""
     whole: ClassVar[bool] = False
-    """Whether it looks at the model whole or changes what the texts are made of. Such steps come before all others: when they are
-    through, the model is walked, segment by segment."""
+    """Whether it looks at the model as a whole, or changes the tokens. Such steps come before all others; after them the model is
+    walked segment by segment."""
     anywhere: ClassVar[bool] = False
-    """Of such a step: whether it may come after others all the same. The model is then walked twice."""
+    """Whether a `whole` step may also come after others. The model is then walked twice."""
 
     @property
     def surveys(self) -> bool:
-        """Whether `prepare` looks at what becomes of the calibration texts."""
+        """Whether `prepare` runs the calibration texts through the model."""
         return False
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Files besides the model's that decide what it does: a run whose files have changed is another run."""
+        """Files other than the model's that its result depends on. If one has changed, the run is a new one."""
         return ()
 
     @property
     def calibrates(self) -> bool:
-        """Whether `apply` wants the inputs of a segment on calibration texts."""
+        """Whether `apply` needs the inputs of a segment on the calibration texts."""
         return False
 
     def fits(self, shape: ModelShape) -> bool:
@@ -107,22 +116,22 @@ class Method(BaseModel):
 
     @abstractmethod
     def estimate(self, shape: ModelShape) -> Estimate:
-        """Say what `apply` would do to a model of this shape.
+        """Estimate what `apply` would do to a model of this shape.
 
         Raises:
-            ValueError: the step does not fit the model, say because a pattern matches no layer.
+            ValueError: the step does not fit the model, for example because a pattern matches no layer.
         """
 
     def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
-        """Decide what depends on the model as a whole, and change what is not inside of a segment: called before the walk.
+        """Decide what depends on the model as a whole, and change what is outside the segments. It is called before the walk.
 
         Args:
-            model: the model, as the steps before left it.
-            survey: looks at it.
-            bench: keeps decisions and files that were dear; they are not made again when a run goes on.
+            model: the model as earlier steps left it.
+            survey: runs texts through it.
+            bench: keeps expensive decisions and files, so that a resumed run does not make them again.
 
         Returns:
-            The step with its decisions filled in, and the model as the walk is to see it.
+            The step with its decisions filled in, and the model for the walk.
 
         Raises:
             ValueError: the model does not allow it.
@@ -131,13 +140,13 @@ class Method(BaseModel):
 
     @abstractmethod
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
-        """Change a segment of the model; called for each of its segments in turn, the model itself is never whole.
+        """Change one segment of the model. It is called for each segment in turn; the model is never in memory as a whole.
 
         Args:
-            parts: the segment's modules by their names in the network, their weights as the checkpoint stores them. They may be
-                changed or replaced, here or inside of them.
-            inputs: the calibration texts as they arrive at this segment; None where no step of the recipe calibrates, and for
-                segments that texts do not pass as rows: embeddings and norms.
+            parts: the segment's modules by their names in the network, with weights as stored in the checkpoint. They may be
+                changed or replaced, and so may modules inside them.
+            inputs: the calibration texts as they arrive at this segment; None if no step of the recipe calibrates, and for segments
+                whose input is not rows of hidden states (embeddings and norms).
 
         Returns:
             How each layer or table that was quantized is stored, by its name in the network.

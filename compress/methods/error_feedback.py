@@ -1,8 +1,8 @@
-"""Linear feedback: what a change of one input channel of a layer asks of those after it, from the second moment of the inputs.
+"""Error feedback: how the error of one input channel changes what the channels after it should be, given the inputs' second moment.
 
-What GPTQ and SparseGPT rest on, written as in Chee et al. 2023 (QuIP, arXiv 2307.13304, section 3.2 and theorem 6): one Cholesky
-factor, no inverse. With the moment `H = (U + I) D (U + I)^T` errors E = W - V of a new weight V cost
-`tr(E H E^T) = sum_k D_k |E_k + sum_{j<k} E_j U_jk|^2`.
+GPTQ and SparseGPT rest on it. Both are written here as linear feedback with one Cholesky factor and no inverse, as in Chee et al.
+2023 (QuIP, arXiv 2307.13304, section 3.2 and theorem 6). With the second moment `H = (U + I) D (U + I)^T`, U strictly upper
+triangular and D diagonal, the errors E = W - V of a new weight V cost `tr(E H E^T) = sum_k D_k |E_k + sum_{j<k} E_j U_jk|^2`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from compress.methods.base import Method
+from compress.methods.linear_layers import LinearsMethod
 from compress.models.files.headers import TensorInfo
 
 if TYPE_CHECKING:
@@ -26,49 +26,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Feedback:
-    """The damped second moment as `(U + I) D (U + I)^T`, channels in the order in which they are rounded."""
+    """The damped second moment as `(U + I) D (U + I)^T`, with channels in the order in which they are rounded."""
 
     order: torch.Tensor
-    """int64 [in]: which channel comes when."""
+    """Channels in the order in which they are worked on, int64 [in]."""
     upper: torch.Tensor
-    """float32 [in, in], strictly upper: what a channel hears of the errors of those before it."""
+    """U, strictly upper triangular, float32 [in, in]: how much of each earlier channel's error a channel takes on."""
     diagonal: torch.Tensor
-    """float32 [in]: what the squared error of a channel costs once it has heard them."""
+    """D, float32 [in]: the cost of a channel's squared error after feedback."""
     damping: float
-    """What was added to the moment's diagonal."""
+    """The value that was added to the moment's diagonal."""
 
 
-class FeedbackMethod(Method):
-    """A method that works on linear layers one input channel after another, with linear feedback."""
+class FeedbackMethod(LinearsMethod):
+    """A method that works on linear layers one input channel after another, with error feedback."""
 
     damping: float = Field(0.01, gt=0, le=1)
-    """Added to the diagonal of the second moment, as a share of its mean."""
+    """Value added to the diagonal of the second moment, as a share of the diagonal's mean."""
     weighting: Literal["tokens", "pooled"] = "tokens"
-    """What counts in the second moment: every token alike, or pooled tokens alone, each as much as it counts in its text's mean."""
+    """Weight of each token in the second moment: all tokens count the same (`tokens`), or only pooled tokens count, each as much as
+    in its text's mean (`pooled`)."""
 
     @property
     def calibrates(self) -> bool:
-        """It does."""
+        """Always: the inputs' second moment decides."""
         return True
 
     def work_bytes(self, linears: list[TensorInfo]) -> int:
-        """Second moments of a block's inputs, and the factor of the largest."""
+        """Return the bytes of the second moments of a block's inputs, and of the largest one's factor."""
         return moment_bytes([info.shape[1] for info in linears])
 
     def feedbacks(
         self, parts: Parts, linears: Mapping[str, nn.Linear], inputs: Inputs | None, act_order: bool
     ) -> Iterator[tuple[tuple[str, ...], torch.Tensor, Feedback]]:
-        """Yield the names of layers that share an input, its second moment, float32 [in, in], and that factored.
+        """Yield the names of layers that share an input, the input's second moment, float32 [in, in], and its factors.
 
         Raises:
-            ValueError: a moment has no Cholesky factor even in float64; names the layers.
+            ValueError: a moment has no Cholesky factor even in float64; the message names the layers.
         """
         from compress.calibration.statistics import Hessian
 
-        assert inputs is not None, "the segment has linear layers, and the step said that it calibrates"
-        groups, moments = inputs.gather(parts, linears, Hessian, pooled_only=self.weighting == "pooled")
-        for leader, names in groups.items():
-            moment = moments.pop(leader).mean()
+        pooled_only = self.weighting == "pooled"
+        for names, hessian in self.statistics_of(parts, linears, inputs, Hessian, pooled_only=pooled_only):
+            moment = hessian.mean()
             try:
                 yield names, moment, factor(moment, self.damping, act_order)
             except ValueError as error:
@@ -76,12 +76,17 @@ class FeedbackMethod(Method):
 
 
 def moment_bytes(widths: Sequence[int]) -> int:
-    """Return the memory of the second moments of inputs of these widths, and of the factor of the largest."""
+    """Return the bytes of the second moments of inputs of these widths, and of the largest one's factor."""
     return 4 * (sum(width**2 for width in set(widths)) + 2 * max(widths, default=0) ** 2)
 
 
 def factor(moment: torch.Tensor, damping: float, act_order: bool) -> Feedback:
     """Factor a second moment, float32 [in, in].
+
+    Args:
+        moment: the second moment H.
+        damping: share of the mean diagonal that is added to the diagonal (1 % in GPTQ).
+        act_order: whether channels are taken in descending order of their mean square, as in the code of GPTQ's authors.
 
     Raises:
         ValueError: it has no Cholesky factor.
@@ -91,7 +96,7 @@ def factor(moment: torch.Tensor, damping: float, act_order: bool) -> Feedback:
     spread = moment.diagonal()
     added = damping * float(spread.mean()) or 1.0  # all inputs zero: any rounding is right, and the identity gives the plain one
     order = spread.argsort(descending=True, stable=True) if act_order else torch.arange(len(spread), device=moment.device)
-    # Cholesky of the matrix turned by 180 degrees, turned back, is the factor that is upper and not lower.
+    # Cholesky gives lower factors. The factor of the matrix rotated by 180 degrees, rotated back, is the upper one that is needed.
     turned = moment.index_select(0, order.flip(0)).index_select(1, order.flip(0))
     turned.diagonal().add_(added)
     for dtype in (torch.float32, torch.float64):
@@ -103,15 +108,17 @@ def factor(moment: torch.Tensor, damping: float, act_order: bool) -> Feedback:
     del turned  # 0.8 GB each for the widest layer of a 7B
     upper = lower.flip(0, 1).float()
     del lower
+    # Cholesky's factor is (U + I) D^(1/2): divide its columns by their pivots to get U, and square the pivots to get D.
     pivots = upper.diagonal().clone()
     upper = upper.div_(pivots).triu_(1)
     return Feedback(order, upper, pivots.square_(), added)
 
 
 def loss_of(errors: torch.Tensor, feedback: Feedback) -> torch.Tensor:
-    """Return what errors [out, in] cost each output channel, damping left out: float32 [out]."""
+    """Return the cost of errors [out, in] for each output channel, without the damping's share: float32 [out]."""
     from compress.layers.float_layers import linear
 
+    # sum_k D_k |E_k + sum_{j<k} E_j U_jk|^2, less damping * sum_k E_k^2
     ordered = errors[:, feedback.order]
     heard = linear(ordered, feedback.upper.t()).add_(ordered)
     return heard.square_() @ feedback.diagonal - feedback.damping * ordered.square_().sum(dim=1)

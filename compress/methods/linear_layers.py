@@ -1,8 +1,9 @@
-"""What the methods that work on linear layers share: which layers these are, and which of their weights were pruned before."""
+"""What methods on linear layers share: which layers they work on, statistics of their inputs, and weights that were pruned
+before."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from compress.methods.base import Method
@@ -14,17 +15,19 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from compress.calibration.inputs import Inputs
+    from compress.calibration.statistics import S
     from compress.models.network.segments import Parts
 
 
-# A layer with as many zeros has been pruned, and its zeros stay.
+# A layer with at least this share of zeros counts as pruned, and its zeros stay.
 PRUNED_SHARE = 0.05
 
 
 def zeros_of(weight: torch.Tensor) -> torch.Tensor | None:
-    """Return which weights are zero, bool [out, in], where a step before has pruned them.
+    """Return which weights of a pruned layer are zero, bool [out, in].
 
-    None where hardly any is, and where all are: a new student's layer that begins so.
+    None if hardly any is, and if all are: that is a layer of a new student.
     """
     zero = weight == 0
     return zero if PRUNED_SHARE <= float(zero.float().mean()) < 1 else None
@@ -34,16 +37,17 @@ class LinearsMethod(Method):
     """A method that changes or replaces linear layers."""
 
     skip: tuple[str, ...] = ()
-    """Layers left alone: shell-style patterns of their names, such as "*.output.dense"."""
+    """Layers to leave unchanged, as shell-style patterns of their names, such as "*.output.dense"."""
     head: bool = False
-    """Whether the linear layers of NV-Embed's folded head are among them; 3 % of NV-Embed-v2's weights, used once a token."""
+    """Whether the linear layers of NV-Embed's folded head are included; they hold 3 % of NV-Embed-v2's weights and are used once
+    per token."""
 
     def patterns(self) -> Iterable[str]:
-        """Return every pattern of the config, each of which must match a layer."""
+        """Return all patterns of the config; each of them has to match a layer."""
         return self.skip
 
     def chosen(self, names: Iterable[str]) -> list[str]:
-        """Choose among the names of linear layers."""
+        """Return those names of linear layers that the method works on."""
         names = list(names)
         left = matching(names, self.skip)
         return [name for name in names if name not in left]
@@ -68,22 +72,45 @@ class LinearsMethod(Method):
         chosen = {name: found[name] for name in self.chosen(found)}
         for name, linear in chosen.items():
             if not torch.isfinite(linear.weight).all():
-                raise ValueError(f"{name}.weight holds NaN or infinity; {self.method} left it alone")
+                raise ValueError(f"{name}.weight holds NaN or infinity; {self.method} left it unchanged")
         return chosen
 
+    def statistics_of(
+        self,
+        parts: Parts,
+        linears: Mapping[str, nn.Linear],
+        inputs: Inputs | None,
+        make: Callable[[int, torch.device], S],
+        *,
+        pooled_only: bool = False,
+    ) -> Iterator[tuple[tuple[str, ...], S]]:
+        """Yield a statistic of each input on the calibration texts, with the names of the layers that share this input.
+
+        Args:
+            parts: the segment's modules.
+            linears: the layers, by name.
+            inputs: the calibration texts as they arrive at the segment.
+            make: makes an empty statistic, given the input's width and device.
+            pooled_only: see `Inputs.see`.
+        """
+        assert inputs is not None, f"{self.method} calibrates, so the walk gives it the inputs of segments with linear layers"
+        groups, statistics = inputs.gather(parts, linears, make, pooled_only=pooled_only)
+        for leader, names in groups.items():
+            yield names, statistics.pop(leader)
+
     def work_bytes(self, linears: list[TensorInfo]) -> int:
-        """Return the memory that is taken besides copies of the largest weight."""
+        """Return the bytes of memory that the method takes in addition to copies of the largest weight."""
         return 0
 
     def work_flops(self, linears: list[TensorInfo]) -> float:
-        """Return the operations of what is more than passes over the weights; those of running the texts are not among them."""
+        """Return the operations in addition to passes over the weights and running the calibration texts."""
         return 0.0
 
     def linears_of(self, shape: ModelShape) -> tuple[dict[str, TensorInfo], list[str]]:
         """Return a shape's linear layers, by name, and the names of those that the method works on.
 
         Raises:
-            ValueError: a pattern matches none of them, there is no head, or no layer is left.
+            ValueError: a pattern matches no layer, there is no folded head, or no layer is left.
         """
         linears = {**shape.block_linears, **(shape.head_linears if self.head else {})}
         check_patterns(linears, self.patterns())

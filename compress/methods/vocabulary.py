@@ -1,4 +1,4 @@
-"""Vocabulary: token embeddings dropped that the texts at hand never need."""
+"""Vocabulary pruning: token embeddings that the texts at hand never use are dropped."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ if TYPE_CHECKING:
 
 
 class Vocabulary(Method):
-    """Keep the tokens that some texts need, with their rows of the embedding table, and a tokenizer that knows only these.
+    """Keep the tokens that the given texts use, their rows of the embedding table, and a tokenizer with only these.
 
-    Texts that need no other token have exactly the vectors that they had. **The risk**: any other word is spelled in smaller
-    pieces, down to characters, and embedded worse, in another language much worse, and no score on texts like those at hand shows
-    it. Give it texts of everything that will ever be embedded, and many.
+    Texts that use no other token keep exactly the same vectors. **The risk**: other words are split into smaller pieces, down to
+    characters, and embedded worse, above all in other languages. Scores on texts like yours will not show this. Give it many texts
+    of every kind that will be embedded.
     """
 
+    family: ClassVar[str] = "smaller"
     method: Literal["vocabulary"] = "vocabulary"
     whole: ClassVar[bool] = True
     texts: str
-    """A JSONL file with `text` (`.gz` allowed) or a plain text file with one a line."""
+    """Texts whose tokens are kept: a JSONL file with `text` (`.gz` allowed) or a plain text file with one text per line."""
     min_count: int = Field(1, ge=1)
-    """Tokens seen less often go too."""
+    """Number of times a token has to occur in the texts to be kept."""
     tokens: int | None = None
-    """How many are left; filled in by the run."""
+    """Number of tokens that are kept; filled in by the run."""
     _kept: list[int] = PrivateAttr(default_factory=list)
 
     @property
@@ -50,7 +51,7 @@ class Vocabulary(Method):
         """Choose the tokens and make the tokenizer.
 
         Raises:
-            ValueError: the texts need the whole table.
+            ValueError: with the chosen tokens a text would be split in another way.
         """
         from compress.models.text.vocabulary import with_tokens
 
@@ -67,10 +68,10 @@ class Vocabulary(Method):
         return decided, replace(model, tokenizer=tokenizer, config=with_backbone(model.config, **changes))
 
     def choose(self, model: OpenModel) -> list[int]:
-        """Return the ids of the tokens that stay, ascending.
+        """Return the ids of the tokens to keep, ascending.
 
         Raises:
-            ValueError: with them alone one of the texts would be spelled in another way.
+            ValueError: with only these a text would be split in another way.
         """
         from compress.models.text.vocabulary import kept_tokens, with_tokens
 
@@ -85,11 +86,11 @@ class Vocabulary(Method):
             again = model.tokenizer.redefined(with_tokens(definition, kept))(texts)
             for text, row, new in zip(texts, rows, again, strict=True):
                 if [kept[number] for number in new] != row.tolist():
-                    raise ValueError(f"{text[:60]!r} would be spelled in another way; this tokenizer cannot be trimmed")
+                    raise ValueError(f"{text[:60]!r} would be split in another way; this tokenizer cannot be trimmed")
         return kept
 
     def estimate(self, shape: ModelShape) -> Estimate:
-        """Size after; before a run has read the texts, what would be if every token stayed.
+        """Estimate the size; before a run has read the texts, the size with all tokens.
 
         Raises:
             ValueError: the model has no token table.
@@ -100,16 +101,18 @@ class Vocabulary(Method):
         rows, width = shape.tensors[f"{table}.weight"].shape
         left = rows if self.tokens is None else self.tokens
         tensors = {**shape.as_stored().tensors, f"{table}.weight": TensorInfo("F16", (left, width))}
-        said = f"{left:,} of {rows:,} tokens stay" if self.tokens is not None else f"of {rows:,} tokens those in {self.texts} stay"
+        said = (
+            f"{left:,} of {rows:,} tokens kept" if self.tokens is not None else f"of {rows:,} tokens those in {self.texts} are kept"
+        )
         return Estimate(
             after=replace(shape, tensors=tensors, config=with_backbone(shape.config, vocab_size=left)),
             memory_bytes=0,
             bytes_touched=0,
-            note=said + (f", {(rows - left) * width / 1e6:,.1f} M parameters fewer" if self.tokens is not None else ""),
+            note=said + (f", {(rows - left) * width / 1e6:,.1f} M fewer parameters" if self.tokens is not None else ""),
         )
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
-        """Take the rows of the tokens that stay, where the segment holds the table."""
+        """Keep the rows of the kept tokens, if the segment has the table."""
         import torch
         from torch import nn
 

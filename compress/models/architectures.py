@@ -1,79 +1,78 @@
-"""What the tensors of the common architectures are called, and what the linear layers of a block do. No torch here.
+"""The common architectures: how their tensors are named, and what each linear layer of a block does. No torch here.
 
-Pruning heads, channels or whole sublayers has to know which rows and columns belong together; nothing in a checkpoint says so.
+Pruning heads, channels or whole sublayers needs to know which rows and columns belong together. A checkpoint does not say so.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 Sublayer = Literal["attention", "mlp"]
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A block's layers, named from the block on."""
+    """The roles of a block's layers. Layer names are relative to the block."""
 
     attention: tuple[str, ...]
-    """Queries, keys, values; or one layer that makes all three."""
+    """Names of the query, key and value projections, in that order, or of the one layer that computes all three."""
     output: str
-    """Takes the heads' outputs, one beside the other."""
-    rising: tuple[str, ...]
-    """Layers whose rows make the MLP's channels: one, or gate and value."""
-    falling: str
-    """Takes the channels."""
-    without: Mapping[Sublayer, Mapping[str, str]]
-    """What stands in for which modules where a sublayer is dropped: classes of `compress.layers.dropped`. A norm that nothing reads
-    any more goes too."""
+    """Name of the attention's output projection. Its inputs are the concatenated outputs of the heads."""
+    up: tuple[str, ...]
+    """Names of the layers that expand to the MLP's channels: one layer, or gate and value."""
+    down: str
+    """Name of the layer that maps the MLP's channels back to the hidden size."""
+    replacements: Mapping[Sublayer, Mapping[str, str]]
+    """Classes of `compress.layers.dropped` that replace modules when a sublayer is dropped, by sublayer and module name.
+    A norm whose output nothing reads any more is replaced too."""
     halves: int = 1
-    """How many rows of a rising layer make a channel, a stretch of rows each."""
+    """Number of stacked matrices in each expanding layer: 2 where one layer holds gate and value, one after the other."""
     heads_in_config: bool = True
-    """Whether the architecture's own config can say how many heads there are beside how wide they are."""
-    mark: str = field(default="", compare=False)
-    """A module that tells it from others with the same linear layers."""
+    """Whether the architecture's own config can store the number of heads independently of their width."""
+    distinguishing_module: str = field(default="", compare=False)
+    """Name of a module that only this layout has; empty where the linear layers already identify it."""
 
 
-# BERT's norms follow the sum of a sublayer and its input, and stay: without two MLPs and their norms MiniLM keeps a cosine of 0.77,
-# without the MLPs alone 0.90.
+# BERT's norms follow the residual addition, and stay. Measured on MiniLM without two of its MLPs: cosine 0.77 to the original when
+# their norms are dropped too, 0.90 when only the MLPs are.
 _BERT_MLP = {"intermediate": "First", "output.dense": "Zeros"}
 _DECODER = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "output": "self_attn.o_proj",
-    "rising": ("mlp.gate_proj", "mlp.up_proj"),
-    "falling": "mlp.down_proj",
+    "up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": "mlp.down_proj",
 }
-KINDS = {
+BLOCK_LAYOUTS = {
     "BERT, RoBERTa, XLM-RoBERTa": Anatomy(
         attention=("attention.self.query", "attention.self.key", "attention.self.value"),
         output="attention.output.dense",
-        rising=("intermediate.dense",),
-        falling="output.dense",
-        without={"attention": {"attention.self": "FirstOfTwo", "attention.output.dense": "Zeros"}, "mlp": _BERT_MLP},
+        up=("intermediate.dense",),
+        down="output.dense",
+        replacements={"attention": {"attention.self": "FirstOfTwo", "attention.output.dense": "Zeros"}, "mlp": _BERT_MLP},
         heads_in_config=False,
     ),
     "MPNet": Anatomy(
         attention=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         output="attention.attn.o",
-        rising=("intermediate.dense",),
-        falling="output.dense",
-        without={"attention": {"attention.attn": "ZerosOfTwo"}, "mlp": _BERT_MLP},
+        up=("intermediate.dense",),
+        down="output.dense",
+        replacements={"attention": {"attention.attn": "ZerosOfTwo"}, "mlp": _BERT_MLP},
         heads_in_config=False,
     ),
     "Gemma": Anatomy(
         **_DECODER,  # type: ignore[arg-type]
-        without={
+        replacements={
             "attention": {"self_attn": "ZerosOfTwo", "input_layernorm": "First", "post_attention_layernorm": "First"},
             "mlp": {"mlp": "Zeros", "pre_feedforward_layernorm": "First", "post_feedforward_layernorm": "First"},
         },
-        mark="pre_feedforward_layernorm",
+        distinguishing_module="pre_feedforward_layernorm",
     ),
     "Mistral, Llama, Qwen": Anatomy(
         **_DECODER,  # type: ignore[arg-type]
-        without={
+        replacements={
             "attention": {"self_attn": "ZerosOfTwo", "input_layernorm": "First"},
             "mlp": {"mlp": "Zeros", "post_attention_layernorm": "First"},
         },
@@ -81,10 +80,10 @@ KINDS = {
     "ModernBERT": Anatomy(
         attention=("attn.Wqkv",),
         output="attn.Wo",
-        rising=("mlp.Wi",),
+        up=("mlp.Wi",),
         halves=2,
-        falling="mlp.Wo",
-        without={
+        down="mlp.Wo",
+        replacements={
             "attention": {"attn": "ZerosOfTwo", "attn_norm": "First"},
             "mlp": {"mlp": "Zeros", "mlp_norm": "First"},
         },
@@ -94,34 +93,39 @@ KINDS = {
 
 
 def anatomy_of(tensors: Iterable[str]) -> Anatomy:
-    """Tell which layers do what.
+    """Return the roles of a block's layers.
 
     Args:
-        tensors: names of a block's tensors, from the block on. A sublayer may be missing.
+        tensors: names of the block's tensors, relative to the block. One of the two sublayers may be missing.
 
     Raises:
-        ValueError: they are those of no architecture that is known here.
+        ValueError: the names match none of `BLOCK_LAYOUTS`.
     """
     names = set(tensors)
-    for kind in KINDS.values():
-        attention = all(f"{layer}.weight" in names for layer in (*kind.attention, kind.output))
-        mlp = all(f"{layer}.weight" in names for layer in (*kind.rising, kind.falling))
-        if (attention or mlp) and (not kind.mark or f"{kind.mark}.weight" in names):
-            return kind
+    for layout in BLOCK_LAYOUTS.values():
+        attention = all(f"{layer}.weight" in names for layer in (*layout.attention, layout.output))
+        mlp = all(f"{layer}.weight" in names for layer in (*layout.up, layout.down))
+        # One sublayer is enough: a variant may have dropped the other.
+        distinguished = not layout.distinguishing_module or f"{layout.distinguishing_module}.weight" in names
+        if (attention or mlp) and distinguished:
+            return layout
     example = f" (such as {min(names)})" if names else ""
-    raise ValueError(f"its blocks' layers{example} are laid out like none of those known here: {'; '.join(KINDS)}")
+    raise ValueError(f"the layout of its blocks{example} is unknown; known layouts: {'; '.join(BLOCK_LAYOUTS)}")
 
 
 @dataclass(frozen=True)
 class OwnArchitecture:
-    """An architecture that transformers does not have and this project does. Each part is `module:function`, imported when used."""
+    """An architecture that this project implements because transformers does not have it.
+
+    Each field is `module:function`, imported on first use.
+    """
 
     spec: str
-    """From the folder to its `EmbedderSpec`; without torch."""
+    """Function that reads the `EmbedderSpec` from the folder's path. It does not import torch."""
     config: str
-    """From the folder to the backbone's config, one of transformers' own classes."""
+    """Function that reads the backbone's config from the folder's path, as one of transformers' own config classes."""
     network: str
-    """From a `ModelFolder` to the network, its parameters still without values."""
+    """Function that builds the network from a `ModelFolder`, with its parameters on the meta device."""
 
 
 OWN_ARCHITECTURES: Mapping[str, OwnArchitecture] = {
@@ -131,49 +135,48 @@ OWN_ARCHITECTURES: Mapping[str, OwnArchitecture] = {
         network="compress.models.network.nv_embed:build",
     ),
 }
-"""By `model_type`. Their checkpoints hold exactly the network's tensors, under the names of its modules."""
+"""The architectures by `model_type`. A checkpoint of one holds exactly the network's tensors, under their names in the network."""
 
 
-def imported(place: str) -> Any:
-    """Return what `module:function` names."""
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-# Blocks as the common architectures name them: encoder.layer.3., layers.3., h.3., blocks.3., transformer.layer.3.
+# Block prefixes of the common architectures: encoder.layer.3., layers.3., h.3., blocks.3., transformer.layer.3.
 BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 
-# Two-dimensional weights inside blocks that are looked up, not multiplied.
+# Two-dimensional weights inside blocks that are look-up tables, not linear layers.
 _LOOKED_UP = re.compile(r"relative_attention_bias|embed|rotary")
 
 HEAD_PREFIX = "latent_attention_model."
-"""What the tensors of NV-Embed's head begin with."""
+"""Prefix of the names of NV-Embed's head tensors."""
 
-# Linear layers of the folded head; those of the published one are multiplied out by the fold.
+# Linear layers of the folded head. The published head is not listed: its projections are quantized only after folding.
 _HEAD_LINEARS = re.compile(rf"{re.escape(HEAD_PREFIX)}(?:scores|values|net\.\d+)\.weight")
 
 
 def is_block_linear(name: str, dimensions: int) -> bool:
-    """Whether a parameter is the weight of a linear layer inside a block: the layers that compression works on."""
+    """Whether a parameter is the weight of a linear layer inside a block: the layers that compression works on.
+
+    Args:
+        name: the parameter's name in the network.
+        dimensions: number of its dimensions.
+    """
     block = BLOCK.search(name)
     return block is not None and name.endswith(".weight") and dimensions == 2 and not _LOOKED_UP.search(name, block.end())
 
 
 def is_in_block(name: str) -> bool:
-    """Whether a module or parameter of that name lies inside a block."""
+    """Whether a module or parameter with this name belongs to a block."""
     return BLOCK.search(f"{name}.") is not None
 
 
 def place_in_block(name: str) -> tuple[int, str] | None:
-    """Return the number of the block that a tensor lies in and its name from there on; None outside of blocks."""
+    """Return the number of a tensor's block and its name relative to that block; None if it belongs to no block."""
     block = BLOCK.search(name)
     return None if block is None else (int(block.group(1)), name[block.end() :])
 
 
 def renumbered(name: str, number: int) -> str:
-    """Return the name that a module or tensor of a block has in the block of another number."""
+    """Return the name of a block's module or tensor with the block's number replaced."""
     block = BLOCK.search(f"{name}.")
-    assert block is not None, f"{name} lies in no block"
+    assert block is not None, f"{name} belongs to no block"
     return f"{name[: block.start(1)]}{number}{name[block.end(1) :]}"
 
 

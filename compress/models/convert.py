@@ -19,7 +19,7 @@ from compress.common.files import new_folder, write_json
 from compress.common.inputs import read_json
 from compress.models.files.headers import read_header
 from compress.models.hub import HubName, check_links, download, snapshot_of
-from compress.models.text.spec import read_modules
+from compress.models.text.sentence_transformers import read_modules
 
 if TYPE_CHECKING:
     import torch

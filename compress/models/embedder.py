@@ -1,7 +1,8 @@
-"""An Embedder is texts in, vectors out: the protocol, and the loop around every network that answers it. No torch here."""
+"""The Embedder protocol (texts in, vectors out), and the batching loop that every network shares. No torch here."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,20 +17,24 @@ from compress.models.text.tokens import Batch, Ids, TextTokenizer, batches_by_to
 
 Vectors = npt.NDArray[np.float32]
 Item = TypeVar("Item")
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
-# Texts are taken from the iterable this many at a time: enough for sorting by length to pay, few enough to hold.
+# Number of texts taken from the iterable at a time: enough that sorting by length pays, few enough to hold in memory.
 CHUNK_TEXTS = 16_384
-# From this many texts on, a progress bar is shown where somebody is watching.
+# Number of texts from which a progress bar is shown by default, if standard error is a terminal.
 LONG_WORK_TEXTS = 2_000
 
 
 @runtime_checkable
 class Embedder(Protocol):
-    """What measures and exports see of a model, however it was made."""
+    """A model as measurements and exports see it, no matter how it was made."""
 
     name: str
+    """The model's name in records and messages."""
     dimension: int
+    """Width of the vectors."""
     spec: EmbedderSpec
+    """How the model takes texts."""
 
     def encode(
         self,
@@ -39,12 +44,15 @@ class Embedder(Protocol):
         batch_tokens: int | None = None,
         progress: bool | None = None,
     ) -> Vectors:
-        """Embed texts: float32 [n, dimension], in their order; of unit norm where the model normalises."""
+        """Embed texts as float32 [n, dimension], in their order; see `BatchedEmbedder.encode`."""
         ...
 
 
 class BatchedEmbedder(ABC):
-    """Sorts by length, batches by a token budget, restores the order; subclasses run the batches."""
+    """An embedder that sorts texts by length, batches them by a token budget and restores their order.
+
+    Subclasses run the batches.
+    """
 
     def __init__(self, name: str, spec: EmbedderSpec, tokenizer: TextTokenizer, dimension: int, batch_tokens: int) -> None:
         self.name = name
@@ -55,12 +63,12 @@ class BatchedEmbedder(ABC):
 
     @abstractmethod
     def forward(self, batches: Sequence[Batch], pool_from: int, show: bool) -> Iterator[Vectors]:
-        """Embed padded batches: yield float32 [texts, dimension] of each, in order.
+        """Embed padded batches and yield the vectors of each in order, float32 [texts, dimension].
 
         Args:
-            batches: in the order in which they are to be run.
-            pool_from: tokens before this position are not pooled.
-            show: show progress.
+            batches: the batches, in the order to run them.
+            pool_from: position of the first pooled token; earlier ones are a prompt that is not pooled.
+            show: whether to show progress.
         """
 
     def encode(
@@ -74,17 +82,18 @@ class BatchedEmbedder(ABC):
         """Embed texts.
 
         Args:
-            texts: any iterable of strings; a generator is consumed some 16,000 at a time.
-            prompt: put before every text, as it stands. None: the model's default prompt, mostly none.
-            batch_tokens: padded tokens a batch may hold; None: this embedder's own default.
-            progress: show a progress bar; None: for long work, where standard error is a terminal.
+            texts: any iterable of strings; a generator is consumed in chunks of 16,384.
+            prompt: the string to put before every text, verbatim; None uses the model's default prompt, which is usually empty.
+            batch_tokens: largest number of padded tokens in a batch; None uses this embedder's default.
+            progress: whether to show a progress bar; None shows one for 2,000 texts or more. It appears only on a terminal.
 
         Returns:
-            float32 [n, dimension], in the order of the texts; of unit norm where the model normalises.
+            float32 [n, dimension], in the order of the texts, with unit norm if the model normalises.
 
         Raises:
-            TypeError: `texts` is a single string, or holds something else than strings.
-            ValueError: `batch_tokens` is not positive, or an unpooled prompt fills the model's whole length.
+            TypeError: `texts` is a single string, or an item is not a string.
+            ValueError: `batch_tokens` is not positive, a prompt that is not pooled takes up the model's whole length, or a text has
+                more tokens than the network has positions for.
             FloatingPointError: a vector is not finite.
         """
         if isinstance(texts, str):
@@ -101,6 +110,7 @@ class BatchedEmbedder(ABC):
             )
         chunks: list[Vectors] = []
         for chunk, rows in self._tokenized(texts, prompt):
+            self._check_lengths(rows, sum(map(len, chunks)))
             vectors = np.empty((len(rows), self.dimension), dtype=np.float32)
             order = list(batches_by_tokens([len(row) for row in rows], budget))
             batches = [pad_batch([rows[index] for index in batch]) for batch in order]
@@ -113,17 +123,31 @@ class BatchedEmbedder(ABC):
             chunks.append(vectors)
         return np.concatenate(chunks) if chunks else np.empty((0, self.dimension), dtype=np.float32)
 
+    def _check_lengths(self, rows: Sequence[Ids], before: int) -> None:
+        """Check that the network has positions for every text; `before`: number of texts in earlier chunks.
+
+        Raises:
+            ValueError: a text is longer, because the model's settings allow more tokens than its network has positions for.
+        """
+        limit = self.tokenizer.positions
+        for index, row in enumerate(rows) if limit is not None else ():
+            if len(row) > limit:  # type: ignore[operator]
+                raise ValueError(
+                    f"texts[{before + index}] has {len(row)} tokens; {self.name} has positions for {limit}, "
+                    f"although its settings allow {self.tokenizer.max_length}"
+                )
+
     def _tokenized(self, texts: Iterable[str], prompt: str) -> Iterator[tuple[list[str], list[Ids]]]:
-        """Yield texts, some at a time, and their ids; the next ones are tokenized while the caller computes with these."""
+        """Yield the texts in chunks with their ids; the next chunk is tokenized while the caller computes with this one."""
         chunks = checked_chunks(texts)
         chunk = next(chunks, None)
         if chunk is None:
             return
         rows = self._ids(chunk, prompt)
-        with ThreadPoolExecutor(1, thread_name_prefix="tokenizing") as beside:  # starts no thread before it is given work
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenizing") as worker:  # starts its thread on the first submit
             while chunk is not None:
                 following = next(chunks, None)
-                ahead = None if following is None else beside.submit(self._ids, following, prompt)
+                ahead = None if following is None else worker.submit(self._ids, following, prompt)
                 yield chunk, rows
                 chunk, rows = following, [] if ahead is None else ahead.result()
 
@@ -132,22 +156,24 @@ class BatchedEmbedder(ABC):
 
 
 def checked_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Cut texts into lists of `CHUNK_TEXTS`.
+    """Split texts into lists of at most `CHUNK_TEXTS`.
 
     Raises:
-        TypeError: one is not a string.
+        TypeError: an item is not a string, or holds half of a surrogate pair, which no encoding of texts has.
     """
     iterator, seen = iter(texts), 0
     while chunk := list(islice(iterator, CHUNK_TEXTS)):
         for offset, text in enumerate(chunk):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{seen + offset}] is {type(text).__name__}, not str")
+            if not text.isascii() and (found := _LONE_SURROGATE.search(text)):
+                raise TypeError(f"texts[{seen + offset}] is no text: it holds half of a surrogate pair, {found.group(0)!r}")
         seen += len(chunk)
         yield chunk
 
 
-def watched(items: Sequence[Item], what: str, show: bool) -> Iterator[Item]:
-    """Pass items through, under a progress bar where asked for and a terminal watches."""
+def with_progress(items: Sequence[Item], what: str, show: bool) -> Iterator[Item]:
+    """Yield the items, with a progress bar labelled `what` if `show` is set and standard error is a terminal."""
     if not show:
         yield from items
         return

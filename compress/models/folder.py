@@ -1,11 +1,13 @@
-"""A model's folder: what its files say, each read once. Everything else is handed this object, never a path to read again.
+"""A model's folder. Each of its files is read once; all other code gets this object, never a path to read again.
 
-No torch here; transformers is imported only where a tokenizer or a config of its own is asked for.
+No torch here. transformers is imported only when a tokenizer or config is read through it.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,66 +15,90 @@ from typing import TYPE_CHECKING, Any
 
 from compress.common.errors import UserError
 from compress.common.inputs import read_json
-from compress.models.architectures import OWN_ARCHITECTURES, OwnArchitecture, imported
-from compress.models.files.headers import TensorInfo, fingerprint, read_header, weight_files
+from compress.common.lazy import attribute
+from compress.models.architectures import OWN_ARCHITECTURES, OwnArchitecture
+from compress.models.files.headers import StoredTensor, TensorInfo, fingerprint, stored_tensors, weight_files
 from compress.models.files.variant import VARIANT_FILE, VariantInfo
 from compress.models.shape import ModelShape, without_task_head
-from compress.models.text.spec import EmbedderSpec, Module, read_modules, read_spec, transformer_of
+from compress.models.text.sentence_transformers import (
+    Module,
+    TransformerSettings,
+    read_modules,
+    read_settings,
+    read_spec,
+    transformer_of,
+)
+from compress.models.text.spec import EmbedderSpec
 from compress.models.text.tokens import TextTokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 RANDOM_FILE = "random.json"
-"""Marks a checkpoint whose weights are random."""
+"""The file that marks a checkpoint with random weights."""
 LONGEST = 2**31 - 1
+LEARNED_POSITIONS = re.compile(r"(?:^|\.)(?:position_embeddings|wpe)\.weight$")
+FAIRSEQ_POSITIONS = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "mpnet",
+    "roberta-prelayernorm",
+    "xmod",
+    "data2vec-text",
+)
+NATIVE = ("nomic_bert", "jina_embeddings_v3")
+"""Model types whose checkpoints name remote code, and which transformers 5 computes itself, from the same files."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's, a variant's or an export's folder, and the name that the model is spoken of by."""
+    """The folder of a model, a variant or an export."""
 
     name: str
+    """The model's name in records and messages."""
     path: Path
+    """The path of the folder."""
 
     @cached_property
     def variant(self) -> VariantInfo | None:
-        """What `variant.json` says; None where the folder is not a variant.
+        """The content of `variant.json`; None if the folder is not a variant.
 
         Raises:
-            UserError: it is of a format that this version does not read.
+            UserError: this version does not read the file's format.
         """
         return VariantInfo.read(self.path) if (self.path / VARIANT_FILE).is_file() else None
 
     @property
     def is_variant(self) -> bool:
-        """Whether this workbench wrote it as a variant."""
+        """Whether the folder is a variant that this workbench wrote."""
         return self.variant is not None
 
     @cached_property
     def compressed(self) -> VariantInfo:
-        """What `variant.json` says.
+        """The content of `variant.json`, for code that needs a variant.
 
         Raises:
             UserError: the folder is not a variant.
         """
         if self.variant is None:
-            raise UserError(f"{self.path}: holds no variant", "compress run RECIPE writes one; give the folder of the run")
+            raise UserError(f"{self.path}: holds no variant", "`compress run RECIPE` writes one; give the folder of that run")
         return self.variant
 
     @cached_property
     def is_random(self) -> bool:
-        """Whether its weights are random, so that its vectors mean nothing."""
+        """Whether the weights are random, which makes the vectors meaningless."""
         return not self.variant.pretrained if self.variant else (self.path / RANDOM_FILE).exists()
 
     @cached_property
     def modules(self) -> tuple[Module, ...]:
-        """The modules that `modules.json` lists, in order; none where there is no such file."""
+        """The modules that `modules.json` lists, in order; empty if there is no such file."""
         return read_modules(self.path)
 
     @cached_property
     def transformer(self) -> Path:
-        """Where the network's own files are: the folder itself, or the one that `modules.json` gives the Transformer."""
+        """The path of the network's own files: the Transformer module's folder in `modules.json`, else the folder itself."""
         return transformer_of(self.path, self.modules)
 
     @cached_property
@@ -80,7 +106,7 @@ class ModelFolder:
         """The network's `config.json`.
 
         Raises:
-            UserError: there is none, or it is not JSON.
+            UserError: the file is missing, or is not JSON.
         """
         path = self.transformer / "config.json"
         if not path.exists():
@@ -88,28 +114,59 @@ class ModelFolder:
                 f"{self.transformer}: no config.json", "a model's folder holds config.json, tokenizer files and safetensors weights"
             )
         config: dict[str, Any] = read_json(path)
+        self._check_config(path, config)
         return config
+
+    def _check_config(self, path: Path, config: Mapping[str, Any]) -> None:
+        """See that the folder is that of an embedder, whole, and in floating point.
+
+        Raises:
+            UserError: it is not.
+        """
+        if (self.transformer / "adapter_config.json").exists():
+            raise UserError(
+                f"{self.transformer}: a LoRA adapter lies next to the weights, which are those of its base model",
+                "merge it first: peft's PeftModel.merge_and_unload() and save_pretrained()",
+            )
+        if "quantization_config" in config:
+            method = config["quantization_config"].get("quant_method", "unknown")
+            raise UserError(
+                f"{path}: quantization_config: quantized by another library ({method})",
+                "start from the model that it was made from",
+            )
+        kind = str(config.get("model_type"))
+        if "AutoModel" in (config.get("auto_map") or {}) and kind not in (*OWN_ARCHITECTURES, *NATIVE):
+            raise UserError(
+                f"{path}: auto_map: the network is remote code ({config['auto_map']['AutoModel']}), which is never run, "
+                f"and may compute something else than transformers' own {kind}",
+                "if transformers' own is meant, remove auto_map from config.json",
+            )
+        architecture = str((config.get("architectures") or [""])[0])
+        if architecture.endswith("ForSequenceClassification"):
+            raise UserError(f"{path}: architectures: {architecture} is a classifier or a reranker, not an embedder")
 
     @property
     def own_architecture(self) -> OwnArchitecture | None:
-        """The architecture, where it is one that transformers does not have and this project does."""
+        """The model's entry in `OWN_ARCHITECTURES`; None if transformers provides its architecture."""
         return OWN_ARCHITECTURES.get(str(self.config.get("model_type")))
 
     @cached_property
     def network_config(self) -> Any:
-        """The config as transformers' own class; never from a hub, never running code that came with it.
+        """The network's config as a transformers config object, read from local files without running code from the checkpoint.
 
         Raises:
-            UserError: its architecture is not one of transformers' own.
+            UserError: the architecture is unknown, or is an encoder-decoder.
         """
         own = self.own_architecture
         if own is not None:
-            return imported(own.config)(self.transformer)
+            return attribute(own.config)(self.transformer)
         from transformers import AutoConfig
 
         path, kind = self.transformer / "config.json", self.config.get("model_type", "missing")
         try:
-            config = AutoConfig.from_pretrained(self.transformer, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(
+                self.transformer, local_files_only=True, trust_remote_code=False, **self.settings.config
+            )
         except (ValueError, KeyError) as error:
             raise UserError(f"{path}: model_type {kind!r} is not an architecture that this version runs") from error
         if config.is_encoder_decoder:
@@ -118,87 +175,130 @@ class ModelFolder:
 
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:
-        """The network's safetensors files.
+        """The paths of the network's safetensors files.
 
         Raises:
-            UserError: there is none; pickles are never opened.
+            UserError: there are none. Pickles are never opened.
         """
         return tuple(weight_files(self.transformer))
 
     @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The tensors of the network and of the modules after it, by the names that they have or will have in the network."""
+        return stored_tensors(self.transformer) if self.is_variant else self._with_head(stored_tensors(self.transformer))
+
+    def _with_head(self, found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Add the tensors of Dense and LayerNorm modules, each of which has a folder of its own."""
+        weighted = [module for module in self.modules if module.kind in ("Dense", "LayerNorm", "Normalize")]
+        for number, module in enumerate(weighted):
+            if module.kind != "Normalize":
+                found |= {f"text_head.after.{number}.{name}": tensor for name, tensor in stored_tensors(module.folder).items()}
+        return found
+
+    @cached_property
     def headers(self) -> dict[str, TensorInfo]:
         """The tensors that these files list, by their stored names; no tensor is read."""
-        return {name: info for path in self.weight_files for name, info in read_header(path).items()}
+        return {name: tensor.info for name, tensor in self.tensors.items()}
 
     @property
-    def holds_its_network_alone(self) -> bool:
-        """Whether the weights are the network's tensors by its own names, and nothing else."""
+    def has_exact_weights(self) -> bool:
+        """Whether the weight files hold exactly the network's tensors, under the network's names."""
         return self.is_variant or self.own_architecture is not None
 
     @cached_property
     def shape(self) -> ModelShape:
-        """Tensors and config, which costs follow from."""
+        """The model's tensors and config, from which costs are computed."""
         return ModelShape(self.name, without_task_head(self.headers), self.config)
 
     @property
     def dimension(self) -> int:
         """Width of the model's vectors."""
-        return self.shape.hidden_size
+        return self.spec.dimension(self.shape.hidden_size)
 
     @cached_property
     def spec(self) -> EmbedderSpec:
         """How the model takes texts and pools tokens.
 
         Raises:
-            UserError: a module, a pooling mode or a setting that this workbench does not know.
+            UserError: a module, pooling mode or setting is not supported.
         """
         if self.variant is not None:
             return self.variant.spec
         own = self.own_architecture
-        return read_spec(self.path, self.modules) if own is None else imported(own.spec)(self.transformer)
+        if own is not None:
+            spec: EmbedderSpec = attribute(own.spec)(self.transformer)
+            return spec
+        return read_spec(self.path, self.modules, self.settings, self.config, self._transformers_tokenizer[2])
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
-        """The model's tokenizer, cut to its longest input.
+        """The model's tokenizer, which truncates texts to the model's maximum length.
 
-        The longest input is what the folder's settings say, else what both the tokenizer and the network's positions allow, as in
-        sentence-transformers.
+        The maximum comes from the folder's settings. Without one it is the smaller of the tokenizer's limit and the network's
+        number of positions, as in sentence-transformers.
 
         Raises:
-            UserError: there is no tokenizer, or only one without a Rust implementation.
+            UserError: there is no tokenizer, or it has no Rust implementation.
         """
         if self.variant is not None:
-            return TextTokenizer(open_tokenizer(self.path), self.variant.max_length, self.spec)
+            return TextTokenizer(open_tokenizer(self.path), self.variant.max_length, self.spec, self.positions)
         if self.own_architecture is not None:
-            # tokenizer.json as it stands: that is what the original code loads, and it needs nothing from a hub.
+            # The original code loads tokenizer.json directly too; transformers is not needed for it.
             return TextTokenizer(open_tokenizer(self.transformer), self.spec.max_length or LONGEST, self.spec)
-        backend, longest = self._transformers_tokenizer()
+        backend, longest, _ = self._transformers_tokenizer
         positions = getattr(self.network_config, "max_position_embeddings", None) or LONGEST
-        return TextTokenizer(backend, self.spec.max_length or min(longest, positions, LONGEST), self.spec)
+        return TextTokenizer(backend, self.spec.max_length or min(longest, positions, LONGEST), self.spec, self.positions)
 
-    def _transformers_tokenizer(self) -> tuple[Tokenizer, int]:
-        """Return the tokenizer as transformers sets it up, and its `model_max_length`."""
-        from tokenizers import Tokenizer
+    @property
+    def positions(self) -> int | None:
+        """Number of tokens that the network has learned positions for; None where positions are computed."""
+        tables = [info.shape[0] for name, info in self.headers.items() if LEARNED_POSITIONS.search(name)]
+        if not tables:
+            return None
+        # These count positions from the pad token's id on (fairseq's convention): its row and those before it are never used.
+        unused = int(self.config.get("pad_token_id") or 0) + 1 if self.config.get("model_type") in FAIRSEQ_POSITIONS else 0
+        return min(tables) - unused
+
+    @cached_property
+    def settings(self) -> TransformerSettings:
+        """The settings of the Transformer module.
+
+        Raises:
+            UserError: a key is not known, or asks for what this workbench does not do.
+        """
+        return read_settings(self.transformer)
+
+    @cached_property
+    def _transformers_tokenizer(self) -> tuple[Tokenizer, int, str]:
+        """The tokenizer as transformers sets it up, its `model_max_length`, and the end at which it cuts."""
+        from tokenizers import Tokenizer, normalizers
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.transformer, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.transformer, local_files_only=True, trust_remote_code=False, **self.settings.tokenizer
+            )
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.transformer}: no tokenizer that transformers can load ({reason})") from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise UserError(f"{self.transformer}: {type(tokenizer).__name__} has no Rust tokenizer (tokenizer.json)")
-        return backend, int(tokenizer.model_max_length)
+        if self.settings.lowercase and not _lowercases(backend):
+            # As sentence-transformers does it: before the tokenizer's own normalizer, so that special tokens stay as they are.
+            backend.normalizer = normalizers.Sequence(
+                [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
+            )
+        return backend, int(tokenizer.model_max_length), str(tokenizer.truncation_side)
 
     @cached_property
     def fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over its weights, configs and tokenizer."""
+        """The first 16 hex digits of a SHA-256 over the weights, configs and tokenizer."""
         return fingerprint(self.path, self.transformer)
 
     @cached_property
     def licence(self) -> str | None:
-        """The licence that the model card names in its front matter, or the variant's; None where none is named."""
+        """The licence from the variant, else from the front matter of the model card; None if neither names one."""
         if self.variant is not None:
             return self.variant.licence
         card = self.path / "README.md"
@@ -206,3 +306,9 @@ class ModelFolder:
             return None
         found = re.search(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text(encoding="utf-8"), re.M | re.S)
         return found.group(1).strip("\"'") if found else None
+
+
+def _lowercases(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer's normalizer holds a `Lowercase`."""
+    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
+    return any(step.get("type") == "Lowercase" for step in normalizer.get("normalizers", [normalizer]))

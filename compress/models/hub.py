@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.common.errors import UserError
-from compress.models.text.spec import read_modules
+from compress.models.text.sentence_transformers import read_modules
 
 # A star crosses folders, so that each of these is found in every module's folder too (2_Dense, 0_Transformer). Never code.
 SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")

@@ -1,4 +1,4 @@
-"""Opens a model without reading its weights: its network without values, where its weights lie, how it takes texts."""
+"""Opens a model without reading its weights: an empty network, access to the stored weights, and how it takes texts."""
 
 from __future__ import annotations
 
@@ -24,31 +24,37 @@ from compress.models.text.tokens import TextTokenizer
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model as it is about to be walked through."""
+    """A model that is open but not loaded, ready to be walked and compressed."""
 
     network: nn.Module
-    """Without values."""
+    """The network, with its parameters on the meta device."""
     weights: Weights
+    """The stored weights; none has been read."""
     spec: EmbedderSpec
+    """How the model takes texts."""
     tokenizer: TextTokenizer
+    """The model's tokenizer."""
     config: Mapping[str, Any]
-    """The `config.json` of what is to be written."""
+    """The `config.json` to write for the compressed model."""
     layers: tuple[int, ...]
-    """Which block of the published model each block is, from 0."""
+    """The number that each block has in the published model, from 0."""
     heads: int | None = None
-    """Attention heads of each block, where it has fewer than its config can say."""
+    """Number of attention heads of each block, if heads were pruned and the config cannot store it; else None."""
     dropped: tuple[tuple[int, Sublayer], ...] = ()
-    """Sublayers that are not there, by block."""
+    """The sublayers that were dropped, each with its block's current number."""
 
     @property
     def shape(self) -> ModelShape:
-        """Its shape as it is now, the config being that of what is to be written."""
+        """The current shape of the network, with the config to write."""
         tensors = {name: TensorInfo("F16", tuple(tensor.shape)) for name, tensor in self.network.state_dict().items()}
         return ModelShape(type(self.network).__name__, tensors, self.config, self.layers)
 
 
 def empty_model(folder: ModelFolder) -> nn.Module:
-    """Build the network of a model's or a variant's folder, its parameters without values."""
+    """Build the network of a model or variant, with its parameters on the meta device.
+
+    A variant's changes to the architecture are applied: pruned heads, dropped sublayers, quantized layers.
+    """
     model = empty_network(folder)
     info = folder.variant
     if info is None:
@@ -63,7 +69,7 @@ def empty_model(folder: ModelFolder) -> nn.Module:
 
 
 def buffers_to(model: nn.Module, device: torch.device) -> None:
-    """Move what no file holds, such as rotary frequencies, to a device; parameters without values stay without."""
+    """Move the buffers that no file holds, such as rotary frequencies, to a device; tensors on the meta device stay there."""
     for module in model.modules():
         for buffer, tensor in module.named_buffers(recurse=False):
             if not tensor.is_meta:
@@ -72,11 +78,11 @@ def buffers_to(model: nn.Module, device: torch.device) -> None:
 
 def weights_of(folder: ModelFolder, model: nn.Module) -> Weights:
     """Open the weights of a model's or a variant's folder for `empty_model`'s network; none is read yet."""
-    return Weights(folder.weight_files, model, exact=folder.holds_its_network_alone)
+    return Weights(folder.tensors, model, exact=folder.has_exact_weights)
 
 
 def open_model(folder: ModelFolder) -> OpenModel:
-    """Open a checkpoint, or a variant that is not finished, to be made smaller; no weight is read yet."""
+    """Open a checkpoint, or a variant that a run is still working on, to compress it. No weight is read yet."""
     network = empty_model(folder)
     blocks = tuple(range(len(blocks_of(network)[1])))
     opened = OpenModel(network, weights_of(folder, network), folder.spec, folder.tokenizer, folder.config, blocks)

@@ -1,7 +1,7 @@
-"""Checkpoints with random weights: a model's shape, memory and speed without the model. What they embed means nothing.
+"""Checkpoints with random weights, to measure a model's memory and speed without downloading it. Their vectors are meaningless.
 
 `random:nvidia/NV-Embed-v2` is that model at full size; `random:nvidia/NV-Embed-v2,num_hidden_layers=8` overrides fields of its
-config. Written once under the cache root and used from there.
+config. A checkpoint is written once, under the cache root.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PREFIX = "random:"
 # Weights that write into the residual stream, as the common architectures name them.
 _RESIDUAL = re.compile(r"(?:o_proj|down_proj|output\.dense|attn\.Wo|mlp\.Wo|to_out|net\.2)\.weight$")
-# Weights that are looked up, not multiplied.
+# Weights that are look-up tables, not linear layers.
 _TABLE = re.compile(r"(?:embed\w*|wte|wpe)\.weight$|latents$")
 _CONFIGS = ("", "text_config", "latent_attention_config")
 STAND_IN_VOCABULARY = 8_000
@@ -43,24 +43,26 @@ STAND_IN_VOCABULARY = 8_000
 
 @dataclass(frozen=True)
 class RandomSpec:
-    """What `random:MODEL[,field=value...]` asks for."""
+    """The content of a name `random:MODEL[,field=value...]`."""
 
     model: str
+    """Name of the model whose shape is used."""
     overrides: Mapping[str, Any]
+    """Values that replace fields of the model's config, by field name."""
 
     @classmethod
     def parse(cls, text: str) -> RandomSpec:
-        """Read the name.
+        """Parse a name.
 
         Raises:
-            UserError: a part is not `field=value`.
+            UserError: an override is not of the form `field=value`.
         """
         model, *settings = text.removeprefix(PREFIX).split(",")
         overrides = {}
         for setting in settings:
             field, sign, value = setting.partition("=")
             if not field or not sign:
-                raise UserError(f"model {text!r}: {setting!r} is not field=value", f"such as {PREFIX}{model},num_hidden_layers=8")
+                raise UserError(f"model {text!r}: {setting!r} is not field=value", f"example: {PREFIX}{model},num_hidden_layers=8")
             try:
                 overrides[field.strip()] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
@@ -69,19 +71,19 @@ class RandomSpec:
 
     @property
     def name(self) -> str:
-        """Return how results speak of it."""
+        """The model's name in results."""
         return PREFIX + ",".join([self.model, *(f"{field}={value}" for field, value in self.overrides.items())])
 
 
 def random_config(spec: RandomSpec, folder: ModelFolder | None) -> dict[str, Any]:
-    """Return the config: of `folder`, or of a model whose shape the project lists, with the overrides in their places.
+    """Return the config with the overrides applied, read from `folder` or, if that is None, from this package's listing.
 
     Raises:
-        UserError: the config has no such field, or the project does not list the model.
+        UserError: the config has no such field, or this package does not list the model.
     """
     config = known_config(spec.model) if folder is None else copy.deepcopy(folder.config)
     if config is None:
-        raise UserError(f"model {spec.name!r}: the shape of {spec.model!r} is not listed here, and it is no folder")
+        raise UserError(f"model {spec.name!r}: {spec.model!r} is neither a folder nor a model whose shape is listed")
     sections = [section for section in (config.get(name) if name else config for name in reversed(_CONFIGS)) if section]
     for field, value in spec.overrides.items():
         holders = [section for section in sections if field in section]
@@ -96,7 +98,7 @@ def random_config(spec: RandomSpec, folder: ModelFolder | None) -> dict[str, Any
 
 
 def random_shape(spec: RandomSpec, folder: ModelFolder | None) -> ModelShape:
-    """Return the shape that a random checkpoint would have, writing nothing."""
+    """Return the shape that a random checkpoint would have, without writing one."""
     import tempfile
 
     from compress.models.network.build import empty_network
@@ -109,20 +111,20 @@ def random_shape(spec: RandomSpec, folder: ModelFolder | None) -> ModelShape:
 
 
 def random_checkpoint(spec: RandomSpec, folder: ModelFolder | None, seed: int = 0) -> Path:
-    """Write a checkpoint with random bfloat16 weights, or return where it was written before; a killed writing is continued.
+    """Write a checkpoint with random bfloat16 weights and return its path. An existing one is reused, an interrupted one continued.
 
-    Matrices are drawn from N(0, 1 / inputs), those that write into the residual stream divided by sqrt(2 x blocks) besides (as in
-    GPT-2: Radford et al. 2019, section 2.3), so that activations keep their scale through any depth; tables from N(0, 1); norms are
-    one, biases zero. Each tensor follows from the seed and its name.
+    Matrices are drawn from N(0, 1 / inputs). Those that write into the residual stream are also divided by sqrt(2 x blocks), as in
+    GPT-2 (Radford et al. 2019, section 2.3), so that activations keep their scale at any depth. Tables are drawn from N(0, 1).
+    Norm weights are one, biases zero. Each tensor is determined by the seed and its name.
 
     Args:
-        spec: which model.
-        folder: its files, for config and tokenizer; None for a model whose shape the project lists, which gets a stand-in tokenizer
-            (BPE, learned from the embedded suite): about as many tokens a text, other ids.
-        seed: of the weights.
+        spec: the model and its overrides.
+        folder: the model's files, for its config and tokenizer; None for a model that this package lists. That one gets a stand-in
+            tokenizer (BPE, trained on the embedded suite), which makes about as many tokens per text, but other ids.
+        seed: seed of the weights.
 
     Raises:
-        UserError: as `random_config`; or the disk has no room.
+        UserError: see `random_config`; or the disk is full.
     """
     from compress.models.files.shards import join_shards, shard, write_tensors
     from compress.models.network.build import empty_network
@@ -136,7 +138,7 @@ def random_checkpoint(spec: RandomSpec, folder: ModelFolder | None, seed: int = 
     partial = target.with_name(f"{target.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    _copy_text_side(folder, partial, config)
+    _copy_text_files(folder, partial, config)
     network = empty_network(ModelFolder(spec.name, partial))
     segments = segments_of(network)
     state = network.state_dict()
@@ -166,7 +168,7 @@ def _blocks(network: nn.Module) -> int:
 
 
 def is_residual(name: str) -> bool:
-    """Whether a tensor is a weight that writes into the residual stream."""
+    """Whether a tensor is the weight of a layer that writes into the residual stream."""
     return _RESIDUAL.search(name) is not None
 
 
@@ -179,7 +181,7 @@ def random_std(name: str, shape: tuple[int, ...], blocks: int) -> float | None:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], blocks: int, seed: int) -> torch.Tensor:
-    """Draw one tensor, bfloat16; see `random_checkpoint`."""
+    """Draw one tensor in bfloat16; see `random_checkpoint`."""
     import torch
 
     std = random_std(name, shape, blocks)
@@ -189,10 +191,16 @@ def random_tensor(name: str, shape: tuple[int, ...], blocks: int, seed: int) -> 
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, std, generator=generator)
 
 
-def _copy_text_side(folder: ModelFolder | None, target: Path, config: Mapping[str, Any]) -> None:
-    """Give a random checkpoint the tokenizer, pooling and prompts of the model's folder, or a stand-in tokenizer."""
+def _copy_text_files(folder: ModelFolder | None, target: Path, config: Mapping[str, Any]) -> None:
+    """Copy tokenizer, pooling and prompts from the model's folder to a random checkpoint, or write a stand-in tokenizer."""
     if folder is None:
-        _stand_in_tokenizer(int((config.get("text_config") or config)["vocab_size"]), target / "tokenizer.json")
+        backbone = config.get("text_config") or config
+        _stand_in_tokenizer(int(backbone["vocab_size"]), target / "tokenizer.json")
+        # The class that takes tokenizer.json as it stands, whatever the architecture's own is. RoBERTa's positions begin at 2.
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if "max_position_embeddings" in backbone:
+            settings["model_max_length"] = int(backbone["max_position_embeddings"]) - 2
+        (target / "tokenizer_config.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
         return
     for path in folder.transformer.iterdir():
         if path.suffix in (".json", ".txt", ".model") and path.name != "config.json" and "safetensors" not in path.name:
@@ -213,7 +221,7 @@ def _copy_text_side(folder: ModelFolder | None, target: Path, config: Mapping[st
 
 
 def _stand_in_tokenizer(vocabulary: int, path: Path) -> None:
-    """Write a BPE tokenizer in the manner of Mistral's, learned from the embedded suite."""
+    """Write a BPE tokenizer that is set up like Mistral's and trained on the embedded suite."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))

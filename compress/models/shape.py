@@ -1,6 +1,6 @@
-"""The shape of a model: what tensors it has, which are linear layers of its blocks, what running it costs. No torch here.
+"""The shape of a model: its tensors, which of them are linear layers of blocks, and what running it costs. No torch here.
 
-Plans are made from this alone, so that a model of any size is planned without loading or even having its weights.
+`compress plan` needs only this, so it can plan for a model of any size without loading its weights or even having them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cached_property
 from importlib import resources
 from typing import Any
 
+from compress.common.errors import UserError
 from compress.models.architectures import BLOCK, Anatomy, anatomy_of, is_block_linear, is_head_linear, place_in_block
 from compress.models.files.headers import TensorInfo
 
@@ -23,27 +24,41 @@ _TABLE = re.compile(r"(?:embed\w*|wte|wpe)\.weight$")
 
 
 def with_backbone(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """Return a `config.json` with other settings of the transformer, which lie in `text_config` where there is one."""
+    """Return a copy of a `config.json` with settings of the transformer changed, in `text_config` if it has one."""
     if config.get("text_config"):
         return {**config, "text_config": {**config["text_config"], **changes}}
     return {**config, **changes}
 
 
+def own_key(config: Mapping[str, Any], key: str) -> str:
+    """Return the name that an architecture gives a setting in its `config.json`: `n_layer` for `num_hidden_layers` of a GPT-2.
+
+    The names come from transformers, which is imported only here: configs with the usual names never need it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = str(config.get("model_type"))
+    return str(CONFIG_MAPPING[kind].attribute_map.get(key, key)) if kind in CONFIG_MAPPING else key
+
+
 @dataclass(frozen=True)
 class ModelShape:
-    """Tensors by name, and the few numbers of the config that costs depend on."""
+    """A model's tensors and its config, from which costs are computed."""
 
     name: str
+    """The model's name in messages."""
     tensors: Mapping[str, TensorInfo]
+    """The model's tensors by name."""
     config: Mapping[str, Any]
+    """The content of the model's `config.json`."""
     left: tuple[int, ...] | None = None
-    """Which blocks of the published model are left; None: all."""
+    """The remaining blocks, by their number in the published model; None if all remain."""
     packed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of weights that a plan's steps have put into integers: their own shapes, by the name of the layer."""
+    """Unpacked shapes of the weights that steps of the plan have quantized to integers, by layer name."""
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Which block of the published model each block is, from 0."""
+        """The number that each block has in the published model, from 0."""
         return tuple(range(self.blocks)) if self.left is None else self.left
 
     @cached_property
@@ -53,21 +68,21 @@ class ModelShape:
 
     @cached_property
     def half_bytes(self) -> int:
-        """Bytes of the half-precision baseline."""
+        """Size of the half-precision baseline in bytes."""
         return self.parameters * HALF_BYTES
 
     @property
     def packed_parameters(self) -> int:
-        """Number of weights that a plan's steps have put into integers."""
+        """Number of weights that steps of the plan have quantized to integers."""
         return sum(math.prod(shape) for shape in self.packed.values())
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensors as they are."""
+        """Size of the tensors in bytes, each in its own dtype."""
         return sum(info.bytes for info in self.tensors.values())
 
     def as_stored(self) -> ModelShape:
-        """Return this shape as a variant stores it: floating point in half precision, what quantized layers have as it is."""
+        """Return this shape as a variant stores it: tensors of quantized layers unchanged, other floating-point ones in float16."""
         own = {name.rpartition(".")[0] for name in self.tensors if name.endswith(".weight_scale")}
         tensors = {
             name: info
@@ -79,7 +94,7 @@ class ModelShape:
 
     @cached_property
     def block_linears(self) -> dict[str, TensorInfo]:
-        """Weights of the linear layers inside blocks that are not quantized, by the name of the layer (without `.weight`)."""
+        """Weights of the linear layers inside blocks that are not yet quantized, by layer name (without `.weight`)."""
         found = {
             name.removesuffix(".weight"): info for name, info in self.tensors.items() if is_block_linear(name, len(info.shape))
         }
@@ -87,12 +102,12 @@ class ModelShape:
 
     @cached_property
     def head_linears(self) -> dict[str, TensorInfo]:
-        """Weights of the linear layers of NV-Embed's folded head, by the name of the layer."""
+        """Weights of the linear layers of NV-Embed's folded head, by layer name (without `.weight`)."""
         return {name.removesuffix(".weight"): info for name, info in self.tensors.items() if is_head_linear(name)}
 
     @property
     def token_table(self) -> str | None:
-        """Name of the module with the token embedding table: of the tables outside of blocks the one with the most rows."""
+        """Name of the module with the token embedding table, which is the table outside the blocks with the most rows."""
         tables = {
             name.removesuffix(".weight"): info.shape[0]
             for name, info in self.tensors.items()
@@ -102,11 +117,11 @@ class ModelShape:
 
     @property
     def largest_segment_bytes(self) -> int:
-        """Bytes of the largest stretch in memory at once when the model is streamed: a block, the embeddings or the head."""
+        """Half-precision bytes of the largest segment: a block, the embeddings or the head. Streaming holds one at a time."""
         sizes: dict[str, int] = {}
         for name, info in self.tensors.items():
             block = BLOCK.search(name)
-            # Outside of blocks embeddings, norm and head are segments of their own; their first names tell them apart.
+            # Outside the blocks, the first part of the name separates embeddings, norm and head.
             segment = block.group(0) if block else name.partition(".")[0]
             sizes[segment] = sizes.get(segment, 0) + info.parameters * HALF_BYTES
         return max(sizes.values())
@@ -114,24 +129,37 @@ class ModelShape:
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        return int(self._backbone["hidden_size"])
+        return int(self._required("hidden_size"))
 
     @property
     def blocks(self) -> int:
         """Number of blocks."""
-        return int(self._backbone["num_hidden_layers"])
+        return int(self._required("num_hidden_layers"))
 
     @property
     def _backbone(self) -> Mapping[str, Any]:
         nested: Mapping[str, Any] = self.config.get("text_config") or self.config
         return nested
 
-    @property
-    def anatomy(self) -> Anatomy:
-        """Which of a block's layers do what.
+    def _required(self, key: str) -> Any:
+        """Return a setting of the transformer's config, under the architecture's own name where it has one (`dim`, `n_embd`).
 
         Raises:
-            ValueError: the blocks are laid out like none of those that are known.
+            UserError: the config has it under no name.
+        """
+        found = self._backbone.get(key)
+        if found is None:
+            found = self._backbone.get(own_key(self._backbone, key))
+        if found is None:
+            raise UserError(f"{self.name}: config.json lacks {key!r}", "is this the config of a transformers model?")
+        return found
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The roles of a block's layers.
+
+        Raises:
+            ValueError: the layout of the blocks is unknown.
         """
         places = (place_in_block(name) for name in self.tensors)
         try:
@@ -142,20 +170,26 @@ class ModelShape:
     @property
     def head_width(self) -> int:
         """Width of an attention head."""
-        return int(self._backbone.get("head_dim") or self.hidden_size // int(self._backbone["num_attention_heads"]))
+        return int(self._backbone.get("head_dim") or self.hidden_size // int(self._required("num_attention_heads")))
 
     def setting(self, key: str) -> Any:
-        """Return a setting of the transformer's config, None where it has none."""
+        """Return a setting of the transformer's config, or None if the config does not have it."""
         return self._backbone.get(key)
 
     def flops_per_token(self, length: int) -> float:
-        """Return floating-point operations per token at a text length in tokens: products of the linear layers and of attention."""
+        """Return the floating-point operations per token in the blocks: matrix products of linear layers and of attention.
+
+        Args:
+            length: length of the texts in tokens.
+        """
+        # Two operations per weight. In attention, two products (scores, mixing) of two operations per token of the text and unit
+        # of the heads' joint width.
         plain = sum(info.parameters for info in self.block_linears.values())
         packed = sum(math.prod(shape) for name, shape in self.packed.items() if is_block_linear(f"{name}.weight", len(shape)))
         return 2 * (plain + packed) + 4 * length * self._attended()
 
     def _attended(self) -> int:
-        """Return the width of all blocks' heads together; of architectures that are not known, the hidden size for each block."""
+        """Return the sum over blocks of the heads' joint width; an unknown architecture counts its hidden size for each block."""
         try:
             output = f".{self.anatomy.output}.weight"
         except ValueError:
@@ -164,26 +198,30 @@ class ModelShape:
         return sum(shape[1] for name, shape in shapes.items() if name.endswith(output) and len(shape) == 2)
 
     def activation_bytes(self, batch_tokens: int, bytes_each: int = 4) -> int:
-        """Return an upper estimate of the activations alive at once while a batch runs.
+        """Return an upper estimate, in bytes, of the activations that are alive at once while a batch runs.
 
-        The widest moment is the MLP: the residual, its normalised copy, and three arrays of the widest layer (input, activation
-        and the product's output); attention runs in tiles and holds four arrays of the hidden size.
+        The peak is in the MLP or in attention. Both hold the residual and its normalised copy; the MLP adds three arrays of the
+        widest layer (input, activation, output), attention, which runs in tiles, four arrays of the hidden size.
+
+        Args:
+            batch_tokens: padded tokens in the batch.
+            bytes_each: bytes per value.
         """
         widest = max((max(info.shape) for info in self.block_linears.values()), default=self.hidden_size)
         return batch_tokens * (2 * self.hidden_size + max(3 * widest, 4 * self.hidden_size)) * bytes_each
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
-    """Return the names that any of the shell-style patterns matches."""
+    """Return the names that match at least one of the shell-style patterns."""
     patterns = list(patterns)
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 def check_patterns(names: Iterable[str], patterns: Iterable[str]) -> None:
-    """See that every pattern is good for something.
+    """Check that every pattern matches at least one name.
 
     Raises:
-        ValueError: a pattern matches none of the names, most likely a typing error.
+        ValueError: a pattern matches none of the names; it is probably misspelled.
     """
     names = list(names)
     for pattern in patterns:
@@ -193,7 +231,7 @@ def check_patterns(names: Iterable[str], patterns: Iterable[str]) -> None:
 
 
 def known_shape(name: str) -> ModelShape | None:
-    """Return the shape of a model whose tensors the project lists, without any file of the model; None if it is not listed."""
+    """Return a model's shape from the listing in this package, without any file of the model; None if it is not listed."""
     listing = _listing(name)
     if listing is None:
         return None
@@ -202,7 +240,7 @@ def known_shape(name: str) -> ModelShape | None:
 
 
 def known_config(name: str) -> dict[str, Any] | None:
-    """Return the config of a model whose tensors the project lists; None if it is not listed."""
+    """Return a model's config from the listing in this package; None if it is not listed."""
     listing = _listing(name)
     return None if listing is None else listing["config"]
 
@@ -216,5 +254,5 @@ def _listing(name: str) -> dict[str, Any] | None:
 
 
 def without_task_head(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Drop what no embedder uses and none of our loaders keeps: BERT's pooler, the heads of language models."""
+    """Return the tensors that an embedder uses: all but BERT's pooler and language-model heads, which the loaders drop too."""
     return {name: info for name, info in tensors.items() if not re.search(r"(?:^|\.)pooler\.|^(?:lm_head|cls)\.", name)}

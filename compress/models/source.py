@@ -1,4 +1,4 @@
-"""From a name to a model's folder: built-in names, folders, runs, the hub."""
+"""Finds a model's folder by name: a built-in name, a local folder, a run, or a model on the hub."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def _nano() -> Path:
 BUILT_IN: dict[str, Callable[[], Path]] = {"nano": _nano, "minilm": _minilm}
 
 PUBLISHED = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
-"""What is built in and lies on the hub too, by its name there."""
+"""Hub names of the built-in models that are also published there."""
 
 
-def find(model: str) -> ModelFolder:
+def find(model: str | Path) -> ModelFolder:
     """Find a model's folder.
 
     Args:
@@ -53,6 +53,7 @@ def find(model: str) -> ModelFolder:
     Raises:
         UserError: it is nowhere, the hub cannot be reached or refuses, the disk has no room, or a file is a link to nothing.
     """
+    model = str(model)
     if model.startswith(PREFIX):
         spec = RandomSpec.parse(model)
         return ModelFolder(spec.name, random_checkpoint(spec, _folder_without_weights(spec.model)))
@@ -70,7 +71,7 @@ def find(model: str) -> ModelFolder:
 
 
 def _folder_without_weights(model: str) -> ModelFolder | None:
-    """Return a folder with a model's config and tokenizer; None where the project knows the shape and needs none."""
+    """Return a folder with a model's config and tokenizer; None if this package lists the model's shape, so none is needed."""
     if model in BUILT_IN or Path(model).is_dir():
         return find(model)
     if known_shape(model):
@@ -82,10 +83,10 @@ def _folder_without_weights(model: str) -> ModelFolder | None:
 
 
 def find_shape(model: str) -> ModelShape:
-    """Return a model's shape for planning; of a model whose tensors the project lists, without any of its files.
+    """Return a model's shape for planning. A model that this package lists needs none of its files.
 
     Raises:
-        UserError: as `find` does.
+        UserError: see `find`.
     """
     if model.startswith(PREFIX):
         spec = RandomSpec.parse(model)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from compress.calibration.texts import CalibrationSource
 from compress.common.journal import Journal
 from compress.methods import method_class
 from compress.methods.base import Method
 from compress.models.folder import ModelFolder
 from compress.models.shape import ModelShape
-from compress.pipeline.stage import Making, write_stage
-
-if TYPE_CHECKING:
-    pass
+from compress.pipeline.stage import BuildOptions, Stage, write_stage
 
 
 def stages_of(steps: Sequence[Method]) -> list[list[Method]]:
-    """Cut steps where one that looks at the model whole follows one that goes segment by segment: what is cut shares a walk."""
+    """Cut steps into stages. A step that looks at the whole model, after one that works segment by segment, starts a new stage."""
     stages: list[list[Method]] = [[]]
     for step in steps:
         if step.whole and any(not before.whole for before in stages[-1]):
@@ -31,57 +27,41 @@ def stages_of(steps: Sequence[Method]) -> list[list[Method]]:
 
 
 def make_variant(
-    source: ModelFolder,
-    shape: ModelShape,
-    steps: Sequence[Method],
-    fingerprint: str,
-    target: Path,
-    journal: Journal,
-    say: Callable[[str], None],
-    calibration: CalibrationSource | None = None,
-    device: str = "cpu",
-    runtime: str = "torch",
-    dtype: str | None = None,
-    evaluated: Callable[[], frozenset[str]] = frozenset,
+    source: ModelFolder, shape: ModelShape, steps: Sequence[Method], target: Path, journal: Journal, options: BuildOptions
 ) -> list[dict[str, Any]]:
     """Write the variant of a model.
 
-    Every segment is kept as it is done, and so are the calibration texts' hidden states behind it; a call that follows one that was
-    killed goes on behind the last of them.
+    Every segment is kept as soon as it is done, and so are the hidden states of the calibration texts after it. A call that was
+    killed continues after the last segment it finished.
 
     Args:
         source: the model.
         shape: its shape.
-        steps: the methods, in the order of their application.
-        fingerprint: of the model's files.
-        target: the variant's folder; it appears when it is whole.
+        steps: the methods, in the order in which they are applied.
+        target: folder of the variant; it appears once the variant is complete.
         journal: keeps what is known of the segments that are done.
-        say: told each step once it has seen all segments.
-        calibration: for steps that calibrate: they are shown a segment's inputs as the segments before it, compressed, make them.
-        device: where the segments are worked on.
-        runtime: what the variant is made for.
-        dtype: of the floating-point arithmetic there; None: its default.
-        evaluated: returns the texts that nothing may be trained on; see `Bench`.
+        options: calibration texts, device, runtime and the like.
 
     Returns:
-        For each step its `config`, the `seconds` it took, a `note` on what it did, and what it `found` on its way.
+        For each step: its `config`, the `seconds` it took, a `note` on what it did, and what it `found` on the way.
 
     Raises:
-        UserError: a weight is not finite, or does not fit float16.
+        UserError: a step does not fit the model, or a weight is not finite in float16.
     """
-    making = Making(source, fingerprint, say, calibration, device, runtime, dtype, evaluated)
+    published = source
     stages, done = stages_of(steps), list[dict[str, Any]]()
     for number, stage in enumerate(stages[:-1]):
         own = Journal(journal.folder / f"stage-{number}")
         between = own.folder / "variant"
-        made = own.once("done", partial(_staged, making, source, shape, stage, len(done), between, own))["steps"]
+        part = Stage(source, shape, stage, len(done), between, own, published, options)
+        made = own.once("done", partial(_write, part))["steps"]
         for entry in made:
             step = method_class(entry["config"]["method"]).model_validate_json(json.dumps(entry["config"]))
             shape = step.estimate(shape).after
         done += made
         source = ModelFolder(source.name, between)
-    return done + write_stage(making, source, shape, stages[-1], len(done), target, journal)
+    return done + write_stage(Stage(source, shape, stages[-1], len(done), target, journal, published, options))
 
 
-def _staged(making: Making, *arguments: Any) -> dict[str, Any]:
-    return {"steps": write_stage(making, *arguments)}
+def _write(stage: Stage) -> dict[str, Any]:
+    return {"steps": write_stage(stage)}

@@ -1,4 +1,4 @@
-"""From what a run found to its record: rows, gates, verdict."""
+"""Turns what a run found into its record: rows, gates, verdict."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compress.common.machine import gpu_name, machine, now, versions
-from compress.measure.accuracy.statistics import Comparison, Interval
+from compress.measure.accuracy.statistics import Interval, PairedComparison
 from compress.measure.record import GateResult, Model, Record, Row, Step, TaskRow, task_row
 from compress.measure.speed.timing import Speed, speed_ratio
 from compress.measure.vectors.fidelity import Fidelity
@@ -30,24 +30,24 @@ RECIPE_FILE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Findings:
-    """What a run found, part by part."""
+    """What a run found."""
 
     steps: tuple[Step, ...]
     baseline: str
     """Precision of the baseline's vectors, and why."""
     scores: Mapping[str, Mapping[str, TaskScore]]
-    """By task, then by role (`baseline`, `variant`)."""
+    """Scores by task, then by role (`baseline`, `variant`)."""
     index: Mapping[str, Mapping[str, float]]
-    """By retrieval task: scores of one model's queries on the other's documents."""
+    """Scores of one model's queries on the other's documents, by retrieval task, then by which of the two does what."""
     agreement: Fidelity | None
     speeds: Mapping[str, Speed]
-    """Baselines by dtype, the first being the one that gates look at, and `variant`; empty where speed was not measured."""
+    """Speed of each baseline, by dtype, and of the `variant`; gates look at the first baseline. Empty if speed was not measured."""
 
 
 def assemble(
     name: str, recipe: Recipe, source: ModelFolder, shape: ModelShape, folder: Path, device: str, found: Findings
 ) -> Record:
-    """Put a run's record together; `folder` holds its variant."""
+    """Build a run's record; `folder` holds its variant."""
     info = ModelFolder(name, folder / VARIANT).compressed
     compared = _compare(recipe, found)
     tasks = tuple(
@@ -60,7 +60,7 @@ def assemble(
     return Record(
         run=name,
         created=now(),
-        # The run's own copy of the recipe, in which every default and every option of the command is filled in.
+        # The run's folder has its own copy of the recipe, with every default and every command-line option filled in.
         command=f"compress run {RECIPE_FILE}",
         recipe=recipe.model_dump(mode="json"),
         model=Model(
@@ -78,7 +78,7 @@ def assemble(
         tasks=tasks,
         retained=retained,
         overall=compared.overall,
-        fidelity=found.agreement.model_dump(mode="json") if found.agreement else None,
+        fidelity=found.agreement,
         rows=rows,
         measured_on=f"{recipe.measure.count} texts from {recipe.measure.texts}, {recipe.measure.rounds} rounds",
         gates=gates,
@@ -89,17 +89,17 @@ def assemble(
     )
 
 
-def _compare(recipe: Recipe, found: Findings) -> Comparison:
+def _compare(recipe: Recipe, found: Findings) -> PairedComparison:
     if not found.scores:
-        return Comparison({}, None)
-    from compress.measure.accuracy.paired import compare
+        return PairedComparison({}, None)
+    from compress.measure.accuracy.paired import compare_scores  # imports mteb, and nothing was scored where it is not
 
     baseline, variant = ({name: roles[role] for name, roles in found.scores.items()} for role in ("baseline", VARIANT))
-    return compare(baseline, variant, recipe.evaluate.margin, seed=recipe.seed)
+    return compare_scores(baseline, variant, recipe.evaluate.margin, seed=recipe.seed)
 
 
 def _retained_at_least(retained: float | None, tasks: Sequence[TaskRow], overall: Interval | None) -> float | None:
-    """Return what is retained of the mean score at the lower end of its interval; the point where there is none."""
+    """Return the retained share of the mean score at the lower end of its interval; the share itself if there is no interval."""
     if retained is None or overall is None:
         return retained
     judged = [task.baseline for task in tasks if task.interval is not None]
@@ -109,7 +109,7 @@ def _retained_at_least(retained: float | None, tasks: Sequence[TaskRow], overall
 def _rows(
     recipe: Recipe, info: VariantInfo, shape: ModelShape, folder: Path, device: str, speeds: Mapping[str, Speed]
 ) -> tuple[Row, ...]:
-    """Make a row of each measured embedder, the variant's last."""
+    """Build a row for each measured embedder; the variant comes last."""
     baselines = [name for name in speeds if name != VARIANT]
     rows = []
     for name in (*baselines, VARIANT):
@@ -124,7 +124,7 @@ def _rows(
                 weights=info.weights if is_variant else name,
                 activations=info.activations if is_variant else "none",
                 size_bytes=weight_bytes(folder / VARIANT) if is_variant else shape.parameters * DTYPE_BYTES[name],
-                speed=speeds[name].model_dump(mode="json") if speeds else None,
+                speed=speeds[name] if speeds else None,
                 speedup={other: speed_ratio(speeds[name], speeds[other]) for other in baselines if other != name},
             )
         )
@@ -134,7 +134,7 @@ def _rows(
 def _gates(
     gates: Gates, retained: float | None, agreement: Fidelity | None, variant: Row, shape: ModelShape
 ) -> tuple[tuple[GateResult, ...], list[str]]:
-    """Judge the gates; also return the names of those whose value was not measured."""
+    """Judge the gates. Also return the names of those whose value was not measured."""
     values = {
         "retained": retained,
         "cosine_mean": agreement.cosine_mean if agreement else None,
@@ -154,7 +154,7 @@ def _gates(
 
 
 def _verdict(retained: float | None, overall: Interval | None, gates: Sequence[GateResult], unjudged: Sequence[str]) -> str:
-    """Say in a sentence what came out."""
+    """Summarize the result in one sentence."""
     missed = [gate.name for gate in gates if not gate.kept]
     said = ["accuracy not measured" if retained is None else f"{100 * retained:.2f} % of the baseline's mean score"]
     if overall is not None:

@@ -1,4 +1,4 @@
-"""What a recipe would do to a model: sizes, memory, time, and what does not fit. Loads no weight and imports no torch."""
+"""What a recipe would do to a model: sizes, memory, time, and what does not fit. Loads no weights and does not import torch."""
 
 from __future__ import annotations
 
@@ -11,32 +11,31 @@ from pathlib import Path
 
 import numpy as np
 
+from compress.calibration.texts import BATCH_TOKENS as CALIBRATION_BATCH_TOKENS
 from compress.common.errors import UserError
 from compress.common.memory import available_memory_bytes, gigabytes
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Estimate
 from compress.models.shape import ModelShape
 from compress.pipeline.recipe import Recipe, steps_for
-from compress.runtimes.contract import pick_runtime
+from compress.runtimes.contract import CPU_BATCH_TOKENS, pick_runtime
 
-# What the estimates of time rest on; rough by nature, and said to be so where they are printed.
-MEMORY_BYTES_PER_SECOND = 2e9  # elementwise passes over weights and reading files
-DISK_BYTES_PER_SECOND = 2.5e8  # writing, safe from power cuts
+# Basis of the time estimates. They are rough, and the printed plan says so.
+MEMORY_BYTES_PER_SECOND = 2e9  # elementwise passes over weights, and reading files
+DISK_BYTES_PER_SECOND = 2.5e8  # writing with fsync
 EMBEDDED_TASK_TOKENS = 45_000  # the embedded suite, once
-GPU_OPERATIONS_PER_SECOND = 1.25e14  # 40 % of an A100's 312 TFLOPS in bfloat16, as its data sheet has it
-PROCESS_SECONDS = 8  # starting a process that measures
-TYPICAL_LENGTH = 64  # tokens, of the texts that speed is measured on
-CALIBRATION_BATCH_TOKENS = 2_048  # `calibration.BATCH_TOKENS`
-CPU_BATCH_TOKENS = 1_024  # `torch_embedder.BATCH_TOKENS`, which cannot be read without torch
-# Beside weights and live arrays: compiled kernels, the threads' buffers, and freed blocks that the allocator keeps, measured as
-# much again as the arrays that live at once.
+GPU_OPERATIONS_PER_SECOND = 1.25e14  # 40 % of the 312 TFLOPS in bfloat16 of an A100's data sheet
+PROCESS_SECONDS = 8  # start of a measuring process
+TYPICAL_LENGTH = 64  # tokens of a text that speed is measured on
+# Memory of compiled kernels and of the threads' buffers.
 RUNTIME_BYTES = 96e6
+# Freed blocks that the allocator keeps were measured to be as large as the arrays that are live at the same time.
 ALLOCATOR_FACTOR = 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What would happen."""
+    """What a recipe would do to a model."""
 
     model: str
     parameters: int
@@ -44,28 +43,28 @@ class Plan:
     half_bytes: int
     variant_bytes: int
     apply_memory_bytes: int
-    """Most memory while compressing: one segment of the model as it becomes, what a step adds, and the runtime's own."""
+    """Peak memory while compressing: one segment of the model, what a step adds, and the runtime's own."""
     run_memory_bytes: int
-    """Most anonymous memory above the imports while the variant encodes: stored bytes, activations, the runtime's own."""
+    """Peak anonymous memory, above the imports, while the variant encodes: stored weights, activations, the runtime's own."""
     apply_seconds: float
     evaluate_seconds: float | None
-    """None where the tasks' sizes are not known before they are read."""
+    """None if the sizes of the tasks are not known before they are read."""
     measure_seconds: float
     runtime: str
-    """What is to execute the variant."""
+    """Runtime that would execute the variant."""
     quantized: Mapping[str, QuantizedLayer]
-    """How layers and tables would be stored, by name."""
+    """How layers and embedding tables would be stored, by name."""
     gpus: Mapping[str, str]
-    """What a step would take of GPUs that share it, by its method."""
+    """Memory and time of a step on one or several GPUs, by its method."""
     problems: tuple[str, ...]
-    """What does not fit, in sentences."""
+    """What does not fit, one sentence each."""
 
 
 def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
     """Plan a recipe for a model's shape.
 
     Raises:
-        UserError: a step does not fit the model (a pattern that matches none of its layers, say).
+        UserError: a step does not fit the model; for example, a pattern matches none of its layers.
     """
     after, step_memory, touched, operations, notes = shape.as_stored(), 0, 0, 0.0, []
     quantized: dict[str, QuantizedLayer] = {}
@@ -86,7 +85,8 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
             held = int(4 * estimate.copies * calibration_tokens * shape.hidden_size)
             step_memory = max(step_memory, held + shape.activation_bytes(CALIBRATION_BATCH_TOKENS) + shape.largest_segment_bytes)
         if step.calibrates:
-            # Once to see the inputs, once to pass them on; a batch's activations beside the segment, which is in float32 then.
+            # The texts pass each segment twice: to see its inputs, then to produce those of the next. A batch's activations and the
+            # segment in float32 are in memory at the same time.
             operations += 2 * calibration_tokens * shape.flops_per_token(TYPICAL_LENGTH)
             running = shape.activation_bytes(CALIBRATION_BATCH_TOKENS) + shape.largest_segment_bytes
             step_memory = max(step_memory, estimate.memory_bytes + running)
@@ -135,16 +135,16 @@ def _problems(plan: Plan, output: Path) -> list[str]:
     memory = available_memory_bytes()
     for what, needed in (("compressing", plan.apply_memory_bytes), ("running the variant", plan.run_memory_bytes)):
         if needed > memory:
-            problems.append(f"{what} takes {gigabytes(needed)} of memory, {gigabytes(memory)} are free")
+            problems.append(f"{what} needs {gigabytes(needed)} of memory, {gigabytes(memory)} are free")
     existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if plan.variant_bytes > free:
-        problems.append(f"the variant takes {gigabytes(plan.variant_bytes)} on disk, {gigabytes(free)} are free in {existing}")
+        problems.append(f"the variant needs {gigabytes(plan.variant_bytes)} on disk, {gigabytes(free)} are free in {existing}")
     return problems
 
 
 def _float_operations_per_second() -> float:
-    """Time a small float32 product with numpy: what this CPU does, to within a factor that estimates may be off by."""
+    """Time a small float32 product with numpy; accurate enough for a rough estimate."""
     a = np.ones((512, 512), dtype=np.float32)
     a @ a
     start = time.perf_counter()
@@ -154,14 +154,14 @@ def _float_operations_per_second() -> float:
 
 
 def duration(seconds: float) -> str:
-    """Write a time for people."""
+    """Format a time for people."""
     if seconds < 120:
         return f"{seconds:,.0f} s" if seconds >= 1 else "under 1 s"
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def describe(plan: Plan) -> str:
-    """Write a plan for people."""
+    """Format a plan for people."""
     lines = [
         f"model     {plan.model}: {plan.parameters / 1e6:,.1f} M parameters",
         *(f"step      {note}" for note in plan.steps or ("none: the model is measured as it is",)),
@@ -176,6 +176,6 @@ def describe(plan: Plan) -> str:
         + f"{duration(plan.measure_seconds)} to measure, on {os.cpu_count()} cores (rough)",
     ]
     if plan.evaluate_seconds is None:
-        lines.append("          evaluating takes as long as the tasks are large; they are not read for a plan")
+        lines.append("          the time to evaluate depends on the size of the tasks, which a plan does not read")
     lines += [f"too big   {problem}" for problem in plan.problems] or ["fits      yes"]
     return "\n".join(lines)

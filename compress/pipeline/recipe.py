@@ -1,128 +1,133 @@
-"""What a recipe may say: its sections and keys."""
+"""The sections and keys of a recipe."""
 
 from __future__ import annotations
 
 from itertools import pairwise, takewhile
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 
+from compress.export import FORMATS
 from compress.methods import method_class
 from compress.methods.base import Method
 from compress.models.shape import ModelShape
+from compress.runtimes.contract import AUTO, RUNTIMES, TORCH
+
+if TYPE_CHECKING:
+    RuntimeChoice = str
+    ExportChoice = str
+else:  # the tables' names, so that a row there is all that a new runtime or format takes
+    RuntimeChoice = Literal[(*reversed(RUNTIMES), AUTO)]
+    ExportChoice = Literal[("variant", *FORMATS)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused."""
+    """A section of a recipe. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class Evaluate(Section):
-    """Which tasks measure accuracy; none: it is not measured."""
+    """Tasks that measure accuracy. Without tasks, accuracy is not measured."""
 
     tasks: tuple[str, ...] = ("mini",)
-    """Task names of the mteb package, or `mini`: the embedded suite, which needs no network and no data."""
+    """Task names of the mteb package, or `mini`: the embedded suite, which needs neither a network nor data files."""
     prompts: dict[str, str] = {}
-    """Prompts in the place of the model's own, as they stand before the texts, by task (`STSBenchmark`), by task and role
-    (`SciFact-query`, `SciFact-document`), by type of task (`Classification`) or by role (`query`)."""
+    """Prompts that replace the model's own, written exactly as they go before the texts. Keys are a task (`STSBenchmark`), a task
+    and role (`SciFact-query`, `SciFact-document`), a type of task (`Classification`) or a role (`query`)."""
     data: str | None = None
-    """A folder with the tasks' data, `<task>[/<subset>]/<split>.jsonl[.gz]`; without it the tasks come from the hub."""
+    """Folder with the tasks' data, laid out as `<task>[/<subset>]/<split>.jsonl[.gz]`. Left out, the data comes from the hub."""
     rotation: bool = False
-    """Whether one model's queries search the other's index also after a rotation between the two spaces, fitted on the embedded
+    """Whether retrieval across the two models is also scored after a rotation between their vector spaces, fitted on the embedded
     calibration texts."""
     margin: float = Field(0.01, ge=0, lt=1)
-    """Loss that is accepted on a task and on the mean, as a share of the baseline's score; verdicts are against it."""
+    """Accepted loss on each task and on the mean, as a share of the baseline's score. Verdicts are judged against it."""
     baseline: Literal["auto", "float16", "float32"] = "auto"
-    """Precision of the baseline's vectors. `auto`: float16; on a CPU, where that is some ten times slower, float32 once a sample of
-    texts has shown that both agree to 1e-4."""
+    """Precision of the baseline's vectors. `auto` takes float16; on a CPU, where float16 is about ten times slower, it takes
+    float32 if both agree to 1e-4 on a sample of texts."""
 
 
 class Calibration(Section):
-    """What methods that calibrate are shown; none of it may be a text that the model is evaluated on."""
+    """Texts for methods that calibrate. They must not be texts that the model is evaluated on."""
 
     texts: str = "embedded"
-    """A JSONL file with `text` (`.gz` allowed) or a plain text file with one a line; `embedded`: 512 texts of many kinds that come
-    with the project."""
+    """JSONL file with a `text` key (`.gz` allowed), plain text file with one text per line, or `embedded`: 512 texts of many kinds
+    that come with the project."""
     count: int = Field(512, ge=1)
-    """How many of them, drawn with the recipe's seed."""
+    """Number of texts to use, drawn with the recipe's seed."""
     max_tokens: int = Field(512, ge=8)
-    """Texts are cut here, their prompts included."""
+    """Length at which texts are cut, in tokens, prompt included."""
     prompts: Literal["model"] | tuple[str, ...] = "model"
-    """Put before the texts in turn, as they stand; `model`: each of the model's own once, nothing where it has none."""
+    """Prompts that are put before the texts in turn. `model` takes each of the model's own prompts, or none if it has none."""
 
 
 class Measure(Section):
-    """What else is measured, and on what."""
+    """What is measured in addition to accuracy, and on which texts."""
 
     what: tuple[Literal["fidelity", "speed"], ...] = ("fidelity", "speed")
-    """`fidelity`: how close the vectors are to the baseline's; `speed`: throughput, latency and memory. Empty: neither."""
+    """What to measure. `fidelity`: how close the vectors are to the baseline's; `speed`: throughput, latency and memory; empty:
+    neither."""
     texts: str = "mini"
-    """Texts for speed, memory and fidelity: a JSONL file with `text` (`.gz` allowed) or a plain text file with one a line; `mini`:
-    texts of mixed lengths made from the embedded suite."""
+    """Texts for speed, memory and fidelity: a JSONL file with a `text` key (`.gz` allowed), a plain text file with one text per
+    line, or `mini`: texts of mixed lengths made from the embedded suite."""
     count: int = Field(256, ge=8)
-    """How many texts a round of the throughput measurement encodes."""
+    """Number of texts that each round of the throughput measurement encodes."""
     rounds: int = Field(5, ge=1)
-    """Rounds, baselines and variant in turn within each; medians are reported."""
+    """Number of rounds. Baselines and variant take turns within each round; medians are reported."""
     requests: int = Field(100, ge=10)
-    """Single texts encoded one by one for latency."""
+    """Number of texts that are encoded one at a time for latency."""
     batches: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Numbers of texts, and"""
+    """Batch sizes to time."""
     lengths: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """numbers of tokens: time is measured besides of each batch of equally long texts. Empty: not."""
+    """Text lengths, in tokens, to time. Every batch size is timed at every length; empty: none."""
     batch_tokens: int | None = Field(None, ge=1)
-    """Padded tokens a batch may hold; by default what suits the device."""
+    """Padded tokens that a batch may hold. Defaults to what suits the device."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads of each measured process; by default all cores."""
+    """CPU threads of each measured process. Defaults to all cores."""
 
 
 class Gates(Section):
-    """Bounds that the run must keep; a run that misses one ends with exit code 1."""
+    """Bounds that the run must keep. A run that misses one ends with exit code 1."""
 
     retained: float | None = Field(None, ge=0)
-    """At least this part of the baseline's mean score is kept, judged by the lower end of the confidence interval."""
+    """Least share of the baseline's mean score that must be kept, judged by the lower end of the confidence interval."""
     cosine_mean: float | None = Field(None, ge=-1, le=1)
-    """At least this mean cosine between variant and baseline vectors."""
+    """Least mean cosine between the variant's and the baseline's vectors."""
     overlap_at_10: float | None = Field(None, ge=0, le=1)
-    """At least this share of the ten nearest neighbours is the same."""
+    """Least share of a text's ten nearest neighbours that must be the same."""
     speedup: float | None = Field(None, ge=0)
-    """At least this throughput relative to the float32 baseline on a CPU, float16 on a GPU."""
+    """Least throughput relative to the baseline: float32 on a CPU, float16 on a GPU."""
     size_ratio: float | None = Field(None, ge=0)
-    """At most this size relative to the half-precision baseline."""
+    """Largest size relative to the baseline in half precision."""
 
 
 class Recipe(Section):
     """How a model is made smaller and how the result is measured."""
 
     name: str = "recipe"
-    """Of a recipe in a file by default the file's."""
+    """Name of the recipe; runs are named after it. Defaults to the file name."""
     description: str = ""
-    """When to use it, in a line."""
+    """When to use the recipe, in one line."""
     model: str = "nano"
-    """A built-in name, a folder or a hub name; `--model` overrides it."""
-    runtime: Literal["torch", "onnxruntime", "openvino", "auto"] = "torch"
-    """What executes the variant: `torch`; `onnxruntime` and `openvino`, on a CPU and without torch; `auto`: the fastest that is
-    installed and executes the numbers that the steps make."""
+    """Model to compress: a built-in name, a folder or a hub name. `--model` overrides it."""
+    runtime: RuntimeChoice = TORCH
+    """Runtime that executes the variant: `torch`, `onnxruntime` or `openvino` (the last two on a CPU, without torch), or `auto` for
+    the fastest one that is installed and executes the numbers that the steps produce."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Of the variant's floating-point arithmetic; left out: float32 on a CPU, float16 on a GPU."""
+    """Dtype of the variant's floating-point arithmetic. Defaults to float32 on a CPU and float16 on a GPU."""
     seed: int = 0
-    """Seed of everything that is sampled."""
+    """Seed for everything that is sampled."""
     fold: bool = True
-    """Whether a model with NV-Embed's latent-attention head has it folded before the steps, which loses nothing."""
+    """Whether the latent-attention head of an NV-Embed model is folded before the steps. Folding is exact."""
     steps: tuple[SerializeAsAny[Method], ...] = ()
-    """Methods, in the order of their application."""
+    """Methods, in the order in which they are applied."""
     calibration: Calibration = Calibration()
     evaluate: Evaluate = Evaluate()
     measure: Measure = Measure()
     gates: Gates = Gates()
-    export: tuple[
-        Literal[
-            "variant", "transformers", "sentence-transformers", "nv-embed", "onnx", "openvino", "compressed-tensors", "gptq", "gguf"
-        ],
-        ...,
-    ] = ("variant",)
-    """What the run's folder keeps besides the record: `variant`, the model that was measured, and beside it the same weights in
-    layouts that other libraries load, each in a folder of its name. Empty: the record alone."""
+    export: tuple[ExportChoice, ...] = ("variant",)
+    """What the run's folder keeps in addition to the record: `variant` is the model that was measured; the others are the same
+    weights in layouts that other libraries load, each in a folder of that name. Empty: only the record is kept."""
 
     @field_validator("steps")
     @classmethod
@@ -131,14 +136,14 @@ class Recipe(Section):
             if step.whole and not before.whole and not step.anywhere:
                 raise ValueError(f"steps.{number} ({step.method}) changes the model as a whole; put it before {before.method}")
         if sum(step.method == "width" for step in steps) > 1:
-            raise ValueError("width can be there once; give it both `heads` and `channels`")
+            raise ValueError("width can be used once; give it both `heads` and `channels`")
         return steps
 
 
 def steps_for(recipe: Recipe, shape: ModelShape) -> tuple[Method, ...]:
-    """Return the steps that a recipe takes on a model: its own, and the exact fold where that applies and is not among them.
+    """Return the steps of a recipe on a given model: its own, and the exact fold where that applies and is not one of them.
 
-    The fold comes before the first step that goes segment by segment.
+    The fold comes before the first step that works segment by segment.
     """
     fold = method_class("fold")(method="fold")
     whole = len(list(takewhile(lambda step: step.whole, recipe.steps)))

@@ -1,4 +1,4 @@
-"""Reads recipes; a wrong one is refused with file, line, key and the nearest right name."""
+"""Reads recipe files. A faulty one is refused with file, line, key and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from compress.common.errors import UserError, nearest
-from compress.methods import METHODS, method_class
+from compress.methods import method_class, method_names
 from compress.methods.base import Method
 from compress.pipeline.recipe import Recipe
 
 Fault = tuple[int, str]
-"""A line, from 1 (0 where there is no file), and what is wrong there."""
+"""A line number, from 1 (0 if there is no file), and what is wrong there."""
 
 
 def read_recipe(path: Path | str) -> Recipe:
     """Read a recipe file.
 
     Raises:
-        UserError: the file is missing, is not YAML, or says what a recipe may not say; every fault is named with its line.
+        UserError: the file is missing, is not YAML, or is not a valid recipe; every fault is named with its line.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        beside = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        hint = nearest(str(path), beside) if beside else ""
+        siblings = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = nearest(str(path), siblings) if siblings else ""
         raise UserError(f"recipe {path}: cannot be read ({error.strerror})", hint) from error
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path}: not a text file ({error.reason} at byte {error.start})") from error
@@ -41,7 +41,7 @@ def read_recipe(path: Path | str) -> Recipe:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not YAML: {' '.join(str(error.problem or error.context).split())}") from error
-    except YAMLError as error:  # the reader's own (control characters) carry no mark
+    except YAMLError as error:  # errors of the reader itself (control characters) carry no mark
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, Mapping):
         raise UserError(
@@ -52,7 +52,7 @@ def read_recipe(path: Path | str) -> Recipe:
 
 
 def parse_recipe(data: Mapping[str, Any], place: str = "recipe") -> Recipe:
-    """Check a recipe's content; `place` names it in errors.
+    """Check the content of a recipe; `place` names it in errors.
 
     Raises:
         UserError: naming every fault.
@@ -81,11 +81,11 @@ def parse_recipe(data: Mapping[str, Any], place: str = "recipe") -> Recipe:
 def _parse_step(raw: Any, data: Any, index: int, faults: list[Fault]) -> Method | None:
     where = ("steps", index)
     if not isinstance(raw, dict) or "method" not in raw:
-        faults.append(_fault(data, where, f"a step is a mapping with a 'method'; {nearest('', METHODS)}"))
+        faults.append(_fault(data, where, f"a step is a mapping with a 'method'; {nearest('', method_names())}"))
         return None
     name = raw["method"]
-    if not isinstance(name, str) or name not in METHODS:
-        faults.append(_fault(data, (*where, "method"), f"unknown method {name!r}; {nearest(str(name), METHODS)}"))
+    if not isinstance(name, str) or name not in method_names():
+        faults.append(_fault(data, (*where, "method"), f"unknown method {name!r}; {nearest(str(name), method_names())}"))
         return None
     kind = method_class(name)
     try:
@@ -96,7 +96,7 @@ def _parse_step(raw: Any, data: Any, index: int, faults: list[Fault]) -> Method 
 
 
 def _plain(value: Any) -> Any:
-    """Turn the YAML reader's own containers and scalars into Python's."""
+    """Convert the YAML reader's own containers and scalars to Python's."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
 
 
 def _describe(error: ValidationError, model: type[BaseModel], data: Any, prefix: tuple[str | int, ...]) -> list[Fault]:
-    """Say each fault that pydantic found in a line of its own."""
+    """Return each fault that pydantic found, with its line."""
     faults: list[Fault] = []
     for fault in error.errors():
         location = (*prefix, *fault["loc"])
@@ -130,7 +130,7 @@ def _fault(data: Any, location: Sequence[str | int], message: str) -> Fault:
 
 
 def _line(data: Any, location: Sequence[str | int]) -> int:
-    """Return the line, from 1, of the deepest part of `location` that the file has; 0 for a recipe that is not from a file."""
+    """Return the line, from 1, of the deepest part of `location` that is in the file; 0 for a recipe that is not from a file."""
     line = 0
     for part in location:
         marks = getattr(data, "lc", None)
@@ -156,7 +156,7 @@ def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[st
 
 
 def _options_at(model: type[BaseModel], location: Sequence[str | int]) -> list[Any]:
-    """Return the values that a Literal field allows, looking through tuples."""
+    """Return the values that a Literal field allows, also inside tuples."""
     names = [part for part in location if isinstance(part, str)]
     field: FieldInfo | None = _model_at(model, names[:-1]).model_fields.get(names[-1])
     annotation: Any = field.annotation if field else None
@@ -166,15 +166,15 @@ def _options_at(model: type[BaseModel], location: Sequence[str | int]) -> list[A
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON Schema of recipes, every method's keys included, so that editors complete and check them."""
+    """Return the JSON Schema of recipes with the keys of every method, so that editors complete and check them."""
     described = Recipe.model_json_schema()
     definitions = described.setdefault("$defs", {})
     definitions.pop("Method", None)
     references = []
-    for name in METHODS:
+    for name in method_names():
         definition = method_class(name).model_json_schema()
         definitions |= definition.pop("$defs", {})
-        definition["required"] = ["method"]  # it has a default, which only Python callers may rely on
+        definition["required"] = ["method"]  # it has a default, but only for Python callers
         definitions[name] = definition
         references.append({"$ref": f"#/$defs/{name}"})
     described["properties"]["steps"]["items"] = {"oneOf": references}

@@ -1,4 +1,4 @@
-"""One walk over a model's segments: applies the steps that share it and writes the variant."""
+"""One stage of making a variant: a single walk over the model's segments that applies its steps and writes the result."""
 
 from __future__ import annotations
 
@@ -6,173 +6,258 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from compress.calibration.texts import CalibrationSource
+import torch
+
+from compress.calibration.inputs import Inputs
+from compress.calibration.sensitivity import Survey
+from compress.calibration.texts import CalibrationSource, CalibrationTexts
 from compress.common.errors import UserError
 from compress.common.files import write_text_atomic
 from compress.common.journal import Journal
+from compress.layers.compressed import CompressedLayer
+from compress.layers.float_layers import has_onednn_linear
+from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Bench, Method
+from compress.models.files.shards import join_shards, shard, sparse, write_tensors
 from compress.models.files.variant import VariantInfo
 from compress.models.folder import ModelFolder
+from compress.models.network.segments import Kind, Parts, Segment, replace_module, segments_of
+from compress.models.network.walk import Carry, Streamed, walk
+from compress.models.opened import OpenModel, buffers_to, open_model
 from compress.models.shape import ModelShape
 from compress.runtimes.contract import GRAPH_RUNTIMES
 
-if TYPE_CHECKING:
-    import torch
-
-    from compress.calibration.sensitivity import Survey
-    from compress.calibration.texts import CalibrationTexts
-    from compress.models.network.segments import Parts, Segment
-    from compress.models.opened import OpenModel
-
 WRITTEN = "written"
-"""Where the journal of a walk keeps what it returned, from before the variant has its name."""
+"""Journal key of what a stage returned; it is written before the variant gets its final name."""
 
 
 @dataclass(frozen=True)
-class Making:
-    """What all stages of a variant's making have in common; see `make_variant`."""
+class BuildOptions:
+    """How a variant is built: everything but the model, the steps and the place; the same for all stages."""
 
-    published: ModelFolder
     fingerprint: str
+    """Fingerprint of the files of the model that the recipe starts from."""
     say: Callable[[str], None]
-    calibration: CalibrationSource | None
-    device: str
-    runtime: str
-    dtype: str | None
-    evaluated: Callable[[], frozenset[str]]
+    """Called with a line of progress."""
+    calibration: CalibrationSource | None = None
+    """Texts for the steps that calibrate. Each step sees a segment's inputs as the compressed segments before it produce them."""
+    device: str = "cpu"
+    """Device on which the segments are worked on."""
+    runtime: str = "torch"
+    """Runtime that the variant is made for."""
+    dtype: str | None = None
+    """Dtype of the runtime's floating-point arithmetic; None: the runtime's default."""
+    evaluated: Callable[[], frozenset[str]] = frozenset
+    """Returns the texts that nothing may be trained on; see `Bench.evaluated`."""
 
 
-def write_stage(
-    making: Making, source: ModelFolder, shape: ModelShape, steps: Sequence[Method], before: int, target: Path, journal: Journal
-) -> list[dict[str, Any]]:
-    """Apply steps that share one walk, of which there were `before` others, to a model or to the variant of those."""
-    if journal.has(WRITTEN) and target.exists():  # killed behind the renaming, before anyone noted it
-        written: list[dict[str, Any]] = journal.get(WRITTEN)["steps"]
+@dataclass(frozen=True)
+class Stage:
+    """Steps that share one walk over the model, what the walk reads and what it writes."""
+
+    source: ModelFolder
+    """The model, or the variant that the previous stage wrote."""
+    shape: ModelShape
+    """Shape of `source`."""
+    steps: Sequence[Method]
+    earlier_steps: int
+    """Number of steps in the stages before this one; errors count from the recipe's first step."""
+    target: Path
+    """Folder of the variant; it appears once the variant is complete."""
+    journal: Journal
+    published: ModelFolder
+    """Folder of the model that the recipe starts from."""
+    options: BuildOptions
+
+    def failed(self, number: int, step: Method, error: ValueError) -> UserError:
+        """Return the error of a step that does not fit the model; `number` counts from the stage's first step."""
+        return UserError(f"steps.{self.earlier_steps + number} ({step.method}): {error}")
+
+
+def write_stage(stage: Stage) -> list[dict[str, Any]]:
+    """Apply a stage's steps and write the variant.
+
+    Returns:
+        What `make_variant` returns, for the steps of this stage.
+
+    Raises:
+        UserError: a step does not fit the model, or a weight is not finite in float16.
+    """
+    if stage.journal.has(WRITTEN) and stage.target.exists():  # stopped after the rename, before the caller noted it
+        written: list[dict[str, Any]] = stage.journal.get(WRITTEN)["steps"]
         return written
-    import torch
+    decided = _decide(stage)
+    folder = stage.target.with_name(f"{stage.target.name}.partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    segments = _walk(stage, decided, folder)
+    done = _describe_steps(stage, decided, segments)
+    _write_description(stage, decided, segments, done, folder)
+    stage.journal.put(WRITTEN, {"steps": done})
+    shutil.rmtree(stage.target, ignore_errors=True)
+    folder.rename(stage.target)
+    return done
 
-    from compress.calibration.inputs import Inputs
-    from compress.calibration.sensitivity import Survey
-    from compress.models.files.shards import join_shards, shard, sparse, write_tensors
-    from compress.models.network.segments import Kind, segments_of
-    from compress.models.network.walk import Carry, Streamed, walk
-    from compress.models.opened import buffers_to, open_model
 
-    model, place = open_model(source), torch.device(making.device)
+@dataclass(frozen=True)
+class _Decided:
+    """The open model and its steps, after every decision that needs the model as a whole."""
+
+    steps: Sequence[Method]
+    model: OpenModel
+    place: torch.device
+    compute: torch.dtype
+    """Dtype in which the calibration texts are run."""
+    earlier: VariantInfo | None
+    """Description of the source, where that is a variant."""
+    reports: dict[int, dict[str, Any]]
+    """What steps reported for the record, by number."""
+
+    @property
+    def stored(self) -> dict[str, QuantizedLayer]:
+        """Layers that earlier stages quantized, by name."""
+        return dict(self.earlier.quantized) if self.earlier else {}
+
+
+def _decide(stage: Stage) -> _Decided:
+    """Open the model and let every step decide what depends on the model as a whole; see `Method.prepare`."""
+    options, journal, source = stage.options, stage.journal, stage.source
+    model, place = open_model(source), torch.device(options.device)
     buffers_to(model.network, place)
     compute = _compute_dtype(model.weights.dtypes(), place)
-
-    def survey(now: OpenModel) -> Survey:
-        def batches() -> CalibrationTexts:
-            assert making.calibration is not None, "a step surveys the calibration texts"
-            return making.calibration.batches(now.tokenizer, now.spec)
-
-        return Survey(now, batches, place, compute)
-
     reports: dict[int, dict[str, Any]] = {}
 
-    def bench(number: int) -> Bench:
+    def calibration_texts(now: OpenModel) -> CalibrationTexts:
+        assert options.calibration is not None, "a step surveys the calibration texts"
+        return options.calibration.batches(now.tokenizer, now.spec)
+
+    steps: list[Method] = []
+    for number, step in enumerate(stage.steps):
+        survey = Survey(model, partial(calibration_texts, model), place, compute)
         once, report = partial(_timed, journal, number), partial(reports.__setitem__, number)
-        return Bench(once, journal.folder / _decision(number), making.published, making.say, making.evaluated, report)
-
-    steps, model = _prepared(steps, model, survey, bench, before)
+        bench = Bench(once, journal.folder / _decision(number), stage.published, options.say, options.evaluated, report)
+        try:
+            step, model = step.prepare(model, survey, bench)
+        except ValueError as error:
+            raise stage.failed(number, step, error) from error
+        steps.append(step)
     earlier = source.variant
-    stored = dict(earlier.quantized) if earlier else {}
-    network, tokenizer = model.network, model.tokenizer
-    count = len(segments_of(network))
-    folder = target.with_name(f"{target.name}.partial")
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = carry = None
-    if any(step.calibrates for step in steps):
-        assert making.calibration is not None, "a step calibrates"
-        texts = making.calibration.batches(tokenizer, model.spec)
-        carry = Carry(texts.batches, place, journal.folder / "texts")
-        making.say(f"calibrating on {len(making.calibration.texts)} texts, {texts.tokens:,} tokens")
+    return _Decided(steps, model, place, compute, earlier, reports)
 
-    def visit(index: int, segment: Segment, parts: Parts) -> None:
+
+def _walk(stage: Stage, decided: _Decided, folder: Path) -> list[dict[str, Any]]:
+    """Walk the segments that the journal does not have yet, then join their files; return the journal's entry of each segment."""
+    network = decided.model.network
+    count = len(segments_of(network))
+    writer = _SegmentWriter(stage, decided, folder, count)
+    first = next((index for index in range(count) if not stage.journal.has(_entry(index))), count)
+    if first < count:
+        walk(Streamed(network, decided.model.weights), writer.visit, writer.carry, start=first)
+    entries = [stage.journal.get(_entry(index)) for index in range(count)]
+    join_shards(folder, count)
+    return entries
+
+
+@dataclass
+class _SegmentWriter:
+    """Applies a stage's steps to one segment after another, and writes each as a shard."""
+
+    stage: Stage
+    decided: _Decided
+    folder: Path
+    count: int
+    """Number of segments."""
+    texts: CalibrationTexts | None = field(init=False, default=None)
+    carry: Carry | None = field(init=False, default=None)
+    """Hidden states of the calibration texts, where a step calibrates."""
+
+    def __post_init__(self) -> None:
+        if any(step.calibrates for step in self.decided.steps):
+            options, model = self.stage.options, self.decided.model
+            assert options.calibration is not None, "a step calibrates"
+            self.texts = options.calibration.batches(model.tokenizer, model.spec)
+            self.carry = Carry(self.texts.batches, self.decided.place, self.stage.journal.folder / "texts")
+            options.say(f"calibrating on {len(options.calibration.texts)} texts, {self.texts.tokens:,} tokens")
+
+    def visit(self, index: int, segment: Segment, parts: Parts) -> None:
+        """Compress and write a segment, then leave it in the form in which the calibration texts pass it."""
+        for module in parts.values():
+            module.to(self.decided.place)
+        inputs = None
+        if self.carry is not None and self.texts is not None:
+            _cast(parts, self.decided.compute)
+            inputs = Inputs(self.carry, self.texts, index, segment) if segment.kind in (Kind.BLOCK, Kind.HEAD) else None
+        quantized, seconds = self._apply(parts, inputs)
+        tensors = _stored(parts, self.decided.stored | quantized, self.stage.source.name)
+        dense = self.stage.options.runtime in GRAPH_RUNTIMES
+        write_tensors(shard(self.folder, index, self.count), tensors if dense else sparse(tensors))
+        described = {name: layer.model_dump(mode="json") for name, layer in quantized.items()}
+        self.stage.journal.put(_entry(index), {"segment": segment.name, "quantized": described, "seconds": seconds})
+        if self.carry is not None:
+            _prepare_to_run(parts, self.decided.compute)
+
+    def _apply(self, parts: Parts, inputs: Inputs | None) -> tuple[dict[str, QuantizedLayer], list[float]]:
+        """Apply every step to a segment; return the layers they quantized, and the seconds that each step took."""
         quantized: dict[str, QuantizedLayer] = {}
         seconds = []
-        inputs = None
-        for module in parts.values():
-            module.to(place)
-        if carry is not None and texts is not None:
-            _cast(parts, compute)
-            inputs = Inputs(carry, texts, index, segment) if segment.kind in (Kind.BLOCK, Kind.HEAD) else None
-        for number, step in enumerate(steps):
+        for number, step in enumerate(self.decided.steps):
             start = time.perf_counter()
             try:
                 quantized |= step.apply(parts, inputs)
             except ValueError as error:
-                raise UserError(f"steps.{before + number} ({step.method}): {error}") from error
+                raise self.stage.failed(number, step, error) from error
             seconds.append(time.perf_counter() - start)
-        tensors = _stored(parts, stored | quantized, source.name)
-        write_tensors(shard(folder, index, count), tensors if making.runtime in GRAPH_RUNTIMES else sparse(tensors))
-        described = {name: layer.model_dump(mode="json") for name, layer in quantized.items()}
-        journal.put(_entry(index), {"segment": segment.name, "quantized": described, "seconds": seconds})
-        if carry is not None:
-            _prepare_to_run(parts, compute)
+        return quantized, seconds
 
-    first = next((index for index in range(count) if not journal.has(_entry(index))), count)
-    if first < count:
-        walk(Streamed(network, model.weights), visit, carry, start=first)
-    entries = [journal.get(_entry(index)) for index in range(count)]
-    join_shards(folder, count)
 
-    done = []
-    for number, step in enumerate(steps):
+def _describe_steps(stage: Stage, decided: _Decided, segments: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what the record says of each step; `segments` are the journal's entries."""
+    done, shape = [], stage.shape
+    for number, step in enumerate(decided.steps):
         estimate = step.estimate(shape)
         note, shape = estimate.note, estimate.after
-        decided = journal.get(_decision(number))["seconds"] if journal.has(_decision(number)) else 0.0
-        seconds = decided + sum(entry["seconds"][number] for entry in entries)
-        done.append({"config": step.model_dump(mode="json"), "seconds": seconds, "note": note, "found": reports.get(number, {})})
-        making.say(f"{step.method}: {note} ({done[-1]['seconds']:.1f} s)")
-    info = VariantInfo(
-        base=source.name,
-        base_fingerprint=making.fingerprint,
-        licence=source.licence,
-        max_length=tokenizer.max_length,
-        spec=model.spec,
-        pretrained=not source.is_random,
-        folded=any(step.method == "fold" for step in steps) or (earlier is not None and earlier.folded),
-        runtime=making.runtime,
-        dtype=making.dtype,
-        layers=model.layers,
-        heads=model.heads,
-        dropped=model.dropped,
-        quantized=stored | {name: QuantizedLayer(**layer) for entry in entries for name, layer in entry["quantized"].items()},
-        steps=[*(earlier.steps if earlier else []), *(step["config"] for step in done)],
-    )
-    write_text_atomic(folder / "config.json", json.dumps(model.config, indent=2, ensure_ascii=False) + "\n")
-    tokenizer.save(folder / "tokenizer.json")
-    info.write(folder)
-    journal.put(WRITTEN, {"steps": done})
-    shutil.rmtree(target, ignore_errors=True)
-    folder.rename(target)
+        deciding = stage.journal.get(_decision(number))["seconds"] if stage.journal.has(_decision(number)) else 0.0
+        seconds = deciding + sum(entry["seconds"][number] for entry in segments)
+        found = decided.reports.get(number, {})
+        done.append({"config": step.model_dump(mode="json"), "seconds": seconds, "note": note, "found": found})
+        stage.options.say(f"{step.method}: {note} ({seconds:.1f} s)")
     return done
 
 
-def _prepared(
-    steps: Sequence[Method], model: OpenModel, survey: Callable[[OpenModel], Survey], bench: Callable[[int], Bench], before: int
-) -> tuple[Sequence[Method], OpenModel]:
-    """Let every step decide what depends on the model as a whole; see `Method.prepare`. `bench`: of a step, by its number."""
-    decided: list[Method] = []
-    for number, step in enumerate(steps):
-        try:
-            step, model = step.prepare(model, survey(model), bench(number))
-        except ValueError as error:
-            raise UserError(f"steps.{before + number} ({step.method}): {error}") from error
-        decided.append(step)
-    return decided, model
+def _write_description(
+    stage: Stage, decided: _Decided, segments: Sequence[Mapping[str, Any]], done: Sequence[Mapping[str, Any]], folder: Path
+) -> None:
+    """Write the files of a variant other than its weights: config, tokenizer, `variant.json`."""
+    source, options, model, earlier = stage.source, stage.options, decided.model, decided.earlier
+    quantized = {name: QuantizedLayer(**layer) for entry in segments for name, layer in entry["quantized"].items()}
+    info = VariantInfo(
+        base=source.name,
+        base_fingerprint=options.fingerprint,
+        licence=source.licence,
+        max_length=model.tokenizer.max_length,
+        spec=model.spec,
+        pretrained=not source.is_random,
+        folded=any(step.method == "fold" for step in decided.steps) or (earlier is not None and earlier.folded),
+        runtime=options.runtime,
+        dtype=options.dtype,
+        layers=model.layers,
+        heads=model.heads,
+        dropped=model.dropped,
+        quantized=decided.stored | quantized,
+        steps=[*(earlier.steps if earlier else []), *(step["config"] for step in done)],
+    )
+    write_text_atomic(folder / "config.json", json.dumps(model.config, indent=2, ensure_ascii=False) + "\n")
+    model.tokenizer.save(folder / "tokenizer.json")
+    info.write(folder)
 
 
 def _timed(journal: Journal, number: int, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Keep what a step decided, and how long that took."""
+    """Return a step's decision, made once and kept by the journal with the seconds that it took."""
 
     def make() -> dict[str, Any]:
         start = time.perf_counter()
@@ -192,11 +277,7 @@ def _entry(index: int) -> str:
 
 
 def _compute_dtype(stored: set[torch.dtype], device: torch.device) -> torch.dtype:
-    """Return what calibration computes in: the weights' own half precision where the device multiplies it, else float32."""
-    import torch
-
-    from compress.layers.float_layers import has_onednn_linear
-
+    """Return the dtype to calibrate in: the weights' own half precision where the device multiplies it fast, else float32."""
     if len(stored) != 1:
         return torch.float32
     (dtype,) = stored
@@ -205,18 +286,14 @@ def _compute_dtype(stored: set[torch.dtype], device: torch.device) -> torch.dtyp
 
 
 def _cast(parts: Parts, dtype: torch.dtype) -> None:
-    """Bring a segment into the dtype that calibration computes in; its weights keep their values, float32 holding any of them."""
+    """Cast a segment to the dtype that calibration computes in. No value changes: float32 holds those of either half precision."""
     for module in parts.values():
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype)
 
 
 def _prepare_to_run(parts: Parts, dtype: torch.dtype) -> None:
-    """Bring a compressed segment into the form in which the calibration texts pass it, all batches one after another."""
-    from compress.layers.compressed import CompressedLayer
-    from compress.layers.quantized_embedding import QuantizedEmbedding
-    from compress.models.network.segments import replace_module
-
+    """Bring a compressed segment into the form that runs fastest when all calibration batches pass it one after another."""
     for path, part in list(parts.items()):
         for inner, module in list(part.named_modules()):
             if isinstance(module, QuantizedEmbedding):
@@ -226,9 +303,7 @@ def _prepare_to_run(parts: Parts, dtype: torch.dtype) -> None:
 
 
 def _stored(parts: Mapping[str, Any], quantized: Mapping[str, QuantizedLayer], name: str) -> dict[str, torch.Tensor]:
-    """Return a segment's tensors as a variant keeps them: half precision, but for those of quantized layers, biases excepted."""
-    import torch
-
+    """Return a segment's tensors as a variant stores them: float16, except those of quantized layers (but not their biases)."""
     tensors = {f"{path}.{key}": tensor for path, part in parts.items() for key, tensor in part.state_dict().items()}
     for key, tensor in tensors.items():
         own = key.rpartition(".")[0] in quantized and not key.endswith(".bias")

@@ -1,4 +1,4 @@
-"""Runs side by side: what is comparable in one table, the rest in others, and which runs no other beats. No torch here."""
+"""Compares runs: one group per comparable set, and which runs no other run beats. No torch here."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 from compress.common.errors import UserError
 from compress.measure.record import RECORD_FILE, Record
 
-# Of the packages that a record lists, those that scores and speed in torch depend on.
+# Packages that scores, and speed in torch, depend on.
 DECISIVE = ("torch", "transformers", "mteb", "sentence-transformers", "scikit-learn", "numpy")
-# Ratios of throughput that differ by less are not told apart: the same model, measured twice, does.
+# Speedups that differ by less count as equal: the same model measured twice differs by as much.
 SAME_SPEED = 0.03
-WIDTH = 140  # fixed, so that what is quoted looks the same wherever it was printed
+WIDTH = 140  # fixed, so that quoted output looks the same wherever it was printed
 
 
 @dataclass(frozen=True)
 class Line:
-    """A run as it is compared. Shares are of the baseline; None where the run did not measure it."""
+    """A run as it is compared. Shares are relative to the baseline; None means that the run did not measure it."""
 
     run: str
     recipe: str
@@ -30,30 +30,30 @@ class Line:
     runtime: str
     bytes: int
     size: float
-    """Of the half-precision baseline's bytes."""
+    """Bytes relative to the baseline in half precision."""
     kept: float | None
-    """Mean score over the baseline's."""
+    """Mean score relative to the baseline's."""
     low: float | None
     high: float | None
-    """The 95 % interval of `kept`."""
+    """Ends of the 95 % interval of `kept`."""
     verdict: str | None
     regressed: tuple[str, ...]
-    """Tasks whose verdict that is."""
+    """Tasks with the verdict `regressed`."""
     cosine: float | None
     overlap: float | None
-    """Of ten nearest neighbours."""
+    """Shared part of the ten nearest neighbours."""
     speedup: float | None
-    """Throughput over that of the first baseline: float32 on a CPU, float16 on a GPU."""
+    """Throughput relative to the first baseline: float32 on a CPU, float16 on a GPU."""
     texts_per_second: float | None
     latency_ms: float | None
     peak_bytes: int | None
     optimal: bool = False
-    """Whether no other run of the group keeps as much, is as small and as fast, and better in one of these."""
+    """Whether no other run of the group keeps as much, is as small and as fast, and is better in one of these."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs whose numbers may stand side by side."""
+    """Runs whose numbers are comparable."""
 
     model: str
     tasks: tuple[str, ...]
@@ -61,11 +61,11 @@ class Group:
     versions: Mapping[str, str]
     measured_on: str
     lines: tuple[Line, ...]
-    """What keeps most comes first."""
+    """The runs; those that keep most come first."""
 
     @property
     def title(self) -> str:
-        """Say what they have in common."""
+        """What the runs have in common."""
         tasks = ", ".join(self.tasks) if self.tasks else "no accuracy"
         packages = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return f"{self.model}; {tasks}; {self.machine}; {packages}"
@@ -73,37 +73,37 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs in groups, and what could not be read."""
+    """Runs in groups, and the folders that could not be read."""
 
     groups: tuple[Group, ...]
     broken: Mapping[str, str]
-    """Reasons by folder."""
+    """Why a folder could not be read, by folder."""
 
 
 def find_runs(places: Iterable[Path]) -> tuple[list[Path], dict[str, str]]:
-    """Return the folders of runs: each place that holds a record, and of others every folder inside that does.
+    """Return the folders of runs: a place that holds a record, or else the folders inside it that do.
 
     Returns:
-        The folders, and reasons by place where there is none.
+        The folders; and for each place without any, the reason.
     """
     found: dict[Path, None] = {}
     broken = {}
     for place in places:
         inside = [place] if (place / RECORD_FILE).exists() else sorted(path.parent for path in place.glob(f"*/{RECORD_FILE}"))
         if not inside:
-            broken[str(place)] = f"no {RECORD_FILE} here, nor in a folder of it" if place.is_dir() else "no such folder"
+            broken[str(place)] = f"no {RECORD_FILE} here or in its folders" if place.is_dir() else "no such folder"
         found |= dict.fromkeys(inside)
     return list(found), broken
 
 
 def read_records(places: Sequence[Path]) -> tuple[dict[Path, Record], dict[str, str]]:
-    """Read the records of runs, or of all runs in folders.
+    """Read the records of runs, given their folders or folders of runs.
 
     Returns:
-        The records by folder, and by place why others could not be read.
+        The records by folder; and for each place that could not be read, the reason.
 
     Raises:
-        UserError: there is not one readable record.
+        UserError: there is no readable record.
     """
     folders, broken = find_runs(places)
     records = {}
@@ -118,14 +118,14 @@ def read_records(places: Sequence[Path]) -> tuple[dict[Path, Record], dict[str, 
     return records, broken
 
 
-def compare(places: Sequence[Path]) -> Comparison:
-    """Compare runs, given their folders or folders that hold these; raises as `read_records` does."""
+def compare_runs(places: Sequence[Path]) -> Comparison:
+    """Compare runs, given their folders or folders of runs; raises what `read_records` raises."""
     records, broken = read_records(places)
     return Comparison(grouped(records.values()), broken)
 
 
 def grouped(records: Iterable[Record]) -> tuple[Group, ...]:
-    """Put runs that may be compared together, largest group first."""
+    """Group comparable runs; the largest group comes first."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(json.dumps(_key(record)), []).append(record)
@@ -148,7 +148,7 @@ def grouped(records: Iterable[Record]) -> tuple[Group, ...]:
 
 
 def _key(record: Record) -> list[Any]:
-    """Return what has to be the same for two runs' numbers to stand side by side."""
+    """Return what must be equal for two runs to be comparable."""
     tasks = [[task.task, task.data, task.prompts] for task in record.tasks]
     return [record.model.name, record.model.fingerprint, tasks, _machine(record), _versions(record), record.measured_on]
 
@@ -164,9 +164,9 @@ def _versions(record: Record) -> dict[str, str]:
 
 
 def line_of(record: Record) -> Line:
-    """Return what is compared of a record."""
+    """Return the line of a record."""
     variant = record.row("variant")
-    fidelity, speed = record.fidelity or {}, variant.speed
+    fidelity, speed = record.fidelity, variant.speed
     low = high = None
     if record.overall is not None:
         baseline = mean(task.baseline for task in record.tasks)
@@ -184,19 +184,19 @@ def line_of(record: Record) -> Line:
         high=high,
         verdict=record.overall.verdict if record.overall else None,
         regressed=tuple(task.task for task in record.tasks if task.verdict == "regressed"),
-        cosine=fidelity.get("cosine_mean"),
-        overlap=fidelity.get("overlap_at_10"),
+        cosine=fidelity.cosine_mean if fidelity else None,
+        overlap=fidelity.overlap_at_10 if fidelity else None,
         speedup=next(iter(variant.speedup.values()), None),
-        texts_per_second=speed["texts_per_second"] if speed else None,
-        latency_ms=speed["latency_p50_ms"] if speed else None,
-        peak_bytes=(speed["gpu_peak_bytes"] if record.machine.gpu else speed["peak_bytes"]) if speed else None,
+        texts_per_second=speed.texts_per_second if speed else None,
+        latency_ms=speed.latency_p50_ms if speed else None,
+        peak_bytes=(speed.gpu_peak_bytes if record.machine.gpu else speed.peak_bytes) if speed else None,
     )
 
 
 def optimal(lines: Sequence[Line]) -> list[Line]:
-    """Mark the Pareto-optimal ones: among runs that were scored, those that no other equals in everything and beats in something.
+    """Mark the Pareto-optimal runs: of the scored ones, those that no other run equals in everything and beats in something.
 
-    A run that was not timed is beaten by what keeps more and is smaller; it beats none that was.
+    A run that was not timed is beaten by one that keeps more and is smaller; it beats no run that was timed.
     """
 
     def beats(one: Line, other: Line) -> bool:

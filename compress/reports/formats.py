@@ -1,4 +1,4 @@
-"""Formats of a comparison: table, Markdown, CSV, JSON, SVG."""
+"""Writes a comparison as a table, Markdown, CSV, JSON or SVG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 from compress.common.errors import UserError, nearest
+from compress.common.lazy import attribute
 from compress.common.memory import gigabytes
+from compress.reports import FORMATS
 from compress.reports.compare import WIDTH, Comparison, Group, Line
 from compress.reports.plot import Panel, Point, figure
 
@@ -35,7 +37,7 @@ COLUMNS: Mapping[str, Callable[[Line], str]] = {
     "peak memory": lambda line: "" if line.peak_bytes is None else gigabytes(line.peak_bytes),
     "run": lambda line: line.run,
 }
-"""The columns of a table for people, and what each shows of a run."""
+"""Columns of the tables for people, and what each shows of a run."""
 
 LEGEND = """\
 Made by `compress compare --format markdown`. A table holds what is comparable: one model, tasks, machine and set of packages.
@@ -44,11 +46,11 @@ apart). Kept: mean score over the baseline's, with its 95 % interval. Faster: th
 on a CPU, float16 on a GPU."""
 
 ONLY_WIDE = ("weights x activations", "tasks regressed", "of half", "p50 ms", "run")
-"""Those that a terminal has no room for."""
+"""Columns that do not fit on a terminal."""
 
 
 def as_markdown(found: Comparison) -> str:
-    """Write a table of each group in Markdown."""
+    """Return a Markdown table of each group."""
     parts = ["# Runs side by side", LEGEND]
     for group in found.groups:
         head = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS)
@@ -59,7 +61,7 @@ def as_markdown(found: Comparison) -> str:
 
 
 def as_csv(found: Comparison) -> str:
-    """Write a row of each run, with what its group has in common in front."""
+    """Return CSV with one row per run; what its group has in common comes first."""
     written = io.StringIO()
     columns = ("group", "model", "tasks", "machine", *Line.__dataclass_fields__)
     writer = csv.DictWriter(written, columns, lineterminator="\n")
@@ -72,12 +74,12 @@ def as_csv(found: Comparison) -> str:
 
 
 def as_json(found: Comparison) -> str:
-    """Write everything."""
+    """Return everything as JSON."""
     return json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n"
 
 
 def as_table(found: Comparison) -> str:
-    """Write a table of each group for the terminal."""
+    """Return a table of each group for the terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -92,7 +94,7 @@ def as_table(found: Comparison) -> str:
             table.add_row(*(show(line) for show in shown.values()))
         console.print(table)
     if any(line.optimal for group in found.groups for line in group.lines):
-        console.print("* no other run of its table keeps as much, is as small and as fast, and better in one of these")
+        console.print("* no other run of its table keeps as much, is as small and as fast, and is better in one of these")
     for place, reason in found.broken.items():
         console.print(f"not read: {place}: {reason}", soft_wrap=True)
     file = console.file
@@ -101,14 +103,14 @@ def as_table(found: Comparison) -> str:
 
 
 def as_svg(found: Comparison) -> str:
-    """Draw what is kept against speed and against size, a row for each group with more than one scored run.
+    """Plot the kept score against speed and against size, one row for each group with more than one scored run.
 
     Raises:
         UserError: there is no such group.
     """
     rows = [_panels(group) for group in found.groups if sum(line.kept is not None for line in group.lines) > 1]
     if not rows:
-        raise UserError("nothing to draw: no two runs that may stand side by side were scored", "the other formats show the rest")
+        raise UserError("nothing to plot: no two comparable runs were scored", "the other formats show all runs")
     return figure(rows)
 
 
@@ -131,21 +133,13 @@ def _panels(group: Group) -> list[Panel]:
     return panels
 
 
-FORMATS: Mapping[str, Callable[[Comparison], str]] = {
-    "table": as_table,
-    "markdown": as_markdown,
-    "svg": as_svg,
-    "csv": as_csv,
-    "json": as_json,
-}
-
-
 def written(found: Comparison, format: str) -> str:
-    """Write a comparison in a format.
+    """Return a comparison in a format.
 
     Raises:
         UserError: the format is not known.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r} is not known", nearest(format, FORMATS))
-    return FORMATS[format](found)
+    write: Callable[[Comparison], str] = attribute(FORMATS[format])
+    return write(found)

@@ -1,4 +1,4 @@
-"""Scatter plots with names at their points, as SVG: nothing is needed to draw one, and a README shows it."""
+"""Scatter plots with names next to the points, as SVG. They need no library, and a README can show them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from html import escape
 WIDTH, HEIGHT, LEFT, BOTTOM, EDGE, TOP = 600, 440, 60, 50, 18, 20
 GLYPH, LINE, DOT = 6.3, 13, 4
 FARTHEST = 30
-"""Pixels between a point and its name where it is not marked; those that find no room so near have none."""
+"""Largest distance in pixels between an unmarked point and its name; without room that near, the name is left out."""
 MARKED, OTHER = "#1f5fa8", "#a0a0a0"
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
@@ -18,18 +18,18 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Point:
-    """Something with a name."""
+    """A named point."""
 
     name: str
     x: float
     y: float
     marked: bool = True
-    """Whether it is in colour; the names of others stand where there is room, else show when they are pointed at."""
+    """Whether the point is in colour. Names of other points are drawn if there is room; a tooltip has them all."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Points against two axes; the horizontal one begins at 0."""
+    """Points on two axes; the horizontal axis starts at 0."""
 
     title: str
     x_label: str
@@ -38,7 +38,7 @@ class Panel:
 
 
 def figure(panels: Sequence[Sequence[Panel]]) -> str:
-    """Return an SVG of rows of panels."""
+    """Return an SVG with rows of panels."""
     across, down = max(map(len, panels)), len(panels)
     parts = [f'<rect width="{across * WIDTH}" height="{down * HEIGHT}" fill="white"/>']
     for row, line in enumerate(panels):
@@ -50,7 +50,7 @@ def figure(panels: Sequence[Sequence[Panel]]) -> str:
 
 
 def _drawn(panel: Panel) -> Iterator[str]:
-    """Yield a panel's elements: no name lies on another or on a point; one that finds no room is left out."""
+    """Yield the elements of a panel. No name covers another name or a point; a name without room is left out."""
     points = sorted(panel.points, key=lambda point: not point.marked)
     across, up = _ticks(0, max(p.x for p in points)), _ticks(min(p.y for p in points), max(p.y for p in points))
 
@@ -74,7 +74,7 @@ def _drawn(panel: Panel) -> Iterator[str]:
         if box is not None:
             taken.append(box)
             near_x, near_y = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
-            if math.hypot(near_x - x, near_y - y) > 3 * DOT:  # so far off that it is not plain whose name it is
+            if math.hypot(near_x - x, near_y - y) > 3 * DOT:  # so far from its point that a line has to connect them
                 yield f'<path d="M{x:.1f} {y:.1f}L{near_x:.1f} {near_y:.1f}" stroke="#999"/>'
         about = f"<title>{escape(point.name)}: {point.x:g}, {point.y:g}</title>"
         yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{DOT}" fill="{MARKED if point.marked else OTHER}">{about}</circle>'
@@ -91,7 +91,7 @@ def _anchored(x: float, box: Box) -> tuple[float, str]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return round numbers from at or below `low` to at or above `high`; less than 1 is not spread out over an axis."""
+    """Return round numbers from at most `low` to at least `high`; the axis spans at least 1."""
     rough = max(high - low, 1.0) / 6
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= rough)
@@ -100,7 +100,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _place(x: float, y: float, width: float, taken: Sequence[Box], farthest: int) -> Box | None:
-    """Return the nearest free box for a name of that width around a point; None where none is nearer than `farthest`."""
+    """Return the nearest free box for a name of that width; None if there is none within `farthest` pixels of the point."""
     for distance in range(DOT + 4, farthest, 6):
         for turn in range(16):
             across, down = math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)

@@ -1,9 +1,9 @@
-"""A record on the terminal."""
+"""Prints records and evaluations on the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -13,19 +13,20 @@ from rich.table import Table
 from compress.common.memory import gigabytes
 from compress.measure.accuracy.statistics import Interval
 from compress.measure.record import Record, TaskRow
+from compress.measure.vectors.fidelity import Fidelity
 
 if TYPE_CHECKING:
     from compress.measure.evaluate import Evaluation
 
-WIDTH = 120  # fixed, so that what is quoted looks the same wherever it was printed
-NAME_WIDTH = 28  # of a row, which wraps: what else a row says is numbers, and these do not
+WIDTH = 120  # fixed, so that quoted output looks the same wherever it was printed
+NAME_WIDTH = 28  # names of rows wrap; the other cells are numbers, which do not
 
 
 def print_record(record: Record, console: Console | None = None) -> None:
     """Print tasks, fidelity, speed, memory, size and verdict."""
     console = console or Console(width=WIDTH, highlight=False)
     if record.model.weights == "random":
-        console.print(f"{record.run}: random weights, so nothing is said of accuracy", soft_wrap=True)
+        console.print(f"{record.run}: random weights, so accuracy means nothing", soft_wrap=True)
     if record.tasks:
         console.print(_tasks(record))
         if any(task.index for task in record.tasks):
@@ -47,7 +48,7 @@ def _tasks(record: Record) -> Table:
 def tasks_table(
     title: str, tasks: Sequence[TaskRow], overall: Interval | None, names: tuple[str, str] = ("baseline", "variant")
 ) -> Table:
-    """Show two models' scores on tasks, with the difference, its interval and the verdict."""
+    """Return a table of two models' scores on tasks, with the difference, its interval and the verdict."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("task")
     table.add_column("metric")
@@ -64,7 +65,7 @@ def tasks_table(
 
 
 def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
-    """Print what a model scored, alone or beside another."""
+    """Print a model's scores, alone or next to another model's."""
     console = console or Console(width=WIDTH, highlight=False)
     if found.against is not None:
         title = f"{found.model} against {found.against}, scores x 100"
@@ -92,30 +93,30 @@ def _print_details(found: Evaluation, console: Console) -> None:
         for bucket in buckets:
             span = f"up to {bucket.up_to:,}" if bucket.up_to else "longer"
             console.print(f"  {span:14} {100 * bucket.score:6.2f}  {bucket.queries:,} queries")
-    if found.outputs:
-        console.print(_outputs(found))
+    if found.vector_formats:
+        console.print(_vector_formats(found))
 
 
-def _outputs(found: Evaluation) -> Table:
-    """Show what retrieval loses with vectors stored in fewer bytes."""
+def _vector_formats(found: Evaluation) -> Table:
+    """Return a table of what retrieval loses with vectors stored in fewer bytes."""
     table = Table(title=f"vectors of {found.model} stored in fewer bytes, scores x 100", title_justify="left", box=SIMPLE_HEAD)
-    tasks = list(found.outputs[0].scores)
+    tasks = list(found.vector_formats[0].scores)
     table.add_column("output")
     for heading in ("dimensions", "GB per million", *(part for task in tasks for part in (task, "delta", "95 % interval"))):
         table.add_column(heading, justify="right")
     whole = {task.task: task.variant for task in found.tasks}
-    for row in found.outputs:
+    for row in found.vector_formats:
         cells = []
         for task in tasks:
             interval = row.intervals.get(task)
             span = str(interval or "-")
             cells += [f"{100 * row.scores[task]:.2f}", f"{100 * (row.scores[task] - whole[task]):+.2f}", span]
-        table.add_row(row.output, str(row.dimensions), f"{row.bytes_per_million / 1e9:.3f}", *cells)
+        table.add_row(row.format, str(row.dimensions), f"{row.bytes_per_million / 1e9:.3f}", *cells)
     return table
 
 
 def _judged(interval: Interval | None) -> tuple[str, str]:
-    """Write an interval and its verdict."""
+    """Format an interval and its verdict."""
     if interval is None:
         return "-", ""
     more = f", {interval.more_examples:,} more examples would tell" if interval.more_examples else ""
@@ -123,7 +124,7 @@ def _judged(interval: Interval | None) -> tuple[str, str]:
 
 
 def _index(record: Record) -> Table:
-    """Show retrieval across models: may the variant's queries search the vectors that the baseline wrote, and the reverse."""
+    """Return a table of retrieval across models: the variant's queries on the baseline's index, and the reverse."""
     pairs = [pair for task in record.tasks for pair in task.index]
     table = Table(
         title="queries of one model on the other's index, scores x 100", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
@@ -139,24 +140,20 @@ def _index(record: Record) -> Table:
     return table
 
 
-def _fidelity(agreement: Mapping[str, Any]) -> str:
+def _fidelity(agreement: Fidelity) -> str:
     cosines = "vectors of another width"
-    if agreement["cosine_mean"] is not None:
-        mean, low, least = (agreement[f"cosine_{name}"] for name in ("mean", "p1", "min"))
-        cosines = f"cosine mean {mean:.5f}, p1 {low:.5f}, min {least:.5f}"
+    if agreement.cosine_mean is not None:
+        cosines = f"cosine mean {agreement.cosine_mean:.5f}, p1 {agreement.cosine_p1:.5f}, min {agreement.cosine_min:.5f}"
+    far, ranks = agreement.overlap_at_100, agreement.similarity_spearman
     return (
-        f"fidelity on {agreement['texts']} texts: {cosines}; neighbour overlap@10 {agreement['overlap_at_10']:.3f}"
-        + (f", @100 {agreement['overlap_at_100']:.3f}" if agreement.get("overlap_at_100") is not None else "")
-        + (
-            f"; rank correlation of similarities {agreement['similarity_spearman']:.4f}"
-            if agreement.get("similarity_spearman")
-            else ""
-        )
+        f"fidelity on {agreement.texts} texts: {cosines}; neighbour overlap@10 {agreement.overlap_at_10:.3f}"
+        + (f", @100 {far:.3f}" if far is not None else "")
+        + (f"; rank correlation of similarities {ranks:.4f}" if ranks else "")
     )
 
 
 def _rows(record: Record) -> Table:
-    threads = record.rows[0].speed["threads"] if record.rows[0].speed else None
+    threads = record.rows[0].speed.threads if record.rows[0].speed else None
     measured = f"{record.measured_on}; {record.machine.gpu or record.machine.cpu}, {threads} threads" if threads else None
     table = Table(
         title=measured,
@@ -182,14 +179,14 @@ def _rows(record: Record) -> Table:
             table.add_row(name, *("-" for _ in table.columns[2:]), gigabytes(row.size_bytes))
             continue
         speed = row.speed
-        peak = speed["gpu_peak_bytes"] if record.machine.gpu else speed["peak_bytes"]
+        peak = speed.gpu_peak_bytes if record.machine.gpu else speed.peak_bytes
         table.add_row(
             name,
-            f"{speed['texts_per_second']:.0f}",
-            f"{speed['tokens_per_second']:,.0f}",
+            f"{speed.texts_per_second:.0f}",
+            f"{speed.tokens_per_second:,.0f}",
             *(f"{row.speedup[name]:.2f}x" if name in row.speedup else "1" for name in baselines),
-            f"{speed['latency_p50_ms']:.1f}",
-            f"{speed['latency_p99_ms']:.1f}",
+            f"{speed.latency_p50_ms:.1f}",
+            f"{speed.latency_p99_ms:.1f}",
             gigabytes(peak) if peak is not None else "?",
             gigabytes(row.size_bytes),
         )

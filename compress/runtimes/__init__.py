@@ -1,1 +1,1 @@
-"""Runtimes: a variant in, an Embedder out."""
+"""Runtimes: each opens a model or a variant as an Embedder."""

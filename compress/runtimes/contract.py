@@ -1,8 +1,8 @@
-"""Which runtimes there are and what each executes: a variant's own numbers, never others. No torch here.
+"""The table of runtimes, and what each of them executes. No torch here.
 
-A variant stores weights and, for each layer, how its activations are quantized (`compress.layers.scheme`). A runtime takes both as
-they are or refuses the variant; it never quantizes anew. So what was calibrated is what runs, and the same integers have the same
-scores whatever executes them, but for rounding.
+A variant stores weights and, for each layer, how its activations are quantized (`compress.layers.scheme`). A runtime executes
+both as stored or refuses the variant; it never quantizes anew. So the numbers that were calibrated are the numbers that run, and
+the same integers score the same in every runtime, up to rounding.
 """
 
 from __future__ import annotations
@@ -10,47 +10,56 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
-from compress.common.errors import UserError
+from compress.common.errors import UserError, nearest
 from compress.common.machine import BYTE_PRODUCTS, multiplies_bytes_exactly
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 
-INPUTS = ("input_ids", "attention_mask", "pool_mask")
-"""Of a lowered graph; the last one only where a prompt's tokens are not pooled."""
-
-
-class RuntimeName(StrEnum):
-    """What can execute a variant."""
-
-    TORCH = "torch"
-    ONNXRUNTIME = "onnxruntime"
-    OPENVINO = "openvino"
+TORCH = "torch"
+"""The runtime that checkpoints run in, and the default of a recipe."""
+AUTO = "auto"
+"""In place of a runtime's name: the fastest runtime that is installed and executes the model as it is stored."""
+# Default for the padded tokens in a batch of the torch runtime. On a CPU, what a batch of 1,024 tokens touches stays in the cache;
+# a GPU needs many more to be busy (measured for MiniLM on two cores: 1,024 tokens are 1.1 to 1.7 times as fast as 4,096).
+CPU_BATCH_TOKENS = 1_024
+GPU_BATCH_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a runtime declares."""
+    """What a runtime declares: everything that the rest of the project knows of it."""
 
-    name: RuntimeName
+    name: str
     package: str
-    """What executes."""
+    """Python package that must be installed."""
     opener: str
-    """Our module whose `open_variant` makes an Embedder of a variant."""
+    """Our module whose `open_variant` opens a variant as an Embedder."""
     extra: str | None
-    """The extra of this project that installs it; None: it is always installed."""
-    schemes: frozenset[ActivationScheme]
-    """How activations may be quantized, beside 8-bit integer weights."""
-    bits: frozenset[int]
-    """Of integer weights."""
+    """The extra of this project that installs the package; None: the package is always installed."""
     numbers: frozenset[Numbers]
+    """Kinds of weights that it executes."""
+    bits: frozenset[int]
+    """Bits of the integer weights that it executes."""
+    schemes: frozenset[ActivationScheme]
+    """Activation schemes that it executes."""
+    product_bits: frozenset[int]
+    """Bits of the weights that it multiplies with quantized activations."""
     dtypes: frozenset[str]
-    """Of the floating-point arithmetic on a CPU."""
+    """Dtypes of the floating-point arithmetic on a CPU."""
+    linear: str | None = None
+    """For a runtime that executes a graph: `module:function` that writes a quantized linear layer into the graph, see
+    `compress.runtimes.lowered_layers`. None: the runtime needs no graph."""
+    cpu_only: bool = False
+    """Whether it runs on a CPU only."""
+    byte_products: bool = False
+    """Whether products of quantized activations need byte instructions that do not overflow (`BYTE_PRODUCTS`)."""
+    uneven_groups: bool = True
+    """Whether the last group of four-bit weights may be smaller than the others."""
 
     @property
     def is_installed(self) -> bool:
-        """Whether it can be imported."""
+        """Whether its package can be imported."""
         return importlib.util.find_spec(self.package) is not None
 
     def refusal(self, name: str, layer: QuantizedLayer) -> str | None:
@@ -58,64 +67,89 @@ class Runtime:
         if layer.numbers not in self.numbers or layer.bits not in self.bits:
             return f"{self.name} does not execute {layer.name} weights ({name})"
         quantized = layer.activations is not ActivationScheme.NONE
-        if layer.activations not in self.schemes or (quantized and self.name in GRAPH_RUNTIMES and layer.bits != 8):
+        if layer.activations not in self.schemes or (quantized and layer.bits not in self.product_bits):
             return f"{self.name} does not execute {layer.name} weights with activations {layer.activations} ({name})"
         return None
 
 
-GRAPH_RUNTIMES = (RuntimeName.OPENVINO, RuntimeName.ONNXRUNTIME)
-"""They execute a graph that `lower` has written, without torch."""
-RUNTIMES = {
-    RuntimeName.OPENVINO: Runtime(
-        RuntimeName.OPENVINO,
-        "openvino",
-        "compress.runtimes.openvino_runtime",
-        "openvino",
-        frozenset({ActivationScheme.NONE, ActivationScheme.STATIC_PER_TENSOR}),
-        frozenset({4, 8}),
-        frozenset({Numbers.INTEGER}),
-        frozenset({"float32", "bfloat16"}),
-    ),
-    RuntimeName.ONNXRUNTIME: Runtime(
-        RuntimeName.ONNXRUNTIME,
-        "onnxruntime",
-        "compress.runtimes.onnx_runtime",
-        None,
-        frozenset(ActivationScheme),
-        frozenset({4, 8}),
-        frozenset({Numbers.INTEGER}),
-        frozenset({"float32"}),
-    ),
-    RuntimeName.TORCH: Runtime(
-        RuntimeName.TORCH,
-        "torch",
-        "compress.runtimes.torch_runtime",
-        None,
-        frozenset(ActivationScheme),
-        frozenset(range(2, 9)),
-        frozenset(Numbers),
-        frozenset({"float32", "float16", "bfloat16"}),
-    ),
+_STATIC = frozenset({ActivationScheme.NONE, ActivationScheme.STATIC_PER_TENSOR})
+_ALL_SCHEMES = _STATIC | {ActivationScheme.DYNAMIC_PER_TENSOR, ActivationScheme.DYNAMIC_PER_TOKEN}
+RUNTIMES: Mapping[str, Runtime] = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime(
+            name="openvino",
+            package="openvino",
+            opener="compress.runtimes.openvino_runtime",
+            extra="openvino",
+            numbers=frozenset({Numbers.INTEGER}),
+            bits=frozenset({4, 8}),
+            schemes=_STATIC,
+            product_bits=frozenset({8}),
+            dtypes=frozenset({"float32", "bfloat16"}),
+            linear="compress.runtimes.lowered_layers:openvino_linear",
+            cpu_only=True,
+            byte_products=True,
+            uneven_groups=False,  # OpenVINO 2026.4 divides by zero, and the process ends
+        ),
+        Runtime(
+            name="onnxruntime",
+            package="onnxruntime",
+            opener="compress.runtimes.onnx_runtime",
+            extra=None,
+            numbers=frozenset({Numbers.INTEGER}),
+            bits=frozenset({4, 8}),
+            schemes=_ALL_SCHEMES,
+            product_bits=frozenset({8}),
+            dtypes=frozenset({"float32"}),
+            linear="compress.runtimes.lowered_layers:onnxruntime_linear",
+            cpu_only=True,
+            byte_products=True,
+        ),
+        Runtime(
+            name=TORCH,
+            package="torch",
+            opener="compress.runtimes.torch_runtime",
+            extra=None,
+            numbers=frozenset({Numbers.INTEGER, Numbers.FLOAT8, Numbers.LLM_INT8, Numbers.NF4, Numbers.FP4}),
+            bits=frozenset(range(2, 9)),
+            schemes=_ALL_SCHEMES,
+            product_bits=frozenset(range(2, 9)),
+            dtypes=frozenset({"float32", "float16", "bfloat16"}),
+        ),
+    )
 }
-"""Fastest first, as measured on CPUs with int8 or bfloat16 products (README)."""
+"""The runtimes by name, fastest first, as measured on CPUs with int8 or bfloat16 products. A new runtime is a row here and the
+module that the row names; help, schema and refusals follow from the row."""
+GRAPH_RUNTIMES = tuple(runtime.name for runtime in RUNTIMES.values() if runtime.linear is not None)
+"""Names of the runtimes that execute a graph written by `lower`, without torch."""
 
 
-def pick_runtime(
-    wanted: str, quantized: Mapping[str, QuantizedLayer], *, device: str = "cpu", dtype: str | None = None
-) -> RuntimeName:
-    """Return the runtime that is to execute a variant.
+def runtime_named(name: str) -> Runtime:
+    """Return a runtime of the table.
+
+    Raises:
+        UserError: there is no such runtime; names the nearest one.
+    """
+    if name not in RUNTIMES:
+        raise UserError(f"runtime {name!r} is not known", nearest(name, [AUTO, *RUNTIMES]))
+    return RUNTIMES[name]
+
+
+def pick_runtime(wanted: str, quantized: Mapping[str, QuantizedLayer], *, device: str = "cpu", dtype: str | None = None) -> str:
+    """Return the name of the runtime that is to execute a variant.
 
     Args:
         wanted: a runtime's name, or `auto`: the fastest that is installed and executes every layer as it is stored.
         quantized: the variant's quantized layers, by name.
-        device: on another device than a CPU only torch runs.
-        dtype: of the arithmetic; None: any.
+        device: device to run on; only torch runs on other devices than a CPU.
+        dtype: dtype of the arithmetic; None: any.
 
     Raises:
-        UserError: the runtime is not installed, or does not execute a layer, the device or the dtype.
+        UserError: the runtime is not known, is not installed, or does not execute a layer, the device or the dtype.
     """
     reasons = []
-    for runtime in RUNTIMES.values() if wanted == "auto" else [RUNTIMES[RuntimeName(wanted)]]:
+    for runtime in RUNTIMES.values() if wanted == AUTO else [runtime_named(wanted)]:
         reason = _refusal(runtime, quantized, device, dtype)
         if reason is None:
             return runtime.name
@@ -125,7 +159,7 @@ def pick_runtime(
 
 
 def _refusal(runtime: Runtime, quantized: Mapping[str, QuantizedLayer], device: str, dtype: str | None) -> str | None:
-    if runtime.name in GRAPH_RUNTIMES and not device.startswith("cpu"):
+    if runtime.cpu_only and not device.startswith("cpu"):
         return f"{runtime.name} runs on the CPU here, not on {device}"
     if dtype is not None and device.startswith("cpu") and dtype not in runtime.dtypes:
         return f"{runtime.name} does not compute in {dtype}"
@@ -133,13 +167,22 @@ def _refusal(runtime: Runtime, quantized: Mapping[str, QuantizedLayer], device: 
         reason = runtime.refusal(name, layer)
         if reason is not None:
             return reason
-        if runtime.name in GRAPH_RUNTIMES and layer.activations is not ActivationScheme.NONE and not multiplies_bytes_exactly():
-            return f"{runtime.name} would let products of bytes overflow on this CPU, which has none of {', '.join(BYTE_PRODUCTS)}"
+        if runtime.byte_products and layer.activations is not ActivationScheme.NONE and not multiplies_bytes_exactly():
+            return f"{runtime.name} would let byte products overflow on this CPU, which has none of {', '.join(BYTE_PRODUCTS)}"
     if not runtime.is_installed:
-        return f"{runtime.name} is not installed: pip install 'compress-embedders[{runtime.extra}]'"
+        how = f"compress-embedders[{runtime.extra}]" if runtime.extra else runtime.package
+        return f"{runtime.name} is not installed: pip install '{how}'"
     return None
 
 
+def graph_inputs(pool_prompt: bool) -> tuple[str, ...]:
+    """Return the names of a graph's inputs, int64 [texts, tokens] each.
+
+    `pool_prompt`: whether a prompt's tokens enter the pooling; otherwise the graph takes a mask of the pooled tokens too.
+    """
+    return ("input_ids", "attention_mask") if pool_prompt else ("input_ids", "attention_mask", "pool_mask")
+
+
 def graph_file(folder: Path, runtime: str) -> Path:
-    """Return where the graph of a variant lies that a runtime executes: beside the weights, which it refers to."""
+    """Return the path of a variant's graph for a runtime: next to the weights, which the graph refers to."""
     return folder / f"{runtime}.onnx"

@@ -1,4 +1,4 @@
-"""An embedder whose network is a lowered graph. No torch and no transformers here or in the runtimes that build on it."""
+"""An embedder that runs a lowered graph. No torch or transformers here, nor in the runtimes that build on it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,31 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from compress.common.errors import UserError
-from compress.models.embedder import BatchedEmbedder, Vectors, watched
+from compress.models.embedder import BatchedEmbedder, Vectors, with_progress
 from compress.models.files.headers import weight_bytes
 from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Batch, Ids
 from compress.runtimes.allocator import keep_freed_memory
 from compress.runtimes.contract import graph_file, pick_runtime
 
-# What a batch of 768 padded tokens touches stays in the caches of two cores (MiniLM, two streams: 512 to 1,024 tokens within 3 %
-# of each other, 2,048 a tenth slower).
+# Padded tokens in a batch. The data of such a batch stays in the caches of two cores. Measured with MiniLM in two streams: 512 to
+# 1,024 tokens are within 3 % of each other, 2,048 tokens are a tenth slower.
 BATCH_TOKENS = 768
-# From this size on a product keeps all cores busy by itself, and a batch of its own in each core's caches is too much.
+# From this size of the weights on, one matrix product keeps all cores busy, and separate batches per core do not fit in the caches.
 LARGE_BYTES = 500 * 10**6
 
 
 class GraphEmbedder(BatchedEmbedder):
-    """Runs batches side by side, one in each stream; `encode` may be called by many threads at once."""
+    """Runs batches in parallel, one per stream. Several threads may call `encode` at once."""
 
     def __init__(self, folder: ModelFolder, threads: int, streams: int) -> None:
-        """Take the variant's folder; the subclass has built what runs, so that `dimension` is known."""
+        """Set up the streams. A subclass must open its graph first, because `_dimension` is read from it.
+
+        Args:
+            folder: the variant's folder.
+            threads: number of CPU threads that compute.
+            streams: number of batches that run in parallel.
+        """
         super().__init__(folder.name, folder.spec, folder.tokenizer, self._dimension(), BATCH_TOKENS)
         self.threads = threads
         self._streams = ThreadPoolExecutor(streams, thread_name_prefix="stream")
@@ -40,7 +46,14 @@ class GraphEmbedder(BatchedEmbedder):
 
     @abstractmethod
     def run(self, inputs: Sequence[Ids]) -> Vectors:
-        """Run one batch in the calling thread: the graph's inputs, int64 [texts, length] each, to float32 [texts, dimension]."""
+        """Run one batch in the calling thread.
+
+        Args:
+            inputs: the graph's inputs (`contract.INPUTS`), each int64 [texts, length].
+
+        Returns:
+            float32 [texts, dimension].
+        """
 
     def forward(self, batches: Sequence[Batch], pool_from: int, show: bool) -> Iterator[Vectors]:
         """Embed padded batches; see `BatchedEmbedder.forward`."""
@@ -53,11 +66,11 @@ class GraphEmbedder(BatchedEmbedder):
             return
         running = [self._streams.submit(one, batch) for batch in batches]
         try:
-            for future in watched(running, "encoding", show):
+            for future in with_progress(running, "encoding", show):
                 yield future.result()
         finally:
             for future in running:
-                future.cancel()  # where one has failed or the caller has gone
+                future.cancel()  # has an effect if a batch failed or the caller stopped early
 
 
 def _pooled(mask: Ids, pool_from: int) -> Ids:
@@ -67,7 +80,12 @@ def _pooled(mask: Ids, pool_from: int) -> Ids:
 
 
 def threads_and_streams(folder: ModelFolder, threads: int | None) -> tuple[int, int]:
-    """Return how many threads compute and in how many streams: a stream a thread, but one for all where the model is large."""
+    """Return the numbers of threads and streams: one stream per thread, or a single stream for all threads if the model is large.
+
+    Args:
+        folder: the variant's folder.
+        threads: number of CPU threads; None for one per core that the process may use.
+    """
     keep_freed_memory()
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -75,10 +93,15 @@ def threads_and_streams(folder: ModelFolder, threads: int | None) -> tuple[int, 
 
 
 def lowered(folder: ModelFolder, runtime: str, dtype: str | None = None) -> Path:
-    """Return the graph of a variant for a runtime; where it is not there, another process writes it, because that needs torch.
+    """Return the path of a variant's graph for a runtime. If there is none yet, another process writes it, which needs torch.
+
+    Args:
+        folder: the variant's folder.
+        runtime: name of the runtime.
+        dtype: dtype of the floating-point arithmetic; None for the runtime's default.
 
     Raises:
-        UserError: the runtime does not execute the variant's numbers or the dtype, or the graph could not be written.
+        UserError: the runtime does not support the variant's number formats or the dtype, or the graph could not be written.
     """
     pick_runtime(runtime, folder.compressed.quantized, dtype=dtype)
     path = graph_file(folder.path, runtime)

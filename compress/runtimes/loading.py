@@ -1,62 +1,65 @@
-"""From a name to an Embedder: a built-in name, a folder, a run, or a model on the hub. Imports no torch until it loads."""
+"""Loads an Embedder by name: a built-in name, a folder, a run, or a model on the hub. Imports torch only when it loads a model."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.resources
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.common.errors import UserError, nearest
+from compress.common.errors import UserError
 from compress.common.memory import available_memory_bytes, gigabytes
 from compress.models.folder import ModelFolder
 from compress.models.source import DTYPE_BYTES, find
-from compress.runtimes.contract import RUNTIMES, RuntimeName, pick_runtime
+from compress.runtimes.contract import AUTO, RUNTIMES, TORCH, pick_runtime, runtime_named
 
 if TYPE_CHECKING:
     from compress.models.embedder import Embedder
 
 
-def runtime_of(
-    source: ModelFolder, runtime: str | None = None, *, device: str | None = None, dtype: str | None = None
-) -> RuntimeName:
+def runtime_of(source: ModelFolder, runtime: str | None = None, *, device: str | None = None, dtype: str | None = None) -> str:
     """Return the runtime that a model is opened in.
 
     Args:
-        source: the model. A checkpoint runs in torch alone.
-        runtime: a runtime's name; `auto`: the fastest that is installed and executes the model as it is stored; None: the one that
-            a variant was made for.
-        device: where it is to run; None: on the GPU where there is one and the runtime is torch, else on the CPU.
-        dtype: of the arithmetic; None: any.
+        source: the model. A checkpoint runs only in torch.
+        runtime: a runtime's name; `auto` for the fastest one that is installed and executes the model as it is stored; None for the
+            one that a variant was made for.
+        device: device to run on; None for the GPU if there is one and the runtime is torch, else the CPU.
+        dtype: dtype of the floating-point arithmetic; None for any.
 
     Raises:
         UserError: there is no such runtime, it is not installed, or it does not execute the model.
     """
-    if runtime is not None and runtime != "auto" and runtime not in RUNTIMES:
-        raise UserError(f"runtime {runtime!r} is not known", nearest(runtime, ["auto", *RUNTIMES]))
-    if source.variant is None:
-        if runtime not in (None, "auto", RuntimeName.TORCH):
+    if runtime is not None and runtime != AUTO:
+        runtime_named(runtime)
+    if not source.is_variant:
+        if runtime not in (None, AUTO, TORCH):
             raise UserError(
                 f"model {source.name!r}: {runtime} executes variants, and this is a checkpoint",
-                f"make one: compress run recipes/bf16-openvino.yaml --model {source.name}",
+                f"make a variant: compress run recipes/bf16-openvino.yaml --model {source.name}",
             )
-        return RuntimeName.TORCH
-    info = source.variant
+        return TORCH
+    info = source.compressed
     return pick_runtime(runtime or info.runtime, info.quantized, device=device or "cpu", dtype=dtype)
 
 
 def preload(model: str, runtime: str | None = None, **_: object) -> None:
-    """Import everything that loading this model would import, so that what loading itself takes can be measured."""
+    """Import everything that loading this model would import, so that the load itself can be measured without imports.
+
+    Raises:
+        UserError: see `load`.
+    """
     source = find(model)
     name = runtime_of(source, runtime)
     importlib.import_module(RUNTIMES[name].opener)
-    if name is RuntimeName.TORCH:
+    if name == TORCH:
         from compress.runtimes.torch_runtime import import_architecture
 
         import_architecture(source)
 
 
 def load(
-    model: str,
+    model: str | Path,
     *,
     runtime: str | None = None,
     device: str | None = None,
@@ -68,29 +71,31 @@ def load(
     """Load an embedder.
 
     Args:
-        model: a built-in name (`nano`, `minilm`), the folder of a model, a variant or a run, a name on the hub, or `random:` and
-            one of these; see `find`.
-        runtime: `torch`, `onnxruntime` or `openvino`, or `auto` for the fastest that is installed and executes the variant's own
-            numbers; by default the one that the variant was made for and measured in. The latter two need no torch.
-        device: `cpu`, `cuda`, `cuda:1`; by default the GPU where there is one, for torch.
-        dtype: compute dtype, `float32`, `float16` or `bfloat16`; by default what the variant was made for, else float32 on a CPU
-            and float16 on a GPU.
-        threads: CPU threads; by default all cores. In torch the setting holds for the whole process.
-        compile: run the network through `torch.compile` (needs a C++ compiler).
-        stream: do not load the model; each call of `encode` reads it block by block, in the memory of one block.
+        model: a built-in name (`nano`, `minilm`), the folder of a model, a variant or a run, a name on the hub, or `random:`
+            followed by one of these; see `compress.models.source.find`.
+        runtime: `torch`, `onnxruntime` or `openvino`, or `auto` for the fastest one that is installed and supports the variant's
+            number formats. Defaults to the runtime that the variant was made for and measured in. onnxruntime and openvino do not
+            need torch.
+        device: `cpu`, `cuda`, `cuda:1`, ... Defaults to the GPU if there is one and the runtime is torch, else to the CPU.
+        dtype: compute dtype: `float32`, `float16` or `bfloat16`. Defaults to the one that the variant was made for, else to float32
+            on a CPU and float16 on a GPU.
+        threads: number of CPU threads. Defaults to one per core. In torch the setting applies to the whole process.
+        compile: whether to run the network through `torch.compile`, which needs a C++ compiler.
+        stream: whether to stream the model instead of loading it: each call of `encode` reads it block by block, in the memory of
+            one block.
 
     Raises:
-        UserError: the model is not there, or is of a kind that this version does not run, or not in this runtime.
-        ValueError: `compile` and `stream` together; a network that is never whole cannot be compiled.
+        UserError: the model does not exist, this version does not run its kind, or the runtime does not execute it.
+        ValueError: `compile` and `stream` are both set. Compiling needs the whole network, which streaming never holds.
     """
     return open_source(find(model), runtime=runtime, device=device, dtype=dtype, threads=threads, compile=compile, stream=stream)
 
 
 def _check_fits(source: ModelFolder, dtype: str | None) -> None:
-    """See that a model fits in memory, where the operating system would otherwise end the process for it.
+    """Check that a model fits in memory. Without this check the operating system may kill the process.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not fit.
     """
     shape = source.shape
     needed = shape.bytes if source.is_variant else shape.parameters * DTYPE_BYTES[dtype or "float32"]
@@ -98,7 +103,7 @@ def _check_fits(source: ModelFolder, dtype: str | None) -> None:
     if needed > free:
         raise UserError(
             f"model {source.name!r}: takes {gigabytes(needed)} of memory in {dtype or 'float32'}, {gigabytes(free)} are free",
-            "read it block by block instead: --stream, or stream=True; or a smaller dtype",
+            "stream it block by block with --stream (stream=True in Python), or use a smaller dtype",
         )
 
 
@@ -112,16 +117,14 @@ def open_source(
     compile: bool = False,
     stream: bool = False,
 ) -> Embedder:
-    """Load the embedder of a model that was found; see `load`."""
+    """Load the embedder of a model whose folder was found; see `load`."""
     name = runtime_of(source, runtime, device=device, dtype=dtype)
     info = source.variant
     if info is not None and dtype is None:
         dtype = info.dtype if name == info.runtime else None
-    if name is not RuntimeName.TORCH:
+    if name != TORCH:
         if compile or stream:
-            raise UserError(
-                f"model {source.name!r}: only torch compiles or streams, and this is to run in {name}", "runtime: torch"
-            )
+            raise UserError(f"model {source.name!r}: only torch compiles or streams, and this one runs in {name}", "runtime: torch")
         _check_fits(source, dtype)
         opener = importlib.import_module(RUNTIMES[name].opener).open_variant
         embedder: Embedder = opener(source, dtype=dtype, threads=threads)

@@ -27,7 +27,7 @@ from compress.models.files.headers import MASK, TensorInfo, read_header
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import TracedNetwork, backbone_of
 from compress.models.opened import empty_model
-from compress.runtimes.contract import GRAPH_RUNTIMES, INPUTS, RuntimeName, graph_file
+from compress.runtimes.contract import GRAPH_RUNTIMES, RUNTIMES, graph_file, graph_inputs, runtime_named
 from compress.runtimes.lowered_layers import FOUR_BITS, OPSET, TracedLinear, TracedTable, traced, translations
 
 # The batch that is traced; its sizes are left free in the graph. Not 1, which tracing takes for a constant.
@@ -70,6 +70,9 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
             )
     network = empty_model(folder)
     for name, layer in info.quantized.items():
+        refused = runtime_named(runtime).refusal(name, layer)
+        if refused is not None:
+            raise UserError(f"{folder}: {refused}")
         module = network.get_submodule(name)
         assert isinstance(module, CompressedLayer)
         stand_in = traced(module)
@@ -80,7 +83,7 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
     unread = _without_values(network)
     # Plain products and a softmax: both runtimes find attention in them and fuse it.
     backbone_of(network).set_attn_implementation("eager")  # type: ignore[operator]
-    names = INPUTS[:2] if info.spec.pool_prompt else INPUTS
+    names = graph_inputs(info.spec.pool_prompt)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, which no text network needs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own, about its own code
@@ -112,12 +115,12 @@ def _check_four_bits(place: str, width: int, group_size: int | None, runtime: st
         UserError: it does not.
     """
     if width % 2:
-        raise UserError(f"{place} has rows of {width} four-bit integers; graphs take even rows alone")
-    # OpenVINO 2026.4 divides by zero, and the process ends.
-    if runtime == RuntimeName.OPENVINO and group_size and width > group_size and width % group_size:
+        raise UserError(f"{place} has rows of {width} four-bit integers; graphs take only even rows")
+    if not runtime_named(runtime).uneven_groups and group_size and width > group_size and width % group_size:
+        others = " or ".join(name for name in GRAPH_RUNTIMES if RUNTIMES[name].uneven_groups)
         raise UserError(
-            f"{place} has {width} four-bit inputs in groups of {group_size}; {runtime} takes groups that divide them alone",
-            "another group_size, or runtime: onnxruntime",
+            f"{place} has {width} four-bit inputs in groups of {group_size}; {runtime} takes only groups that divide the inputs",
+            f"another group_size, or runtime: {others}",
         )
 
 

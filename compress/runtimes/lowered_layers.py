@@ -18,11 +18,14 @@ from onnxscript import values
 from onnxscript.onnx_opset import opset21
 from torch import nn
 
+from compress.common.errors import UserError
+from compress.common.lazy import attribute
 from compress.layers.compressed import CompressedLayer
 from compress.layers.grid import SMALLEST_SCALE
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.quantized_linear import QMAX, QuantizedLinear
-from compress.layers.scheme import ActivationScheme
+from compress.layers.scheme import ActivationScheme, QuantizedLayer
+from compress.runtimes.contract import GRAPH_RUNTIMES, runtime_named
 
 OPSET = 21
 op: Any = opset21  # its own annotations are for graphs written by hand, where every value has a declared type
@@ -39,11 +42,9 @@ def quantized_linear(
     bias: torch.Tensor | None,
     input_scale: torch.Tensor | None,
     input_factor: torch.Tensor | None,
-    bits: int,
-    group: int,
-    activations: str,
+    layer: str,
 ) -> torch.Tensor:
-    """Stand for a `QuantizedLinear`; see there for the buffers."""
+    """Stand for a `QuantizedLinear`; see there for the buffers. `layer`: its `QuantizedLayer` as JSON."""
     raise NotImplementedError("it is traced, never run")
 
 
@@ -78,7 +79,7 @@ class TracedLinear(nn.Module):
         """Map [..., in] to [..., out]."""
         return torch.ops.compress.quantized_linear(  # type: ignore[no-any-return]
             x, self.weight, self.weight_scale, self.weight_zero, self.bias, self.input_scale, self.input_factor,
-            self.layer.bits, self.layer.group_size or 0, str(self.layer.activations),
+            self.layer.model_dump_json(),
         )  # fmt: skip
 
 
@@ -106,42 +107,52 @@ def traced(layer: CompressedLayer) -> TracedLinear | TracedTable:
     return TracedLinear(layer)
 
 
-def translations(target: str) -> dict[Any, Callable[..., Any]]:
-    """Return what the operators become in a runtime's graph, as `torch.onnx.export` takes it."""
-    linear = _onnxruntime_linear if target == "onnxruntime" else _openvino_linear
+def translations(runtime: str) -> dict[Any, Callable[..., Any]]:
+    """Return what the operators become in a runtime's graph, as `torch.onnx.export` takes it.
+
+    Raises:
+        UserError: the runtime is not known, or executes no graph.
+    """
+    place = runtime_named(runtime).linear
+    if place is None:
+        raise UserError(f"{runtime} executes no graph", f"these do: {', '.join(GRAPH_RUNTIMES)}")
     return {
-        torch.ops.compress.quantized_linear.default: linear,
+        torch.ops.compress.quantized_linear.default: attribute(place),
         torch.ops.compress.quantized_table.default: _table,
     }
 
 
-def _openvino_linear(
-    x: Any, weight: Any, scale: Any, zero: Any, bias: Any, input_scale: Any, factor: Any, bits: int, group: int, activations: str
-) -> Any:
+def openvino_linear(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, input_scale: Any, factor: Any, layer: str) -> Any:
     """Quantize and dequantize around a floating-point product, which OpenVINO turns into an integer one."""
-    inputs, x = x.shape[-1], _divided(x, factor)
-    if activations == ActivationScheme.STATIC_PER_TENSOR:
+    inputs, x, stored = x.shape[-1], _divided(x, factor), QuantizedLayer.model_validate_json(layer)
+    if stored.activations is ActivationScheme.STATIC_PER_TENSOR:
         middle = _constant(np.uint8(ACTIVATION_ZERO))
         x = op.DequantizeLinear(op.QuantizeLinear(x, input_scale, middle), input_scale, middle)
-    return _plus(op.MatMul(x, _dequantized(weight, scale, zero, bits, group, inputs)), bias)
+    elif stored.activations is not ActivationScheme.NONE:
+        raise ValueError(f"OpenVINO's graph has no words for activations {stored.activations}")
+    return _plus(op.MatMul(x, _dequantized(weight, scale, zero, stored, inputs)), bias)
 
 
-def _onnxruntime_linear(
-    x: Any, weight: Any, scale: Any, zero: Any, bias: Any, input_scale: Any, factor: Any, bits: int, group: int, activations: str
-) -> Any:
+def onnxruntime_linear(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, input_scale: Any, factor: Any, layer: str) -> Any:
     """Multiply integers by the operator that onnxruntime's own quantizer fuses to, or four-bit weights by `MatMulNBits`."""
-    inputs, x = x.shape[-1], _divided(x, factor)
-    if activations == ActivationScheme.NONE:
-        if bits == 4 and group >= 16 and group & (group - 1) == 0 and inputs % group == 0:
+    inputs, x, stored = x.shape[-1], _divided(x, factor), QuantizedLayer.model_validate_json(layer)
+    if stored.activations is ActivationScheme.NONE:
+        group = stored.group_size or 0
+        if stored.bits == 4 and group >= 16 and group & (group - 1) == 0 and inputs % group == 0:
             return _matmul_nbits(x, weight, scale, zero, bias, group, inputs)
-        return _plus(op.MatMul(x, _dequantized(weight, scale, zero, bits, group, inputs)), bias)
+        return _plus(op.MatMul(x, _dequantized(weight, scale, zero, stored, inputs)), bias)
     transposed, middle = op.Transpose(weight, perm=[1, 0]), _constant(np.uint8(ACTIVATION_ZERO))
-    if activations == ActivationScheme.DYNAMIC_PER_TOKEN:
+    if stored.activations is ActivationScheme.DYNAMIC_PER_TOKEN:
         # Divided before the rounding and multiplied after the product: QuantizeLinear takes one scale for all tokens.
         step, one = _step(x, per_token=True), _constant(np.float32(1))
         rounded = op.QuantizeLinear(op.Div(x, step), one, middle)
         return _plus(op.Mul(MATMUL_INTEGER_TO_FLOAT(rounded, transposed, one, scale, middle, None, None), step), bias)
-    step = input_scale if activations == ActivationScheme.STATIC_PER_TENSOR else _step(x, per_token=False)
+    if stored.activations is ActivationScheme.STATIC_PER_TENSOR:
+        step = input_scale
+    elif stored.activations is ActivationScheme.DYNAMIC_PER_TENSOR:
+        step = _step(x, per_token=False)
+    else:
+        raise ValueError(f"onnxruntime's graph has no words for activations {stored.activations}")
     return MATMUL_INTEGER_TO_FLOAT(op.QuantizeLinear(x, step, middle), transposed, step, scale, middle, None, bias)
 
 
@@ -168,8 +179,9 @@ def _table(ids: Any, weight: Any, scale: Any, bits: int, group: int, width: int)
     return op.Mul(integers, op.Gather(step, _constant(np.arange(width) // group), axis=-1))
 
 
-def _dequantized(weight: Any, scale: Any, zero: Any, bits: int, group: int, inputs: int) -> Any:
+def _dequantized(weight: Any, scale: Any, zero: Any, stored: QuantizedLayer, inputs: int) -> Any:
     """Return the weight that integers stand for, float32 [in, out]: `(u - zero) * scale`."""
+    bits, group = stored.bits, stored.group_size or 0
     if bits == 8 and zero is None and not group:
         # Transposed behind it: OpenVINO looks for the integers right before the dequantization.
         return op.Transpose(op.DequantizeLinear(weight, scale, axis=0), perm=[1, 0])

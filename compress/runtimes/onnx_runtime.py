@@ -1,4 +1,4 @@
-"""onnxruntime on the CPU: a variant in, an Embedder out."""
+"""Runs variants in onnxruntime on the CPU."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ import onnxruntime
 from compress.models.embedder import Vectors
 from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Ids
-from compress.runtimes.contract import RuntimeName
 from compress.runtimes.graph_embedder import GraphEmbedder, lowered, threads_and_streams
 
-# On a CPU these fusions cost more than they save (onnxruntime 1.32; 840 tokens x 384, one thread): a SkipLayerNormalization takes
-# 1.4 ms, the addition and the normalisation that it replaces 0.2; a BiasGelu 1.0, Gelu alone 0.6, its bias being in the product.
+NAME = "onnxruntime"  # in `compress.runtimes.contract`
+# On a CPU these fusions cost more time than they save. Measured with onnxruntime 1.32, 840 tokens x 384, one thread:
+# SkipLayerNormalization takes 1.4 ms, the addition and normalisation that it replaces 0.2 ms. BiasGelu takes 1.0 ms, Gelu 0.6 ms;
+# without the fusion the bias is part of the matrix product.
 SLOWER_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
 ERRORS_ONLY = 3
 FLOAT32 = "1"
 
 
 class OnnxEmbedder(GraphEmbedder):
-    """A variant in onnxruntime."""
+    """An embedder that runs a variant in onnxruntime."""
 
     def __init__(self, folder: ModelFolder, dtype: str | None = None, threads: int | None = None) -> None:
         """Open a variant's folder; see `open_variant`."""
-        graph = lowered(folder, RuntimeName.ONNXRUNTIME, dtype)
+        graph = lowered(folder, NAME, dtype)
         threads, streams = threads_and_streams(folder, threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads // streams
         options.log_severity_level = ERRORS_ONLY
-        # By default it rounds the inputs of layers whose weights alone are integers, which the variant does not ask for.
+        # By default onnxruntime also rounds the inputs of layers for which the variant quantizes only the weights.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", FLOAT32)
         self._session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOWER_FUSIONS
@@ -47,14 +48,14 @@ class OnnxEmbedder(GraphEmbedder):
 
 
 def open_variant(folder: ModelFolder, *, dtype: str | None = None, threads: int | None = None) -> OnnxEmbedder:
-    """Open a variant.
+    """Open a variant in onnxruntime.
 
     Args:
-        folder: the variant's.
-        dtype: of the floating-point arithmetic: float32.
-        threads: that compute; None: one for each core that the process may use.
+        folder: the variant's folder.
+        dtype: dtype of the floating-point arithmetic; float32 is the only one.
+        threads: number of CPU threads; None for one per core that the process may use.
 
     Raises:
-        UserError: onnxruntime does not execute the variant's numbers or the dtype.
+        UserError: onnxruntime does not support the variant's number formats or the dtype.
     """
     return OnnxEmbedder(folder, dtype, threads)

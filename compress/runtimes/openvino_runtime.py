@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: a variant in, an Embedder out."""
+"""Runs variants in OpenVINO on the CPU."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ import openvino
 from compress.models.embedder import Vectors
 from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Ids
-from compress.runtimes.contract import RuntimeName
 from compress.runtimes.graph_embedder import GraphEmbedder, lowered, threads_and_streams
 
-# The bindings look numpy up when they see its first array, under a lock of C++ that two threads can deadlock on together with
-# Python's own (openvino 2026.4). So it happens here: of threads that import a module, one runs it.
+NAME = "openvino"  # in `compress.runtimes.contract`
+# The bindings import numpy when they get their first array, and hold a C++ lock meanwhile. Two threads can deadlock on it and on
+# Python's own lock (openvino 2026.4). Doing it here is safe, because only one thread executes a module on import.
 openvino.Tensor(np.zeros(1, dtype=np.int64), shared_memory=True)
 
-# Kernels are compiled for every shape that comes, some 5 ms for a MiniLM, and kept. Batches have few shapes; single texts have one
-# for each length, so these are padded to a multiple of this, as their masks say.
+# OpenVINO compiles kernels for each new input shape, about 5 ms for a MiniLM, and caches them. Batches have few shapes, but single
+# texts have one per length. So single texts are padded, with a mask, to a multiple of this many tokens.
 SINGLE_STEP = 8
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 class OpenVINOEmbedder(GraphEmbedder):
-    """A variant in OpenVINO."""
+    """An embedder that runs a variant in OpenVINO."""
 
     def __init__(self, folder: ModelFolder, dtype: str | None = None, threads: int | None = None) -> None:
         """Open a variant's folder; see `open_variant`."""
-        graph = lowered(folder, RuntimeName.OPENVINO, dtype)
+        graph = lowered(folder, NAME, dtype)
         threads, streams = threads_and_streams(folder, threads)
         settings = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[dtype or "float32"],
             "NUM_STREAMS": streams,
             "INFERENCE_NUM_THREADS": threads,
-            # By default it rounds the inputs of layers whose weights alone are integers, which the variant does not ask for.
+            # By default OpenVINO also rounds the inputs of layers for which the variant quantizes only the weights.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         }
         self._compiled = openvino.Core().compile_model(graph, "CPU", settings)
-        # A request runs one batch at a time; whoever wants to run one takes a request and puts it back.
+        # A request runs one batch at a time. `run` takes one from this queue and returns it afterwards.
         self._requests: SimpleQueue[openvino.InferRequest] = SimpleQueue()
         for _ in range(streams):
             self._requests.put(self._compiled.create_infer_request())
@@ -62,14 +62,14 @@ class OpenVINOEmbedder(GraphEmbedder):
 
 
 def open_variant(folder: ModelFolder, *, dtype: str | None = None, threads: int | None = None) -> OpenVINOEmbedder:
-    """Open a variant.
+    """Open a variant in OpenVINO.
 
     Args:
-        folder: the variant's.
-        dtype: of the floating-point arithmetic: float32, or bfloat16 where the CPU multiplies it.
-        threads: that compute; None: one for each core that the process may use.
+        folder: the variant's folder.
+        dtype: dtype of the floating-point arithmetic: float32, or bfloat16 if the CPU has instructions for it; None for float32.
+        threads: number of CPU threads; None for one per core that the process may use.
 
     Raises:
-        UserError: OpenVINO does not execute the variant's numbers or the dtype.
+        UserError: OpenVINO does not support the variant's number formats or the dtype.
     """
     return OpenVINOEmbedder(folder, dtype, threads)

@@ -1,4 +1,4 @@
-"""Vectors that were made once: each text is embedded once per model and prompt, whichever tasks want it, and kept on disk."""
+"""Stores vectors on disk, so that each text is embedded once per model and prompt, no matter how many tasks use it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ KEY_BYTES = 16
 
 
 def key_of(text: str, prompt: str) -> bytes:
-    """Return what a text is known by under a prompt."""
+    """Return the key of a text with a prompt: a BLAKE2b hash of `KEY_BYTES` bytes."""
     return hashlib.blake2b(f"{prompt}\0{text}".encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
 
 
 class VectorStore:
-    """Vectors of one embedder in a folder: files of rows, each beside a file of the rows' keys."""
+    """The stored vectors of one embedder, in a folder of pairs of files: vectors (`.npy`) and their keys (`.keys`)."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a folder, or make it. What an interrupted writer left half done is passed over."""
+        """Open a folder, or create it. Files of an interrupted write are ignored."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._arrays: list[Vectors] = []
         self._rows: dict[bytes, tuple[int, int]] = {}
-        for path in sorted(folder.glob("*.keys")):  # written last, so its vectors are whole
+        for path in sorted(folder.glob("*.keys")):  # written last, so its vectors are complete
             self._take(path.read_bytes(), np.load(path.with_suffix(".npy"), mmap_mode="r"))
 
     def __contains__(self, key: bytes) -> bool:
-        """Whether a vector is kept under this key."""
+        """Whether a vector is stored under this key."""
         return key in self._rows
 
     def __len__(self) -> int:
@@ -42,7 +42,11 @@ class VectorStore:
         return len(self._rows)
 
     def get(self, keys: list[bytes]) -> Vectors:
-        """Return the vectors of keys that are all there: float32 [keys, dimension]."""
+        """Return the vectors of the keys, float32 [keys, dimension].
+
+        Raises:
+            KeyError: a key is not stored.
+        """
         by_file: dict[int, list[tuple[int, int]]] = {}
         for position, key in enumerate(keys):
             file, row = self._rows[key]
@@ -54,7 +58,8 @@ class VectorStore:
         return found
 
     def add(self, keys: list[bytes], vectors: Vectors) -> None:
-        """Keep vectors, float32 [keys, dimension], under their keys."""
+        """Store vectors, float32 [keys, dimension], under their keys."""
+        # The keys are written last and renamed when complete: a file of keys means that its vectors are complete.
         stem = self._folder / f"{len(self._arrays):06d}-{os.getpid()}"
         np.save(stem.with_suffix(".npy"), vectors)
         stem.with_suffix(".writing").write_bytes(b"".join(keys))
@@ -69,9 +74,10 @@ class VectorStore:
 
 
 class Mapped:
-    """An embedder whose vectors go through a function: float32 [n, d] to [n, d]."""
+    """An embedder that applies a function to the vectors of another one."""
 
     def __init__(self, embedder: Embedder, function: Callable[[Vectors], Vectors]) -> None:
+        """Wrap an embedder; `function` maps float32 [n, dimension] to the same shape."""
         self.name, self.spec, self.dimension = embedder.name, embedder.spec, embedder.dimension
         self._embedder, self._function = embedder, function
 
@@ -83,7 +89,7 @@ class Mapped:
 
 
 class Described(Protocol):
-    """What is known of an embedder before it is opened: a `ModelFolder`, or an embedder itself."""
+    """The facts about an embedder that are known before it is opened. A `ModelFolder` has them, and so does an embedder."""
 
     @property
     def name(self) -> str: ...
@@ -96,7 +102,7 @@ class Described(Protocol):
 
 
 class StoredEmbedder:
-    """An embedder that is opened only when a text comes that it was never given; the rest is read from a store."""
+    """An embedder that reads vectors from a store, and opens its model only for texts that are not stored yet."""
 
     def __init__(
         self,
@@ -105,9 +111,14 @@ class StoredEmbedder:
         store: VectorStore,
         batch_tokens: int | None = None,
     ) -> None:
-        """Take the model, how it is opened, and where its vectors are kept.
+        """Combine a model with a store.
 
-        `batch_tokens`: of every batch, whatever a call says; vectors of one store come from batches of one size.
+        Args:
+            model: the model's name, spec and dimension.
+            open_embedder: a function that opens the model.
+            store: the store of the model's vectors.
+            batch_tokens: largest number of padded tokens in a batch; None for the embedder's default. It overrides that of
+                `encode`, so that all vectors of a store come from batches of the same size.
         """
         self.name, self.spec, self.dimension = model.name, model.spec, model.dimension
         self._open = open_embedder
@@ -118,7 +129,7 @@ class StoredEmbedder:
     def encode(
         self, texts: Iterable[str], prompt: str | None = None, *, batch_tokens: int | None = None, progress: bool | None = None
     ) -> Vectors:
-        """Embed texts; see `compress.models.embedder.Embedder`. `batch_tokens` is the store's own."""
+        """Embed texts; see `compress.models.embedder.BatchedEmbedder.encode`. `batch_tokens` is ignored: the store fixes it."""
         del batch_tokens
         prompt = self.spec.default_prompt if prompt is None else prompt
         listed = list(texts)
@@ -127,7 +138,7 @@ class StoredEmbedder:
         keys = list(missing)
         if missing and self._opened is None:
             self._opened = self._open()
-        for start in range(0, len(keys), CHUNK_TEXTS):  # kept as they come: what a stopped run has made is not made again
+        for start in range(0, len(keys), CHUNK_TEXTS):  # stored after each chunk, so that a run that is killed loses at most one
             chunk = keys[start : start + CHUNK_TEXTS]
             assert self._opened is not None
             chosen = [missing[key] for key in chunk]
@@ -137,5 +148,5 @@ class StoredEmbedder:
         return self._store.get(all_keys)
 
     def close(self) -> None:
-        """Let go of the embedder; it is opened again if need be."""
+        """Release the embedder. It is opened again when needed."""
         self._opened = None

@@ -1,4 +1,4 @@
-"""An embedder that never holds its model: every call reads the blocks one after another and takes all its texts through each."""
+"""An embedder that streams its model: each call reads the blocks one after another and runs all its texts through each."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ from compress.models.network.walk import Carry, Streamed, walk
 from compress.models.text.tokens import Batch
 from compress.runtimes.torch_embedder import TorchEmbedder
 
-# Hidden states beyond this lie in files.
+# Size up to which hidden states are kept in memory. Larger ones are kept in files.
 HIDDEN_BYTES = 2 * 10**9
 
 
 class StreamedEmbedder(BatchedEmbedder):
-    """Encodes in the memory of one block and the texts' hidden states; the vectors are those of the whole model, bit for bit.
+    """Embeds texts in the memory of one block plus their hidden states. The vectors equal those of the loaded model, bit for bit.
 
-    Reading the weights takes its time in every call, so give it all texts at once.
+    Each call reads all weights, so it is best to pass all texts in one call.
     """
 
     def __init__(self, embedder: TorchEmbedder, source: Streamed, hidden_bytes: int = HIDDEN_BYTES) -> None:
-        """Take the embedder that the model would be if it were loaded (its network has no values), and where its weights are."""
+        """Combine an embedder with the source of its weights.
+
+        Args:
+            embedder: the embedder around an empty network, with its parameters on the meta device.
+            source: the source of the network's segments.
+            hidden_bytes: size in bytes up to which hidden states are kept in memory; larger ones are kept in files.
+        """
         super().__init__(embedder.name, embedder.spec, embedder.tokenizer, embedder.dimension, embedder.batch_tokens)
         self._embedder = embedder
         self._source = source

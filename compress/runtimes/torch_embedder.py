@@ -1,4 +1,4 @@
-"""An embedder whose network is a torch module."""
+"""An embedder that runs a network in torch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from compress.models.embedder import BatchedEmbedder, Vectors, watched
+from compress.models.embedder import BatchedEmbedder, Vectors, with_progress
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import backbone_of, head_of
 from compress.models.text.tokens import Batch
-
-# Padded tokens a batch holds unless told otherwise. On a CPU, what a batch of 1,024 tokens touches stays in the cache; a GPU needs
-# many more to be busy (measured for MiniLM on two cores: 1,024 tokens 1.1 to 1.7 times as fast as 4,096).
-BATCH_TOKENS = {"cpu": 1_024}
-BATCH_TOKENS_ELSEWHERE = 16_384
+from compress.runtimes.contract import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 
 
 class TorchEmbedder(BatchedEmbedder):
-    """A network in torch, its head included."""
+    """An embedder that runs a network and its head in torch."""
 
     def __init__(self, folder: ModelFolder, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        """Wrap a network that is already on `device`; `folder` says how it takes texts."""
-        batch_tokens = BATCH_TOKENS.get(device.type, BATCH_TOKENS_ELSEWHERE)
+        """Wrap a network.
+
+        Args:
+            folder: the model's folder, which says how the model takes texts.
+            model: the network, which must be on `device` already.
+            device: the device on which it runs.
+            dtype: its compute dtype.
+        """
+        batch_tokens = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
         super().__init__(folder.name, folder.spec, folder.tokenizer, folder.dimension, batch_tokens)
         self.model = model.eval()
         self.device = device
@@ -31,7 +34,7 @@ class TorchEmbedder(BatchedEmbedder):
 
     def forward(self, batches: Sequence[Batch], pool_from: int, show: bool) -> Iterator[Vectors]:
         """Embed padded batches; see `BatchedEmbedder.forward`."""
-        for ids, mask in watched(batches, "encoding", show):
+        for ids, mask in with_progress(batches, "encoding", show):
             yield self._embed(torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device), pool_from)
 
     @torch.inference_mode()
@@ -41,20 +44,29 @@ class TorchEmbedder(BatchedEmbedder):
 
     @property
     def threads(self) -> int:
-        """How many CPU threads compute."""
+        """Number of CPU threads that compute."""
         return torch.get_num_threads()
 
     def compile(self) -> None:
-        """Run the backbone through `torch.compile` from now on; the head is a few products."""
+        """Run the backbone through `torch.compile` from now on. The head is not compiled; it is only a few operations."""
         backbone_of(self.model).compile(dynamic=True)
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Run the backbone: int64 [texts, length] twice to [texts, length, width]."""
+        """Run the backbone: ids and mask, int64 [texts, length], to hidden states [texts, length, width]."""
         hidden: torch.Tensor = backbone_of(self.model)(input_ids=ids, attention_mask=mask).last_hidden_state
         return hidden
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor, pool_from: int) -> torch.Tensor:
-        """Run the head, tokens before `pool_from` not pooled: float32 [texts, dimension]."""
+        """Run the head.
+
+        Args:
+            hidden: hidden states, [texts, length, width].
+            mask: int64 [texts, length], 1 for tokens.
+            pool_from: position of the first token to pool.
+
+        Returns:
+            float32 [texts, dimension].
+        """
         pooled = mask
         if pool_from:
             pooled = mask.clone()

@@ -1,4 +1,4 @@
-"""The torch runtime: opens checkpoints and variants as embedders, whole or streamed."""
+"""The torch runtime: opens checkpoints and variants as embedders, loaded or streamed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from compress.layers.float_layers import CastEmbedding, OneDnnLinear, has_onednn
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.models.folder import ModelFolder
 from compress.models.network.build import load_network
+from compress.models.network.pooling import Float32Linear, Float32Norm
 from compress.models.network.walk import Streamed
 from compress.models.opened import buffers_to, empty_model, weights_of
 from compress.runtimes.allocator import keep_freed_memory
@@ -23,10 +24,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def pick_device(device: str | None) -> torch.device:
-    """Return the named device, or the GPU where there is one, else the CPU.
+    """Return the named device; by default the GPU if there is one, else the CPU.
 
     Raises:
-        UserError: the named device is not there.
+        UserError: the device is a GPU, and torch finds none.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,24 +37,25 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """Return the named compute dtype; by default half precision on a GPU and float32 on a CPU, where half is slow."""
+    """Return the named compute dtype; by default float16 on a GPU and float32 on a CPU, where half precision is slow."""
     return DTYPES[dtype or ("float32" if device.type == "cpu" else "float16")]
 
 
 def use_threads(threads: int) -> None:
-    """Let torch compute with so many CPU threads, in the whole process."""
+    """Set the number of CPU threads that torch computes with, in the whole process."""
     torch.set_num_threads(threads)
 
 
 def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Put a network into the form that runs: on its device, floating tensors cast, weights packed for their kernels.
+    """Convert a network in place to the form that runs: on its device, in its compute dtype, weights packed for their kernels.
 
-    Embedding tables stored in half precision stay so, and are cast after the lookup: for a MiniLM they are half of all weights.
+    Embedding tables keep the dtype in which they are stored, and rows are converted after the look-up. In a MiniLM the tables are
+    half of all weights.
     """
     if device.type == "cpu":
         keep_freed_memory()
     model.to(device)
-    for path in [path for path, _ in model.named_modules()]:  # by name: a list of modules would keep what is replaced alive
+    for path in [path for path, _ in model.named_modules()]:  # by name: a list of modules would keep replaced ones alive
         module = model.get_submodule(path)
         for name, child in list(module.named_children()):
             if isinstance(child, QuantizedEmbedding):
@@ -65,7 +67,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
             elif type(child) is nn.Linear and device.type == "cpu" and has_onednn_linear(dtype):
                 setattr(module, name, OneDnnLinear(child, dtype))
     for module in model.modules():
-        if isinstance(module, CompressedLayer | CastEmbedding):
+        if isinstance(module, CompressedLayer | CastEmbedding | Float32Linear | Float32Norm):
             continue  # scales stay in float32, tables as they are stored
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
@@ -73,7 +75,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
 
 
 def import_architecture(folder: ModelFolder) -> None:
-    """Import the code of a model's architecture, which transformers otherwise does while loading it."""
+    """Import the code of a model's architecture, which transformers otherwise imports during the load."""
     from transformers import AutoModel
 
     AutoModel._model_mapping[type(folder.network_config)]
@@ -89,9 +91,17 @@ def open_checkpoint(folder: ModelFolder, *, device: str | None = None, dtype: st
 def open_variant(
     folder: ModelFolder, *, device: str | None = None, dtype: str | None = None, activations: bool = True
 ) -> TorchEmbedder:
-    """Open a variant as it was saved: quantized weights go from the file to their kernels, never through floating point.
+    """Open a variant as it is stored: quantized weights go from the file to their kernels without conversion to floating point.
 
-    `activations`: False leaves them in floating point whatever the variant's scheme is, as libraries do that unpack its weights.
+    Args:
+        folder: the variant's folder.
+        device: the device; see `pick_device`.
+        dtype: the compute dtype; see `pick_dtype`.
+        activations: whether to quantize activations as the variant says. False keeps them in floating point, like libraries that
+            unpack the weights.
+
+    Raises:
+        UserError: the device does not exist, or the weights do not fit the network.
     """
     target = pick_device(device)
     compute = pick_dtype(dtype, target)
@@ -105,7 +115,7 @@ def open_variant(
 
 
 def open_streamed(folder: ModelFolder, *, device: str | None = None, dtype: str | None = None) -> StreamedEmbedder:
-    """Open a model or a variant without loading it: its blocks are read one after another each time texts are encoded."""
+    """Open a model or a variant without loading it. Each call of `encode` reads its blocks one after another."""
     target = pick_device(device)
     compute = pick_dtype(dtype, target)
     model = empty_model(folder)

@@ -164,9 +164,12 @@ def test_each_precision_names_its_layers(decoder: Path, make_variant, tmp_path: 
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (QuantizedLayer(bits=4, group_size=32), "48 inputs, no multiple of the group of 32"),
+        (QuantizedLayer(bits=4, group_size=32), "48 inputs, not a multiple of the group size 32"),
         (QuantizedLayer(bits=4, activations=ActivationScheme.DYNAMIC_PER_TOKEN), "4 bits and quantized activations"),
-        (QuantizedLayer(bits=8, activations=ActivationScheme.DYNAMIC_PER_TENSOR), "one scale per tensor"),
+        (
+            QuantizedLayer(bits=8, activations=ActivationScheme.DYNAMIC_PER_TENSOR),
+            "dynamic_per_tensor activations, which no reader runs",
+        ),
     ],
 )
 def test_what_it_cannot_hold_is_refused(layer: QuantizedLayer, words: str) -> None:

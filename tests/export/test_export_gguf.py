@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from compress.common.errors import UserError
 from compress.data.texts import suite_texts
 from compress.export import export
-from compress.export.gguf_vocabulary import Vocabulary, read_vocabulary
+from compress.export.gguf_vocabulary import GGUFVocabulary, read_vocabulary
 from compress.layers.compressed import CompressedLinear
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.methods.base import Method
@@ -126,7 +126,7 @@ def words_of(text: str) -> list[str]:
     return "".join(cut).split()
 
 
-def longest_pieces(found: Vocabulary, text: str) -> list[int]:
+def longest_pieces(found: GGUFVocabulary, text: str) -> list[int]:
     """Split words into the longest tokens, as llama.cpp's tokenizer for BERT does; words carry the mark of a beginning."""
     ids = {token: index for index, token in reversed(list(enumerate(found.tokens)))}
     made = [found.special["bos"]]
@@ -152,7 +152,7 @@ def test_wordpiece(minilm: Path) -> None:
         assert longest_pieces(found, text) == tokenizer.encode(text).ids, text
 
 
-def best_merges(found: Vocabulary, text: str) -> list[int]:
+def best_merges(found: GGUFVocabulary, text: str) -> list[int]:
     """Merge the neighbours whose token has the highest score, leftmost first, as llama.cpp's tokenizer for Llama does."""
     assert found.scores is not None
     ids = {token: index for index, token in enumerate(found.tokens) if found.types[index] == "NORMAL"}
@@ -211,8 +211,8 @@ def test_merges_of_nv_embed() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("normalizer", {"type": "NFKC"}, "changes or cuts texts"),
-        ("pre_tokenizer", {"type": "Punctuation", "behavior": "Isolated"}, "changes or cuts texts"),
+        ("normalizer", {"type": "NFKC"}, "normalises or splits texts"),
+        ("pre_tokenizer", {"type": "Punctuation", "behavior": "Isolated"}, "normalises or splits texts"),
         ("post_processor", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}, "ByteLevel"),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_tokenizer_without_bytes_is_refused(nv_embed: Path) -> None:
     found = json.loads((nv_embed / "tokenizer.json").read_text())
     found["model"]["byte_fallback"] = True
     (nv_embed.parent / "without-bytes.json").write_text(json.dumps(found))
-    with pytest.raises(UserError, match="no token for each byte"):
+    with pytest.raises(UserError, match="lacks tokens for single bytes"):
         read_vocabulary(nv_embed.parent / "without-bytes.json", 2000)
 
 
@@ -242,9 +242,9 @@ def test_a_cased_bert_is_refused(minilm: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        (FP8(), "FP8"),
-        (RTN(bits=8, symmetric=False, group_size=32, activations="none"), "8 bits and zeros"),
-        (RTN(bits=4, group_size=16, activations="none"), "16 inputs a group"),
+        (FP8(), "fp8 numbers"),
+        (RTN(bits=8, symmetric=False, group_size=32, activations="none"), "8 bits and are asymmetric"),
+        (RTN(bits=4, group_size=16, activations="none"), "16 inputs per group"),
     ],
 )
 def test_what_it_cannot_hold_is_refused(decoder: Path, make_variant, tmp_path: Path, step: Method, words: str) -> None:
@@ -254,10 +254,10 @@ def test_what_it_cannot_hold_is_refused(decoder: Path, make_variant, tmp_path: P
 
 
 def test_a_table_that_it_cannot_hold_is_refused(decoder: Path, make_variant, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^embed_tokens: .*16 inputs a group"):
+    with pytest.raises(UserError, match=r"^embed_tokens: .*16 inputs per group"):
         export(make_variant(decoder, Embeddings(bits=4, group_size=16)), "gguf", tmp_path / "out")
 
 
 def test_other_architectures_are_refused(make_model, make_variant, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a roberta model"):
+    with pytest.raises(UserError, match="this kind of roberta model"):
         export(make_variant(make_model("roberta"), Embeddings(bits=8)), "gguf", tmp_path / "out")

@@ -76,11 +76,11 @@ def test_integers_scales_and_zeros_are_the_variant_s(
     ("step", "words"),
     [
         (RTN(), "no activation scheme"),
-        (FP8(), "FP8"),
+        (FP8(), "fp8 numbers"),
         (RTN(bits=5, activations="none"), "5 bits"),
-        (RTN(bits=4, group_size=24, activations="none"), "no multiple of the group of 24"),
-        (RTN(bits=4, activations="none", overrides={"*.down_proj": {"bits": 8}}), "one precision"),
-        (RTN(bits=4, activations="none", skip=("layers.1.mlp.*",)), "cannot tell it"),
+        (RTN(bits=4, group_size=24, activations="none"), "not a multiple of the group size 24"),
+        (RTN(bits=4, activations="none", overrides={"*.down_proj": {"bits": 8}}), "a single precision"),
+        (RTN(bits=4, activations="none", skip=("layers.1.mlp.*",)), "cannot distinguish it"),
     ],
 )
 def test_what_it_cannot_hold_is_refused(decoder: Path, make_variant, tmp_path: Path, step, words: str) -> None:
@@ -93,7 +93,7 @@ def test_what_it_cannot_hold_is_refused(decoder: Path, make_variant, tmp_path: P
 
 def test_widths_are_whole_runs_of_32(bert: Path, make_variant, tmp_path: Path) -> None:
     run = make_variant(bert, RTN(bits=4, group_size=16, activations="none"))
-    with pytest.raises(UserError, match="48 inputs, no multiple of 32"):
+    with pytest.raises(UserError, match="48 inputs, not a multiple of 32"):
         export(run, "gptq", tmp_path / "out")
 
 

@@ -46,5 +46,5 @@ def test_what_the_published_keys_cannot_say_is_refused(
 
 
 def test_other_models_are_refused(bert: Path, make_variant, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no NV-Embed"):
+    with pytest.raises(UserError, match="is not an NV-Embed"):
         export(make_variant(bert, Magnitude(sparsity=0.5)), "nv-embed", tmp_path / "out")

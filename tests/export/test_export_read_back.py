@@ -96,7 +96,7 @@ def test_a_library_that_is_not_there_is_said(bert: Path, make_variant, tmp_path:
     monkeypatch.setattr(reader, "VERSIONS", "print('{}')")
     said: list[str] = []
     out = export(make_variant(bert, FOUR), "transformers", tmp_path / "out", said.append)
-    reason = "Not read back: transformers, torch not installed where it was written."
+    reason = "Not read back: transformers, torch not installed when it was written."
     assert said[-1] == f"{reason} --python names an interpreter that has them."
     assert reason in (out / "README.md").read_text()
 
@@ -111,7 +111,7 @@ def test_a_model_that_does_not_fit_is_not_read_back(
 
 
 def test_what_is_no_python_is_refused(bert: Path, make_variant, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no Python"):
+    with pytest.raises(UserError, match="is not a Python"):
         export(make_variant(bert, FOUR), "transformers", tmp_path / "out", python=tmp_path / "none")
 
 

@@ -31,7 +31,7 @@ def test_the_layout_is_one_stream_of_bits_lowest_first() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="8 does not fit into 3 bits"):
         packing.pack(np.array([[8]], dtype=np.uint8), 3)
-    with pytest.raises(ValueError, match="rows of 3 bytes do not hold 5 values of 3 bits"):
+    with pytest.raises(ValueError, match="rows have 3 bytes; 5 values of 3 bits take 2"):
         packing.unpack(np.zeros((1, 3), dtype=np.uint8), 3, 5)
     with pytest.raises(ValueError, match="bits must be 1 to 8"):
         packing.pack(np.zeros((1, 1), dtype=np.uint8), 9)

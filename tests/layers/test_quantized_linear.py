@@ -135,7 +135,7 @@ def test_wrong_parts_are_refused() -> None:
         QuantizedLinear(QuantizedLayer(bits=8), 2, torch.zeros(2, 2), scale)
     with pytest.raises(ValueError, match="static scheme"):
         QuantizedLinear(QuantizedLayer(bits=8, activations=ActivationScheme.STATIC_PER_TENSOR), 2, integers, scale)
-    with pytest.raises(ValueError, match="zeros go with grids that are not symmetric"):
+    with pytest.raises(ValueError, match="zeros belong to grids that are not symmetric"):
         QuantizedLinear(QuantizedLayer(bits=8, symmetric=False), 2, integers.view(torch.uint8), scale)
     with pytest.raises(ValueError, match="input_factor"):
         QuantizedLinear(QuantizedLayer(bits=8, input_factor=True), 2, integers, scale)

@@ -126,7 +126,7 @@ def test_texts_are_read_from_json_lines_and_plain_files(tmp_path: Path) -> None:
     drawn = measure_texts(str(tmp_path / "t.jsonl"), 10, seed=0)
     assert len(set(drawn)) == 10
     assert drawn == measure_texts(str(tmp_path / "t.jsonl"), 10, seed=0) != measure_texts(str(tmp_path / "t.jsonl"), 10, seed=1)
-    with pytest.raises(UserError, match="holds 20 texts, 21 are wanted"):
+    with pytest.raises(UserError, match="has 20 texts, 21 are needed"):
         measure_texts(str(tmp_path / "t.jsonl"), 21, seed=0)
     (tmp_path / "bad.jsonl").write_text('{"text": 3}\n')
     with pytest.raises(UserError, match="'text' is int"):

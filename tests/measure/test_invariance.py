@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import compress
-from compress.measure.accuracy.score import evaluate
+from compress.measure.accuracy.score import score_task
 from compress.measure.accuracy.tasks import EMBEDDED, find_tasks
 
 
@@ -31,5 +31,5 @@ class Shuffled:
 def test_batches_order_and_padding_change_no_score(minilm: Path, name: str) -> None:
     embedder = compress.load("minilm", device="cpu", dtype="float32")
     task = find_tasks([name], None)[0]
-    scores = [evaluate(model, task).score for model in (embedder, Shuffled(embedder, 100), Shuffled(embedder, 8000))]
+    scores = [score_task(model, task).score for model in (embedder, Shuffled(embedder, 100), Shuffled(embedder, 8000))]
     assert np.ptp(scores) <= 1e-4  # 0.01 points

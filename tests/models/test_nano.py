@@ -9,7 +9,7 @@ import pytest
 from tests_support import folder_of
 
 import compress
-from compress.measure.accuracy.score import evaluate
+from compress.measure.accuracy.score import score_task
 from compress.measure.accuracy.tasks import find_tasks
 from compress.methods.distill.student import Student
 from compress.models.embedder import Embedder
@@ -64,6 +64,6 @@ def test_texts_beside_it_change_no_vector(embedder: Embedder) -> None:
 def test_its_scores_are_near_its_teacher_s_and_a_prompt_costs_little(embedder: Embedder, minilm: Path) -> None:
     teacher = compress.load(str(minilm), device="cpu")
     (task,) = find_tasks(["MiniSTS"], None)
-    plain, prompted = (evaluate(embedder, task, None, {"MiniSTS": prompt}).score for prompt in ("", PROMPT))
-    assert plain > 0.8 * evaluate(teacher, task).score
+    plain, prompted = (score_task(embedder, task, None, {"MiniSTS": prompt}).score for prompt in ("", PROMPT))
+    assert plain > 0.8 * score_task(teacher, task).score
     assert prompted > 0.97 * plain

@@ -19,6 +19,7 @@ from compress.layers.float_layers import has_onednn_linear
 from compress.measure import scored as scoring
 from compress.measure.accuracy import score as accuracy
 from compress.measure.record import Record
+from compress.pipeline import measuring
 from compress.pipeline import run as pipeline
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe import Recipe
@@ -86,11 +87,11 @@ def test_fidelity_and_scores_are_those_of_the_saved_variant(finished: tuple[Reco
     record, folder = finished
     texts = mixed_texts(24, 0)
     opened, baseline = compress.load(str(folder), device="cpu"), compress.load(str(bert), device="cpu")
-    assert record.fidelity == fidelity(baseline.encode(texts), opened.encode(texts), texts).model_dump(mode="json")
+    assert record.fidelity == fidelity(baseline.encode(texts), opened.encode(texts), texts)
     task = find_tasks(["MiniSTS"], None)[0]
     assert record.tasks[0].task == "MiniSTS"
-    assert record.tasks[0].variant == accuracy.evaluate(opened, task).score
-    assert record.tasks[0].baseline == accuracy.evaluate(baseline, task).score
+    assert record.tasks[0].variant == accuracy.score_task(opened, task).score
+    assert record.tasks[0].baseline == accuracy.score_task(baseline, task).score
     assert {info.dtype for info in folder_of(folder / "variant").headers.values()} == {"I8", "F16", "F32"}
 
 
@@ -119,7 +120,7 @@ def test_a_stopped_run_continues_where_it_was(
     finished: tuple[Record, Path], bert: Path, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     calls: list[str] = []
-    right = accuracy.evaluate
+    right = accuracy.score_task
 
     def counted(embedder: Any, task: Any, *arguments: Any) -> Any:
         calls.append(task.name)
@@ -127,7 +128,7 @@ def test_a_stopped_run_continues_where_it_was(
             raise KeyboardInterrupt
         return right(embedder, task, *arguments)
 
-    monkeypatch.setattr(accuracy, "evaluate", counted)
+    monkeypatch.setattr(accuracy, "score_task", counted)
     with pytest.raises(KeyboardInterrupt):
         run(small, model=str(bert), output=tmp_path, device="cpu")
     assert [path.name for path in tmp_path.iterdir()] == [f".{finished[0].run}.partial"]
@@ -181,7 +182,7 @@ def test_gates_decide_and_no_export_leaves_the_record_alone(bert: Path, tmp_path
 def test_float16_is_the_baseline_where_float32_differs(
     bert: Path, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "STAND_IN_COSINE", 1.1)
+    monkeypatch.setattr(measuring, "STAND_IN_COSINE", 1.1)
     recipe = small.model_copy(update={"evaluate": small.evaluate.model_copy(update={"tasks": ("MiniSTS",)})})
     record = run(recipe, model=str(bert), output=tmp_path, device="cpu")
     assert record.baseline.startswith("float16: used, because float32 differs")
@@ -252,7 +253,7 @@ def test_what_does_not_fit_in_memory_is_streamed_or_left_out(
     assert "--stream" in caught.value.hint
     plan = make_plan(small, folder_of(bert).shape, tmp_path)
     besides = plan.run_memory_bytes - plan.variant_bytes
-    monkeypatch.setattr(pipeline, "available_memory_bytes", lambda: besides + weights - 1)
+    monkeypatch.setattr(measuring, "available_memory_bytes", lambda: besides + weights - 1)
     said: list[str] = []
     recipe = parse_recipe({**SMALL, "measure": FAST, "evaluate": {"tasks": ["MiniSTS"], "baseline": "float32"}})
     record = run(recipe, model=str(bert), output=tmp_path, device="cpu", say=said.append)

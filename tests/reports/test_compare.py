@@ -14,7 +14,7 @@ import pytest
 
 from compress import cli
 from compress.common.errors import UserError
-from compress.reports.compare import Line, compare, optimal
+from compress.reports.compare import Line, compare_runs, optimal
 from compress.reports.formats import as_csv, as_json, as_markdown, as_svg, as_table
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -75,13 +75,13 @@ def test_runs_of_other_machines_versions_models_or_data_stand_apart(tmp_path: Pa
     copy(tmp_path, "a")
     copy(tmp_path, "b", retained=0.5)
     copy(tmp_path, "c", **change)
-    groups = compare([tmp_path]).groups
+    groups = compare_runs([tmp_path]).groups
     assert [[one.run for one in group.lines] for group in groups] == [["a", "b"], ["c"]]
 
 
 def test_values_are_the_record_s(tmp_path: Path) -> None:
     record = json.loads((RUN / "record.json").read_text())
-    (one,) = compare([RUN]).groups[0].lines
+    (one,) = compare_runs([RUN]).groups[0].lines
     variant = record["rows"][-1]
     assert one.kept == record["retained"]
     assert one.bytes == variant["size_bytes"]
@@ -97,20 +97,20 @@ def test_what_cannot_be_read_is_listed_and_the_rest_shown(tmp_path: Path) -> Non
     copy(tmp_path, "odd", seed="none")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "record.json").write_text('{"run": ')
-    found = compare([tmp_path, tmp_path / "nowhere"])
+    found = compare_runs([tmp_path, tmp_path / "nowhere"])
     assert [one.run for one in found.groups[0].lines] == ["whole"]
     assert {Path(place).name for place in found.broken} == {"odd", "half", "nowhere"}
     assert "seed" in found.broken[str(tmp_path / "odd")]
     for text in (as_table(found), as_markdown(found)):
         assert "nowhere: no such folder" in text
     with pytest.raises(UserError, match="nothing to compare"):
-        compare([tmp_path / "nowhere"])
+        compare_runs([tmp_path / "nowhere"])
 
 
 def test_every_format_holds_every_run(tmp_path: Path) -> None:
     for number in range(3):
         copy(tmp_path, f"run-{number}", retained=0.9 + number / 100)
-    found = compare([tmp_path])
+    found = compare_runs([tmp_path])
     rows = list(csv.DictReader(as_csv(found).splitlines()))
     assert [row["run"] for row in rows] == ["run-2", "run-1", "run-0"]
     assert [row["optimal"] for row in rows] == ["True", "False", "False"]
@@ -125,12 +125,12 @@ def test_every_format_holds_every_run(tmp_path: Path) -> None:
 
 def test_a_plot_has_a_point_for_each_run_and_names_those_that_no_other_beats(tmp_path: Path) -> None:
     copy(tmp_path, "slow", retained=0.5, recipe__name="slow & <odd>", **{"rows__-1__speedup": {}})
-    with pytest.raises(UserError, match="nothing to draw"):
-        as_svg(compare([tmp_path]))
+    with pytest.raises(UserError, match="nothing to plot"):
+        as_svg(compare_runs([tmp_path]))
     copy(tmp_path, "best", retained=0.9, recipe__name="best")
     copy(tmp_path, "twin", retained=0.9, recipe__name="twin")
     copy(tmp_path, "alone", machine__cores=64)
-    drawn = ElementTree.fromstring(as_svg(compare([tmp_path])))
+    drawn = ElementTree.fromstring(as_svg(compare_runs([tmp_path])))
     svg = "{http://www.w3.org/2000/svg}"
     speed, size = drawn.findall(f"{svg}g")
     shown = [[point.find(f"{svg}title").text.partition(":")[0] for point in panel.iter(f"{svg}circle")] for panel in (speed, size)]
@@ -149,7 +149,7 @@ def test_the_records_of_the_project_can_be_compared() -> None:
         ["git", "ls-files", "results/*/record.json"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
     )
     kept = {Path(path).parent.name for path in git.stdout.splitlines()}
-    found = compare([path for path in sorted(RESULTS.iterdir()) if path.name in kept or f"| {path.name} |" in listed])
+    found = compare_runs([path for path in sorted(RESULTS.iterdir()) if path.name in kept or f"| {path.name} |" in listed])
     assert not found.broken
     assert len(found.groups[0].lines) > 40
     assert "…" not in as_table(found)
@@ -160,7 +160,7 @@ def test_the_records_of_the_project_can_be_compared() -> None:
 def test_the_guide_quotes_the_records() -> None:
     """Rows of docs/choosing.md that name one recipe and an interval say what a record of that recipe on MiniLM says."""
     known: dict[str, list[tuple[str, ...]]] = {}
-    for one in compare([RESULTS]).groups[0].lines:
+    for one in compare_runs([RESULTS]).groups[0].lines:
         kept, low, high = (f"{100 * float(share or 0):.2f}" for share in (one.kept, one.low, one.high))
         known.setdefault(one.recipe, []).append((f"{kept} %", f"{low} to {high}", f"{one.bytes / 1e6:.1f} MB"))
     rows = re.findall(r"^\| .* \| (`.*) \| ([\d.]+ %) \| ([\d.]+ to [\d.]+) \| ([\d.]+ MB) \|", GUIDE.read_text(), re.M)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import threading
@@ -29,10 +30,10 @@ from compress.methods.quantize.rtn import RTN
 from compress.methods.quantize.smoothquant import SmoothQuant
 from compress.models.files.variant import VariantInfo
 from compress.runtimes import contract
-from compress.runtimes.contract import GRAPH_RUNTIMES, RUNTIMES, RuntimeName, graph_file, pick_runtime
+from compress.runtimes.contract import GRAPH_RUNTIMES, RUNTIMES, TORCH, graph_file, pick_runtime
 from compress.runtimes.lower import lower
 
-BOTH = [str(name) for name in GRAPH_RUNTIMES]
+BOTH = list(GRAPH_RUNTIMES)
 TEXTS = ["", "a", "one two", "the parcel never came, and nobody at the depot knew of it", "🙂 日本語", "rain by the evening"]
 
 
@@ -94,7 +95,9 @@ def test_integer_weights_give_torch_s_vectors(
 ) -> None:
     compress_to(bert, tmp_path / "variant", *steps)
     if "ragged-openvino" in request.node.name:
-        with pytest.raises(UserError, match="has 48 four-bit inputs in groups of 32; openvino takes groups that divide them alone"):
+        with pytest.raises(
+            UserError, match="has 48 four-bit inputs in groups of 32; openvino takes only groups that divide the inputs"
+        ):
             lower(folder_of(tmp_path / "variant"), runtime)
         return
     ours, theirs = (opened(tmp_path / "variant", name).encode(TEXTS) for name in (runtime, "torch"))
@@ -238,7 +241,7 @@ def layer(**settings: object) -> dict[str, QuantizedLayer]:
 
 
 def test_auto_is_the_fastest_that_executes_the_variant_s_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = set(RuntimeName)
+    installed = set(RUNTIMES)
     monkeypatch.setattr(contract.Runtime, "is_installed", property(lambda self: self.name in installed))
     static, dynamic = ({"activations": ActivationScheme(name)} for name in ("static_per_tensor", "dynamic_per_token"))
     assert pick_runtime("auto", layer(**static)) == "openvino"
@@ -247,7 +250,7 @@ def test_auto_is_the_fastest_that_executes_the_variant_s_own_numbers(monkeypatch
     assert pick_runtime("auto", layer(numbers=Numbers.FLOAT8)) == "torch"
     assert pick_runtime("auto", {}, dtype="bfloat16") == "openvino"
     assert pick_runtime("auto", layer(**static), device="cuda") == "torch"
-    installed.remove(RuntimeName.OPENVINO)
+    installed.remove("openvino")
     assert pick_runtime("auto", layer(**static)) == "onnxruntime"
 
 
@@ -283,7 +286,7 @@ def test_more_refusals(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(UserError, match=r"openvino is not installed: pip install 'compress-embedders\[openvino\]'"):
             compress.load(str(tmp_path / "variant"), runtime="openvino")
     monkeypatch.setattr(contract, "multiplies_bytes_exactly", lambda: False)
-    with pytest.raises(UserError, match="would let products of bytes overflow on this CPU"):
+    with pytest.raises(UserError, match="would let byte products overflow on this CPU"):
         compress.load(str(tmp_path / "variant"), runtime="onnxruntime")
 
 
@@ -300,12 +303,27 @@ def test_rows_of_an_odd_number_of_four_bit_integers_are_refused(
         self.width -= 1  # type: ignore[attr-defined]
 
     monkeypatch.setattr(lowered_layers.TracedLinear, "__init__", odd)
-    with pytest.raises(UserError, match="rows of 47 four-bit integers; graphs take even rows alone"):
+    with pytest.raises(UserError, match="rows of 47 four-bit integers; graphs take only even rows"):
         lower(folder_of(tmp_path / "variant"), "openvino")
 
 
 def test_every_runtime_of_the_table_has_an_opener() -> None:
-    assert list(RUNTIMES) == [runtime.name for runtime in RUNTIMES.values()]
+    assert RUNTIMES[TORCH].linear is None
+    assert set(GRAPH_RUNTIMES) < set(RUNTIMES)
     for runtime in RUNTIMES.values():
         if runtime.is_installed:
             assert callable(importlib.import_module(runtime.opener).open_variant)
+
+
+@pytest.mark.parametrize(("runtime", "said"), [("onyx", "runtime 'onyx' is not known"), ("torch", "torch executes no graph")])
+def test_what_is_no_graph_runtime_is_never_lowered_as_another(runtime: str, said: str) -> None:
+    from compress.runtimes.lowered_layers import translations
+
+    with pytest.raises(UserError, match=said):
+        translations(runtime)
+
+
+def test_kinds_of_numbers_and_schemes_that_are_new_are_refused_until_a_runtime_names_them() -> None:
+    """Rows list what they execute; none says "all of the enumeration", which would take in whatever is added to it."""
+    source = Path(contract.__file__).read_text()
+    assert not re.search(r"frozenset\((?:ActivationScheme|Numbers)\)", source)

@@ -18,8 +18,7 @@ from compress.common.errors import UserError
 from compress.methods.quantize.rtn import RTN
 from compress.models.files.variant import VariantInfo
 from compress.models.network.build import load_network
-from compress.pipeline.plan import CPU_BATCH_TOKENS
-from compress.runtimes.torch_embedder import BATCH_TOKENS, TorchEmbedder
+from compress.runtimes.torch_embedder import TorchEmbedder
 from compress.runtimes.torch_runtime import prepare
 
 SCHEMES = ["none", "dynamic_per_tensor", "dynamic_per_token"]
@@ -107,10 +106,6 @@ def test_a_device_that_is_not_there_is_refused(bert: Path) -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="sees no GPU"):
         compress.load(str(bert), device="cuda")
-
-
-def test_the_plan_knows_the_runtime_s_batches() -> None:
-    assert BATCH_TOKENS["cpu"] == CPU_BATCH_TOKENS
 
 
 MEMORY = """

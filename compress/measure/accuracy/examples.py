@@ -1,4 +1,4 @@
-"""What a task's score is made of, example by example: caught while mteb scores, so that two models can be compared in pairs."""
+"""The single examples of a task's score, captured while mteb scores, so that two models can be compared in pairs."""
 
 from __future__ import annotations
 
@@ -28,29 +28,30 @@ from compress.measure.accuracy.statistics import (
     Floats,
     Mean,
     Spearman,
-    Statistic,
     VMeasure,
+    WeightedScore,
     differences,
     score,
 )
 
-# mteb's names of retrieval metrics, and how its per-query scores call them.
+# mteb's names of retrieval metrics, and the names in its per-query scores.
 _PER_QUERY = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P", "hit_rate": "success"}
 _CUT = re.compile(r"^(ndcg|map|recall|precision|hit_rate)_at_(\d+)$")
 
 
-class Part(BaseModel):
+class SplitExamples(BaseModel):
     """The examples of one split and subset of a task."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["mean", "spearman", "average_precision", "v_measure"]
     values: Sequence[Sequence[float]]
-    """`mean`: a value per example; `spearman` and `average_precision`: the gold of each, then the similarity; `v_measure`: for each
-    k-means run the examples it saw, their labels, their clusters."""
+    """`mean`: one value per example. `spearman` and `average_precision`: the gold values, then the similarities. `v_measure`: for
+    each k-means run the examples it saw, their labels, their clusters."""
     count: int
+    """Number of examples."""
 
-    def statistic(self) -> Statistic:
+    def statistic(self) -> WeightedScore:
         """Return the score as a function of the examples' weights."""
         arrays = [np.asarray(values, dtype=np.float64) for values in self.values]
         if self.kind == "mean":
@@ -64,11 +65,11 @@ class Part(BaseModel):
 
 
 class Examples(BaseModel):
-    """All parts of a task, whose score is the mean over them; empty where examples of its kind are not told apart."""
+    """Examples of all splits and subsets of a task, whose score is the mean over them. Empty if single ones have no scores."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    parts: tuple[Part, ...] = ()
+    parts: tuple[SplitExamples, ...] = ()
 
     @property
     def count(self) -> int:
@@ -93,7 +94,7 @@ def paired_draws(baseline: Examples, variant: Examples, *, resamples: int, seed:
 
 
 class _Remembering(random.Random):
-    """A generator that keeps which examples were drawn with it."""
+    """A random generator that remembers which examples were drawn."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -111,7 +112,7 @@ class _Remembering(random.Random):
 
 
 class Caught:
-    """Predictions of a task's evaluation, by split and subset."""
+    """Predictions captured from a task's evaluation, by split and subset."""
 
     def __init__(self, task: AbsTask) -> None:
         self._task = task
@@ -120,7 +121,7 @@ class Caught:
         self._drawn: dict[tuple[str, str], list[list[int]]] = {}
 
     def keep_predictions(self, predictions: Any, *_: Any, hf_split: str, hf_subset: str, **__: Any) -> None:
-        """Stand in for the task's own saving to a file."""
+        """Replace the task's own method that saves predictions to a file."""
         self._predictions[hf_split, hf_subset] = predictions
         generator = self._task.rng_state
         if isinstance(generator, _Remembering):
@@ -132,7 +133,7 @@ class Caught:
         self._queries[hf_split, hf_subset] = scores
 
     def examples(self) -> Examples:
-        """Return what was caught, ready for pairing."""
+        """Return the captured examples, ready for pairing."""
         parts = []
         for split, subset in self._predictions:
             part = self._part(split, subset)
@@ -141,7 +142,7 @@ class Caught:
             parts.append(part)
         return Examples(parts=tuple(parts))
 
-    def _part(self, split: str, subset: str) -> Part | None:
+    def _part(self, split: str, subset: str) -> SplitExamples | None:
         task, predictions = self._task, self._predictions[split, subset]
         if isinstance(task, AbsTaskRetrieval):
             return _queries(self._queries[split, subset], task.metadata.main_score)
@@ -167,8 +168,10 @@ class Caught:
             return _legacy_clustering(predictions, rows[task.label_column_name])
         return None
 
-    def _clustering(self, predictions: Mapping[str, Sequence[Any]], labels: Sequence[Any], drawn: list[list[int]]) -> Part | None:
-        """Pair each k-means run with the examples that it was given; a hierarchy of labels is not told apart."""
+    def _clustering(
+        self, predictions: Mapping[str, Sequence[Any]], labels: Sequence[Any], drawn: list[list[int]]
+    ) -> SplitExamples | None:
+        """Return each k-means run with the examples it was given; None for hierarchical labels."""
         if list(predictions) != ["Level 0"]:
             return None
         runs = predictions["Level 0"]
@@ -178,7 +181,7 @@ class Caught:
         values: list[Sequence[float]] = []
         for chosen, clusters in zip(drawn[-len(runs) :], runs, strict=True):
             values += [[*chosen], [codes[flat[embedded[index]]] for index in chosen], clusters]
-        return Part(kind="v_measure", values=values, count=len(embedded))
+        return SplitExamples(kind="v_measure", values=values, count=len(embedded))
 
 
 def _rows(task: AbsTask, split: str, subset: str) -> Any:
@@ -187,16 +190,16 @@ def _rows(task: AbsTask, split: str, subset: str) -> Any:
     return found
 
 
-def _mean(values: Sequence[float] | Floats) -> Part:
-    return Part(kind="mean", values=[[float(value) for value in values]], count=len(values))
+def _mean(values: Sequence[float] | Floats) -> SplitExamples:
+    return SplitExamples(kind="mean", values=[[float(value) for value in values]], count=len(values))
 
 
-def _pairs(kind: Literal["spearman", "average_precision"], gold: Sequence[float], similarity: Sequence[float]) -> Part:
-    return Part(kind=kind, values=[[float(x) for x in gold], [float(x) for x in similarity]], count=len(gold))
+def _pairs(kind: Literal["spearman", "average_precision"], gold: Sequence[float], similarity: Sequence[float]) -> SplitExamples:
+    return SplitExamples(kind=kind, values=[[float(x) for x in gold], [float(x) for x in similarity]], count=len(gold))
 
 
-def _best_pairs(labels: Sequence[float], predictions: Mapping[str, Sequence[float]], metric: str) -> Part | None:
-    """Return pairs with their cosine, or for mteb's `max_ap` with the similarity that has the largest average precision."""
+def _best_pairs(labels: Sequence[float], predictions: Mapping[str, Sequence[float]], metric: str) -> SplitExamples | None:
+    """Return pairs with their cosine; for mteb's `max_ap`, with the similarity of the largest average precision."""
     if metric not in ("cosine_ap", "max_ap"):
         return None
     similarities = [np.asarray(predictions["cosine_scores"])]
@@ -207,7 +210,7 @@ def _best_pairs(labels: Sequence[float], predictions: Mapping[str, Sequence[floa
     return max(parts, key=lambda part: score(part.statistic()))
 
 
-def _queries(scores: Mapping[str, Mapping[str, float]], metric: str) -> Part | None:
+def _queries(scores: Mapping[str, Mapping[str, float]], metric: str) -> SplitExamples | None:
     found = _CUT.match(metric)
     if found is None:
         return None
@@ -215,8 +218,8 @@ def _queries(scores: Mapping[str, Mapping[str, float]], metric: str) -> Part | N
     return _mean([scores[query][name] for query in sorted(scores)])
 
 
-def _legacy_clustering(predictions: Sequence[Any], labels: Sequence[Any]) -> Part:
-    """Sets of texts, each clustered once; a task of one set keeps its labels and clusters unnested."""
+def _legacy_clustering(predictions: Sequence[Any], labels: Sequence[Any]) -> SplitExamples:
+    """Return sets of texts, each clustered once. A task with a single set has unnested labels and clusters."""
     sets = list(zip(labels, predictions, strict=True)) if isinstance(labels[0], list) else [(labels, predictions)]
     values: list[Sequence[float]] = []
     start = 0
@@ -224,11 +227,11 @@ def _legacy_clustering(predictions: Sequence[Any], labels: Sequence[Any]) -> Par
         codes = {label: code for code, label in enumerate(sorted(set(own), key=str))}
         values += [list(range(start, start + len(own))), [codes[label] for label in own], [int(cluster) for cluster in clusters]]
         start += len(own)
-    return Part(kind="v_measure", values=values, count=start)
+    return SplitExamples(kind="v_measure", values=values, count=start)
 
 
 class _LabelsInMemory:
-    """A data set as mteb draws training examples from it, whose labels are decoded once rather than one at each look."""
+    """A data set from which mteb draws training examples; its labels are decoded once instead of at every access."""
 
     def __init__(self, data: Any, column: str) -> None:
         self._data, self._labels = data, {column: list(data[column])}
@@ -244,12 +247,12 @@ class _LabelsInMemory:
 
 
 def _quick_labels(task: AbsTaskClassification) -> dict[str, Any]:
-    """Return methods for a task that give mteb's own lists in the place of columns that are decoded anew at each look.
+    """Return replacement methods for a task that pass lists to mteb instead of columns that are decoded at every access.
 
-    The numbers are the same; on AmazonCounterfactual they take a third of the time.
+    The scores are the same; on AmazonCounterfactual they take a third of the time.
     """
     draw, score_predictions = task._undersample_data, task._calculate_scores
-    decoded: dict[int, tuple[Any, _LabelsInMemory]] = {}  # with the data itself, or another could take its place and number
+    decoded: dict[int, tuple[Any, _LabelsInMemory]] = {}  # holds the data too, so that no other object gets its id
 
     def draw_from_memory(data: Any, *given: Any) -> Any:
         if id(data) not in decoded:
@@ -264,9 +267,9 @@ def _quick_labels(task: AbsTaskClassification) -> dict[str, Any]:
 
 @contextmanager
 def catching(task: AbsTask) -> Iterator[Caught]:
-    """Catch what a task predicts while mteb evaluates it; its random draws start anew, so every model gets the same.
+    """Capture what a task predicts while mteb evaluates it. Its random generators are reset, so every model gets the same draws.
 
-    mteb must be given a `prediction_folder` (nothing is written there), or it keeps no predictions.
+    mteb keeps predictions only if it is given a `prediction_folder`; nothing is written there.
     """
     caught = Caught(task)
     task.rng_state, task.np_rng = _Remembering(task.seed), np.random.default_rng(task.seed)

@@ -1,4 +1,4 @@
-"""Accuracy by the length of what is searched: does a model read to the end of long documents."""
+"""Retrieval scores by document length: does a model read long documents to the end?"""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from compress.measure.accuracy.score import TaskScore
 from compress.measure.accuracy.tasks import Task
 from compress.models.text.tokens import TextTokenizer
 
-# Upper ends in tokens; the last is open.
+# Upper bounds of the buckets, in tokens; one more bucket has no bound.
 EDGES = (256, 512, 1_024, 4_096, 16_384)
 
 
 class Bucket(BaseModel):
-    """Queries whose relevant documents are of one range of lengths."""
+    """Queries whose relevant documents fall into one range of lengths."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     up_to: int | None
-    """Tokens; None: longer than all other buckets."""
+    """Upper bound in tokens. None: longer than all other buckets."""
     queries: int
     score: float
 
 
 def by_length(task: Task, score: TaskScore, tokenizer: TextTokenizer, edges: Sequence[int] = EDGES) -> list[Bucket]:
-    """Split a retrieval task's score by the length of each query's longest relevant document, before anything is cut off.
+    """Split a retrieval task's score by the length of each query's longest relevant document, before truncation.
 
     Args:
-        task: the task, its data loaded.
+        task: a retrieval task with its data loaded.
         score: what a model scored on it.
-        tokenizer: of the model.
-        edges: upper ends of the buckets, in tokens.
+        tokenizer: the model's tokenizer.
+        edges: upper bounds of the buckets, in tokens.
     """
     task_data = task.mteb.dataset
     values: list[float] = []

@@ -1,4 +1,4 @@
-"""Data of tasks from a local folder: `<task>[/<subset>]/<split>.jsonl[.gz]` with the hub's columns, retrieval in BEIR's layout."""
+"""Task data from a local folder: `<task>[/<subset>]/<split>.jsonl[.gz]` with the hub's columns; retrieval in BEIR's layout."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SUFFIXES = (".jsonl.gz", ".jsonl")
 
 
 def load_local(task: AbsTask, folder: Path) -> None:
-    """Put the data of a local folder into a task, and leave in it only the subsets and splits that the folder has.
+    """Load the data of a local folder into a task. The task keeps only the subsets and splits that the folder has.
 
     Raises:
-        UserError: the folder has none of the task's subsets or splits, or a file is broken.
+        UserError: the folder has none of the task's subsets or splits, or a file is faulty.
     """
     present = [subset for subset in task.hf_subsets if (folder / subset).is_dir()]
     if not present and len(task.hf_subsets) == 1:
@@ -49,13 +49,13 @@ def load_local(task: AbsTask, folder: Path) -> None:
     splits = [split for split in task.metadata.eval_splits if all(split in splits for splits in loaded.values())]
     if not splits:
         raise UserError(
-            f"{folder}: has none of the splits {task.metadata.name} is scored on: {', '.join(task.metadata.eval_splits)}"
+            f"{folder}: has none of the splits that {task.metadata.name} is scored on: {', '.join(task.metadata.eval_splits)}"
         )
     task.filter_eval_splits(published_splits(splits))
 
 
 def published_splits(splits: list[str]) -> list[str]:
-    """Return the splits that scores are published for: `test` alone where there is one, as in mteb's benchmarks."""
+    """Return the splits that scores are published for: only `test` if there is one, as in mteb's benchmarks."""
     return ["test"] if "test" in splits else splits
 
 
@@ -79,7 +79,7 @@ def _load_splits(task: AbsTask, folder: Path) -> DatasetDict:
 
 
 def _check_columns(task: AbsTask, folder: Path) -> None:
-    """See that the data has, after the task's own renaming, the columns that it is scored on.
+    """Check that the data, after the task's own renaming, has the columns that the task is scored on.
 
     Raises:
         UserError: one is missing.
@@ -127,7 +127,7 @@ def _load_retrieval(task: AbsTask, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _top_ranked(folder: Path, split: str, queries: set[str], documents: set[str]) -> dict[str, list[str]] | None:
-    """Read which documents each query's are ranked among, `top_ranked[/<split>].jsonl`; None: all (retrieval, not reranking)."""
+    """Read the documents that each query ranks, from `top_ranked[/<split>].jsonl`; None: all (retrieval, not reranking)."""
     places = [place for stem in (f"top_ranked/{split}", "top_ranked") for place in (folder / f"{stem}{s}" for s in SUFFIXES)]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
@@ -137,14 +137,14 @@ def _top_ranked(folder: Path, split: str, queries: set[str], documents: set[str]
         among = [str(document) for document in row["corpus-ids"]]
         unknown = [document for document in among if document not in documents]
         if unknown:
-            raise UserError(f"{path}, row {number}: document {unknown[0]!r} is in no row of the corpus")
+            raise UserError(f"{path}, row {number}: document {unknown[0]!r} is not in the corpus")
         if str(row["query-id"]) in queries:
             ranked[str(row["query-id"])] = among
     return ranked
 
 
 def _load_reranking(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read `<split>.jsonl` with a `query` (or several), its `positive` and its `negative` passages in each row."""
+    """Read `<split>.jsonl`, each row with a `query` (or a list of them) and its `positive` and `negative` passages."""
     splits: dict[str, dict[str, Any]] = {}
     files = [path for path in sorted(folder.glob("*.jsonl*")) if path.name.endswith(SUFFIXES)]
     if not files:
@@ -179,10 +179,10 @@ def _read_qrels(path: Path, queries: set[str], documents: set[str]) -> dict[str,
             continue
         fields = next(csv.reader([line], delimiter="\t"))
         if len(fields) != 3 or not fields[2].strip().lstrip("-").isdigit():
-            raise UserError(f"{path}, line {number}: 'query-id<TAB>corpus-id<TAB>score' is wanted, this is {line!r}")
+            raise UserError(f"{path}, line {number}: expected 'query-id<TAB>corpus-id<TAB>score', got {line!r}")
         query, document, score = fields
         if query not in queries or document not in documents:
             what = f"query {query!r}" if query not in queries else f"document {document!r}"
-            raise UserError(f"{path}, line {number}: {what} is in no row of its file")
+            raise UserError(f"{path}, line {number}: {what} is not in its file")
         relevant.setdefault(query, {})[document] = int(score)
     return relevant

@@ -1,4 +1,4 @@
-"""Two models on the same tasks: the difference on each and over all, with its interval and a verdict against a margin."""
+"""Compares two models on the same tasks: the difference per task and overall, with its interval and a verdict against a margin."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import numpy as np
 
 from compress.measure.accuracy.examples import paired_draws
 from compress.measure.accuracy.score import TaskScore
-from compress.measure.accuracy.statistics import RESAMPLES, Comparison, Interval, interval
+from compress.measure.accuracy.statistics import RESAMPLES, Interval, PairedComparison, interval
 
 
-def compare(
+def compare_scores(
     baseline: Mapping[str, TaskScore], variant: Mapping[str, TaskScore], margin: float, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Comparison:
-    """Compare scores of the same tasks.
+) -> PairedComparison:
+    """Compare two models' scores of the same tasks.
 
     Args:
-        baseline: by task.
-        variant: by task.
-        margin: loss that is accepted, as a share of the baseline's score.
-        resamples: of the bootstrap.
-        seed: of the bootstrap; a task's draws depend on it and on the number of its examples alone.
+        baseline: scores by task.
+        variant: scores by task.
+        margin: accepted loss, as a share of the baseline's score.
+        resamples: number of bootstrap draws.
+        seed: seed of the bootstrap. A task's draws depend only on it and on the number of examples.
     """
     intervals: dict[str, Interval | None] = {}
     draws = []
@@ -35,9 +35,9 @@ def compare(
         intervals[name] = interval(drawn, theirs.score - ours.score, margin * ours.score, ours.examples.count)
     judged = [name for name, found in intervals.items() if found is not None]
     if not judged:
-        return Comparison(intervals, None)
+        return PairedComparison(intervals, None)
     means = [float(np.mean([scores[name].score for name in judged])) for scores in (baseline, variant)]
     examples = sum(baseline[name].examples.count for name in judged)
-    # Tasks with equally many examples were drawn with the same numbers; shuffled, their draws are independent of each other.
+    # Tasks with equally many examples were drawn with the same random numbers. Shuffling makes their draws independent.
     overall = np.mean([np.random.default_rng([seed, index]).permutation(drawn) for index, drawn in enumerate(draws)], axis=0)
-    return Comparison(intervals, interval(overall, means[1] - means[0], margin * means[0], examples))
+    return PairedComparison(intervals, interval(overall, means[1] - means[0], margin * means[0], examples))

@@ -1,4 +1,4 @@
-"""Accuracy by the mteb package's own tasks and scorers: an Embedder in, the task's main score out."""
+"""Scores an Embedder with the mteb package's own tasks and scorers; returns the task's main score."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from compress.models.embedder import Embedder, Vectors
 
 
 class TaskScore(BaseModel):
-    """What one model scored on one task."""
+    """Score of one model on one task."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,14 +33,14 @@ class TaskScore(BaseModel):
     type: str
     metric: str
     score: float
-    """Main score as mteb gives it, mostly 0 to 1."""
+    """Main score as mteb returns it, usually from 0 to 1."""
     prompts: dict[str, str]
-    """Prompts put before the texts, by role (`query`, `document`, or `text` where a task has no roles)."""
+    """Prompts that went before the texts, by role: `query`, `document`, or `text` if a task has no roles."""
     seconds: float
     data: str
     """Fingerprint of the data."""
     examples: Examples
-    """What the score is made of."""
+    """The examples that the score is computed from."""
     mteb: dict[str, Any]
     """The result in mteb's own format."""
 
@@ -55,24 +55,24 @@ class MtebEncoder(AbsEncoder):  # type: ignore[misc]
         prompts: Mapping[str, str] | None = None,
         documents: Embedder | None = None,
     ) -> None:
-        """`documents`: embeds what is searched; None: the same embedder as queries and all else."""
+        """Wrap an embedder; `documents` embeds what is searched (None: the same embedder)."""
         self.embedder = embedder
         self.documents = documents or embedder
         self.batch_tokens = batch_tokens
         self.model_prompts = {**embedder.spec.prompts, **(prompts or {})} or None
-        # mteb files results under owner/name; ours go into the record.
+        # mteb wants a name of the form owner/name; the results go into the record.
         self.mteb_model_meta = ModelMeta.create_empty({"name": f"compress/{embedder.name.replace('/', '--')}", "revision": "local"})
         self.prompts_used: dict[str, str] = {}
 
     def encode(
         self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any
     ) -> Vectors:
-        """Embed the texts of a data loader with the prompt for the task and role, if there is one."""
+        """Embed the texts of a data loader with the prompt for the task and role, if there is one: float32 [texts, dimension]."""
         name = self.get_prompt_name(task_metadata, prompt_type)
         prompt = self.model_prompts[name] if name and self.model_prompts else self.embedder.spec.default_prompt
         self.prompts_used[prompt_type.value if prompt_type else "text"] = prompt
         texts = [text for batch in inputs for text in batch["text"]]
-        # mteb passes the same text many times over in some tasks; each is embedded once.
+        # In some tasks mteb passes the same text many times; each is embedded once.
         unique = list(dict.fromkeys(texts))
         embedder = self.documents if prompt_type == PromptType.document else self.embedder
         vectors = embedder.encode(unique, prompt, batch_tokens=self.batch_tokens)
@@ -82,7 +82,7 @@ class MtebEncoder(AbsEncoder):  # type: ignore[misc]
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Keep mteb's scorers from drawing bars, which they do whatever they are told."""
+    """Disable the progress bars of mteb's scorers, which have no option for it."""
     own = tqdm.__init__
     tqdm.__init__ = partialmethod(own, disable=True)
     try:
@@ -91,7 +91,7 @@ def _without_bars() -> Iterator[None]:
         tqdm.__init__ = own
 
 
-def evaluate(
+def score_task(
     embedder: Embedder,
     task: Task,
     batch_tokens: int | None = None,
@@ -104,10 +104,10 @@ def evaluate(
     Args:
         embedder: embeds the texts.
         task: the task.
-        batch_tokens: padded tokens a batch may hold; None: the embedder's own default.
-        prompts: go before the model's own of the same name.
-        documents: embeds the documents of retrieval in the place of `embedder`: may its queries search another's index?
-        index: stores and searches the documents of retrieval, as mteb's index backends do; None: all vectors as they are.
+        batch_tokens: padded tokens that a batch may hold; None: the embedder's own default.
+        prompts: replace the model's own prompts of the same name.
+        documents: embeds the documents of retrieval instead of `embedder`, to search one model's index with another's queries.
+        index: backend that stores and searches the documents of retrieval; None: mteb's exact search.
 
     Raises:
         UserError: the task's data is on the hub and cannot be loaded; see `load_data`.

@@ -1,9 +1,9 @@
-"""Is a difference between two models more than chance: paired bootstrap over the examples both were scored on. Numpy alone.
+"""Is a difference between two models more than chance? A paired bootstrap over the examples both were scored on. Numpy only.
 
 Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapters 6 and 13 (percentile interval); pairing as in Koehn 2004,
 "Statistical Significance Tests for Machine Translation Evaluation". A resample draws examples with replacement, the same ones for
-both models, so what makes an example hard for both cancels. Drawing an example twice is counting it with weight two, so every
-statistic here takes weights, many resamples at once.
+both models, so whatever makes an example hard for both cancels. An example drawn twice has weight two, so every score here takes
+weights, for many resamples at once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Integers = npt.NDArray[np.int64]
 
 RESAMPLES = 2_000
 LEVEL = 0.95
-# Weights of one chunk of resamples, in numbers: what the statistics allocate is a few times this.
+# Number of weights in one chunk of resamples. The scores allocate a few times this many numbers.
 CHUNK = 4_000_000
 
 
-class Statistic(Protocol):
-    """One model's score on a task as a function of how often each example counts."""
+class WeightedScore(Protocol):
+    """One model's score on a task as a function of the examples' weights."""
 
     @property
     def count(self) -> int:
@@ -42,7 +42,7 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of a value per example: accuracy, nDCG of queries, correlation within texts."""
+    """Mean of one value per example: accuracy, nDCG of a query, correlation within a text."""
 
     values: Floats
 
@@ -58,7 +58,7 @@ class Mean:
 
 
 def _groups(values: Floats) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Return the order that sorts values, where each run of equal ones starts in it, and each value's run."""
+    """Return the order that sorts the values, the start of each run of equal values in it, and the run of each value."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     first = np.concatenate(([True], ordered[1:] != ordered[:-1]))
@@ -68,10 +68,10 @@ def _groups(values: Floats) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp],
 
 
 class Spearman:
-    """Rank correlation of a similarity with the annotators' score; ties share their mean rank."""
+    """Rank correlation of similarities with the annotators' scores; ties share their mean rank."""
 
     def __init__(self, gold: Floats, similarity: Floats) -> None:
-        """Take one number of each per example."""
+        """Take one gold score and one similarity per example: [examples] each."""
         self.gold, self.similarity = gold, similarity
         self._groups = [_groups(values) for values in (gold, similarity)]
 
@@ -81,7 +81,7 @@ class Spearman:
         return len(self.gold)
 
     def __call__(self, weights: Floats) -> Floats:
-        """Return weighted rank correlations; 0 where all drawn examples are tied."""
+        """Return weighted rank correlations; 0 if all drawn examples are tied."""
         total = weights.sum(axis=1)
         centred = []
         for order, starts, run in self._groups:
@@ -98,10 +98,10 @@ class Spearman:
 
 
 class AveragePrecision:
-    """Area under precision over recall of pairs ranked by similarity; equal similarities are one step."""
+    """Area under the precision-recall curve of pairs ranked by similarity; equal similarities are one step."""
 
     def __init__(self, labels: Integers, similarity: Floats) -> None:
-        """Take a label (1: the pair belongs together) and a similarity (the larger the closer) per example."""
+        """Take one label (1: the pair belongs together) and one similarity (larger is closer) per example: [examples] each."""
         self.labels, self.similarity = labels, similarity
         self._order, self._starts, _ = _groups(-similarity)
         self._positive = labels[self._order].astype(np.float64)
@@ -112,7 +112,7 @@ class AveragePrecision:
         return len(self.labels)
 
     def __call__(self, weights: Floats) -> Floats:
-        """Return weighted average precisions; 0 where no drawn pair belongs together."""
+        """Return weighted average precisions; 0 if no drawn pair belongs together."""
         ordered = weights[:, self._order]
         within = np.add.reduceat(ordered, self._starts, axis=1)
         positive = np.add.reduceat(ordered * self._positive, self._starts, axis=1)
@@ -125,7 +125,7 @@ class AveragePrecision:
 
 @dataclass(frozen=True)
 class Clustering:
-    """One k-means run: which examples it saw (some several times), their labels, the clusters it found."""
+    """One k-means run: the examples it saw (some more than once), their labels, and the clusters it found."""
 
     examples: Integers
     labels: Integers
@@ -133,7 +133,7 @@ class Clustering:
 
 
 class VMeasure:
-    """Mean V-measure of k-means runs whose clusters stay as they were found (Rosenberg and Hirschberg 2007)."""
+    """Mean V-measure of k-means runs (Rosenberg and Hirschberg 2007); a resample reweights examples and keeps the clusters."""
 
     def __init__(self, runs: Sequence[Clustering], count: int) -> None:
         """Take runs over `count` examples."""
@@ -165,7 +165,7 @@ class VMeasure:
 
 
 def _v_measure(table: Floats) -> Floats:
-    """Return the V-measure of contingency tables [resamples, labels, clusters]; 1 where there is a single label and cluster."""
+    """Return the V-measure of contingency tables [resamples, labels, clusters]; 1 if there is a single label and cluster."""
     share = table / table.sum(axis=(1, 2), keepdims=True)
 
     def entropy(p: Floats) -> Floats:
@@ -180,7 +180,7 @@ def _v_measure(table: Floats) -> Floats:
 
 
 class Verdict(StrEnum):
-    """What a difference means against a margin."""
+    """Judgement of a difference against a margin."""
 
     KEPT = "kept"
     REGRESSED = "regressed"
@@ -188,7 +188,7 @@ class Verdict(StrEnum):
 
 
 class Interval(BaseModel):
-    """A difference (variant minus baseline) with its confidence interval."""
+    """A difference of scores (variant minus baseline) with its confidence interval."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -196,25 +196,25 @@ class Interval(BaseModel):
     low: float
     high: float
     margin: float
-    """Loss that is accepted, as a positive difference of scores."""
+    """Accepted loss, as a positive difference of scores."""
     examples: int
 
     def __str__(self) -> str:
-        """Write its ends in points, scores x 100."""
+        """Return its ends in points: scores x 100."""
         return f"{100 * self.low:+.2f} to {100 * self.high:+.2f}"
 
     @property
     def verdict(self) -> Verdict:
-        """Judge: kept where even the lower end loses less than the margin, regressed where even the upper end loses more."""
+        """Kept if even the lower end loses less than the margin; regressed if even the upper end loses more; else inconclusive."""
         if self.low > -self.margin or (self.low == self.high == 0):
             return Verdict.KEPT
         return Verdict.REGRESSED if self.high < -self.margin else Verdict.INCONCLUSIVE
 
     @property
     def more_examples(self) -> int | None:
-        """Say about how many more examples would settle an inconclusive verdict; None where it is settled or no number would do.
+        """About how many more examples would settle an inconclusive verdict; None if it is settled, or no number would settle it.
 
-        The interval narrows with the square root of the examples; what has to shrink is the end that lies across the margin.
+        The interval narrows with the square root of the number of examples; the end beyond the margin has to move inside it.
         """
         if self.verdict is not Verdict.INCONCLUSIVE:
             return None
@@ -226,15 +226,15 @@ class Interval(BaseModel):
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Intervals by task (None where the examples of a task are not told apart) and of the mean over the tasks that have one."""
+class PairedComparison:
+    """Intervals of the difference by task (None if a task has no scores of single examples) and of the mean over the others."""
 
     tasks: Mapping[str, Interval | None]
     overall: Interval | None
 
 
-def differences(baseline: Statistic, variant: Statistic, *, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
-    """Return the difference, variant minus baseline, on each of `resamples` draws of their common examples: [resamples].
+def differences(baseline: WeightedScore, variant: WeightedScore, *, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
+    """Return the difference, variant minus baseline, on `resamples` draws of their common examples: [resamples].
 
     Raises:
         ValueError: the two have different numbers of examples, or none.
@@ -252,13 +252,13 @@ def differences(baseline: Statistic, variant: Statistic, *, resamples: int = RES
     return np.concatenate(draws)
 
 
-def score(statistic: Statistic) -> float:
-    """Return the score on the examples as they are."""
+def score(statistic: WeightedScore) -> float:
+    """Return the score with all weights one."""
     return float(statistic(np.ones((1, statistic.count)))[0])
 
 
 def interval(draws: Floats, delta: float, margin: float, examples: int) -> Interval:
-    """Make the interval of a difference from its draws: their percentiles."""
+    """Return the percentile interval of a difference from its bootstrap draws."""
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return Interval(delta=delta, low=float(low), high=float(high), margin=margin, examples=examples)

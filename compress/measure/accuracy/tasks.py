@@ -1,4 +1,4 @@
-"""Tasks to measure accuracy on: the mteb package's own, with data from the hub, from a local folder or from the embedded suite."""
+"""Tasks that measure accuracy: those of the mteb package, with data from the hub, a local folder or the embedded suite."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compress.data.texts import SUITE, fault_of_hub, keep_to_endpoint, same_text
 from compress.measure.accuracy.local_data import load_local, published_splits
 
 MINI = "mini"
-# Of each of the seven types the cheapest public tasks that still tell models apart: some 3 M tokens together.
+# For each of the seven types, the cheapest public tasks that still distinguish models: about 3 M tokens together.
 LITE = (
     "STSBenchmark",
     "BIOSSES",
@@ -32,13 +32,13 @@ LITE = (
     "TwentyNewsgroupsClustering.v2",
     "SummEvalSummarization.v2",
 )
-# Names of our own for mteb's benchmarks; any other is found by mteb's own name.
+# Short names for mteb's benchmarks; the others are found by mteb's own names.
 BENCHMARKS = {"mteb-eng-v1": "MTEB(eng, v1)", "mteb-eng-v2": "MTEB(eng, v2)"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of mteb, and where its data lies (None: on the hub)."""
+    """A task of mteb, and the folder of its data (None: on the hub)."""
 
     mteb: Any
     folder: Path | None
@@ -50,7 +50,7 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """Identify the data: a hash of the local files, or the hub's revision."""
+        """Identifier of the data: a hash of the local files, or the hub's revision."""
         if self.folder is None:
             return str(self.mteb.metadata.revision)
         digest = hashlib.sha256()
@@ -60,7 +60,7 @@ class Task:
 
 
 def evaluated_texts(tasks: Iterable[Task]) -> frozenset[str]:
-    """Return every text of some tasks' data, training splits included, as `same_text` has it; loads what lies on the hub."""
+    """Return every text of the tasks' data, training splits included, normalized by `same_text`; downloads what is on the hub."""
     found: set[str] = set()
     for task in tasks:
         load_data(task)
@@ -117,7 +117,7 @@ def _metadata(name: str, kind: str, main_score: str, description: str) -> TaskMe
 
 
 class MiniSTS(AbsTaskSTS):  # type: ignore[misc]
-    """Sentence pairs over the whole range of similarity; word overlap misleads."""
+    """Sentence pairs over the whole range of similarity; word overlap is misleading."""
 
     metadata = _metadata("MiniSTS", "STS", "cosine_spearman", "Sentence pairs of the embedded suite.")
 
@@ -129,26 +129,26 @@ class MiniRetrieval(AbsTaskRetrieval):  # type: ignore[misc]
 
 
 class MiniIntentClassification(AbsTaskClassification):  # type: ignore[misc]
-    """Intents of a shop's help desk, several of them close to each other."""
+    """Intents of a shop's help desk, some of them close to each other."""
 
     metadata = _metadata("MiniIntentClassification", "Classification", "accuracy", "Help-desk intents of the embedded suite.")
 
 
 class MiniClustering(AbsTaskClustering):  # type: ignore[misc]
-    """Messages about ten close subjects, whose words turn up in each other's senses."""
+    """Messages about ten close subjects that share words with different senses."""
 
     metadata = _metadata("MiniClustering", "Clustering", "v_measure", "Messages by subject, of the embedded suite.")
-    max_fraction_of_documents_to_embed = None  # all of them: mteb's default of 4 % would be twelve
+    max_fraction_of_documents_to_embed = None  # all documents: mteb's default of 4 % would be twelve
 
 
 class MiniPairClassification(AbsTaskPairClassification):  # type: ignore[misc]
-    """Do two sentences say the same: paraphrases without common words against near misses."""
+    """Do two sentences say the same? Paraphrases without common words against near misses."""
 
     metadata = _metadata("MiniPairClassification", "PairClassification", "max_ap", "Paraphrases of the embedded suite.")
 
 
 class MiniReranking(AbsTaskRetrieval):  # type: ignore[misc]
-    """Which of some ten passages answers the question; the others were written to look as if."""
+    """Which of about ten passages answers the question? The others were written to look similar."""
 
     metadata = _metadata("MiniReranking", "Reranking", "map_at_1000", "Answers among near misses, of the embedded suite.")
 
@@ -160,16 +160,16 @@ EMBEDDED = {
 
 
 def find_tasks(names: Iterable[str], data: Path | None) -> list[Task]:
-    """Find tasks by name, with their data loaded where it is local, so that a fault in it is seen before any work is done.
+    """Find tasks by name. Local data is loaded at once, so that faults in it are found before any work is done.
 
     Args:
-        names: names of mteb's tasks or benchmarks; `mini` for the embedded suite; `lite`, `mteb-eng-v1`, `mteb-eng-v2`.
-        data: a folder `<task>[/<subset>]/<split>.jsonl[.gz]` (retrieval in BEIR's layout); None: the hub.
+        names: names of mteb's tasks or benchmarks, `mini` for the embedded suite, `lite`, `mteb-eng-v1` or `mteb-eng-v2`.
+        data: folder laid out as `<task>[/<subset>]/<split>.jsonl[.gz]` (retrieval in BEIR's layout); None: the hub.
 
     Raises:
-        UserError: an unknown task, a task that the folder lacks, or a fault in its files (with file and line).
+        UserError: a task is unknown, is not in the folder, or has a fault in its files (named with file and line).
     """
-    # Superseded tasks are asked for on purpose (published figures are of them), and bars over tiny data sets tell nobody anything.
+    # Superseded tasks are wanted on purpose: published scores are of them. Progress bars over tiny data sets are noise.
     warnings.filterwarnings("ignore", message=".*superseded.*")
     disable_progress_bars()
     keep_to_endpoint()
@@ -195,7 +195,7 @@ def _expand(name: str) -> dict[str, Any]:
     benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
     if BENCHMARKS.get(name, name) in benchmarks:
         tasks = benchmarks[BENCHMARKS.get(name, name)].tasks
-        return {task.metadata.name: copy.deepcopy(task) for task in tasks}  # with the languages and splits that it is about
+        return {task.metadata.name: copy.deepcopy(task) for task in tasks}  # with the benchmark's languages and splits
     try:
         return {name: _task(name)}
     except KeyError as error:
@@ -211,7 +211,7 @@ def _task(name: str) -> Any:
 
 
 def _with_data(name: str, found: Any, data: Path | None) -> Task:
-    """Give a task its data where that is local."""
+    """Load a task's data if it is local."""
     if name in EMBEDDED:
         folder: Path | None = SUITE / name
     elif data is None:
@@ -227,6 +227,6 @@ def _with_data(name: str, found: Any, data: Path | None) -> Task:
 
 
 def _names(name: str) -> list[str]:
-    """Return a task's name, and those of the tasks that it supersedes: the same data under an older name."""
+    """Return a task's name and the names of the tasks that it supersedes, which have the same data."""
     superseded = (task.metadata.name for task in mteb.get_tasks(exclude_superseded=False) if task.superseded_by == name)
     return [name, *sorted(superseded)]

@@ -1,1 +1,1 @@
-"""Throughput, latency and memory, each model in a process of its own."""
+"""Throughput, latency and memory; each model runs in its own process."""

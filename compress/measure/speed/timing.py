@@ -1,4 +1,4 @@
-"""Throughput, latency and memory: every embedder in a fresh process, all of them in turn within each round."""
+"""Throughput, latency and memory. Every embedder runs in a fresh process, and they take turns within each round."""
 
 from __future__ import annotations
 
@@ -18,46 +18,48 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Cell(BaseModel):
-    """How long a batch of equally long texts takes."""
+    """Time of a batch of equally long texts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     batch: int
-    """Texts."""
+    """Number of texts."""
     length: int
-    """Tokens of each, special tokens counted."""
+    """Tokens of each text, special tokens included."""
     seconds: float
     """Median over the rounds."""
 
 
 class Speed(BaseModel):
-    """What one embedder did in its own process."""
+    """Speed and memory of one embedder in its own process."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     texts_per_second: float
     """Median over the rounds."""
     tokens_per_second: float
-    """The same texts, counted in tokens after truncation, padding not counted."""
+    """Median over the rounds, in tokens after truncation, without padding."""
     seconds: tuple[float, ...]
-    """Of each round, in order."""
+    """Seconds of each round, in order."""
     latency_p50_ms: float
+    """Median time of a single text."""
     latency_p99_ms: float
-    """Of one text at a time."""
+    """99th percentile of the time of a single text."""
     threads: int | None
-    """CPU threads; None where the measured does not tell."""
+    """CPU threads. None if the embedder does not say."""
     loaded_bytes: int | None
-    """Anonymous memory above the process's imports once the model is ready; None where the kernel does not tell."""
+    """Anonymous memory once the model is loaded, minus that after the imports. None if the kernel does not say."""
     peak_bytes: int | None
-    """The same, at its peak while encoding."""
+    """Peak anonymous memory while encoding, minus that after the imports. None if the kernel does not say."""
     gpu_peak_bytes: int | None
+    """Peak GPU memory while encoding. None without a GPU."""
     cells: tuple[Cell, ...] = ()
-    """Time by batch and length, where it was asked for."""
+    """Time by batch size and length, if the recipe asks for it."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An embedder to measure: `loader` ("module:function") is called with `arguments` in the fresh process."""
+    """An embedder to measure. The fresh process calls `loader` ("module:function") with `arguments`."""
 
     arguments: Mapping[str, Any]
     loader: str = "compress.runtimes.loading:load"
@@ -69,7 +71,7 @@ class WorkerProcess:
 
     def __init__(self, candidate: Candidate, threads: int | None) -> None:
         environment = {**os.environ, **candidate.environment}
-        # A file, not a pipe: nobody reads while the process works, and a full pipe would stop it.
+        # A file, not a pipe: nothing reads it while the process works, and a full pipe would block the process.
         self._printed = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  closed by close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "compress.measure.speed.worker"],
@@ -89,7 +91,7 @@ class WorkerProcess:
         """Send a request and wait for its answer.
 
         Raises:
-            RuntimeError: the process ended instead; carries the end of what it printed.
+            RuntimeError: the process ended instead; the message has the end of what it printed.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -129,11 +131,23 @@ def measure_speed(
     threads: int | None = None,
     cells: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Speed]:
-    """Measure candidates on the same texts, interleaved: A B C, A B C, ... so that a drifting machine drifts for all.
+    """Measure candidates on the same texts, interleaved: A B C, A B C, ... A machine that drifts then drifts for all of them.
 
-    `cells`: numbers of texts and tokens at which time is measured besides; a length that an embedder cuts is left out for it.
-    All processes are loaded before the first round and only one works at a time. An uncounted first
-    pass over the texts warms each, and is the one whose memory is watched.
+    All processes are loaded before the first round, and only one works at a time. A first pass over the texts warms up each
+    process; it is not timed, and memory is measured during it.
+
+    Args:
+        candidates: embedders by name.
+        texts: texts of the throughput rounds.
+        rounds: number of rounds.
+        requests: number of single texts that are encoded for latency, over all rounds.
+        batch_tokens: padded tokens that a batch may hold; None: the embedder's default.
+        threads: CPU threads of each process; None: all cores.
+        cells: pairs of batch size and text length in tokens to time in addition. A length that an embedder would truncate is left
+            out for it.
+
+    Raises:
+        RuntimeError: a process ended before it answered.
     """
     texts = list(texts)
     singles = [texts[index % len(texts)] for index in range(requests)]
@@ -144,39 +158,45 @@ def measure_speed(
             workers[name] = WorkerProcess(candidate, threads)
             peaks[name] = workers[name].ask("memory", texts=texts, batch_tokens=batch_tokens)
         tokens = next(iter(workers.values())).ask("count", texts=texts)["tokens"]
-        seconds: dict[str, list[float]] = {name: [] for name in workers}
-        latencies: dict[str, list[float]] = {name: [] for name in workers}
-        timed: dict[str, dict[tuple[int, int], list[float]]] = {name: {} for name in workers}
+        times = {name: _Times() for name in workers}
         for turn in range(rounds):
             for name, worker in workers.items():
-                seconds[name].append(worker.ask("throughput", texts=texts, batch_tokens=batch_tokens)["seconds"])
-                latencies[name] += worker.ask("latency", texts=singles[turn::rounds])["seconds"]
+                times[name].seconds.append(worker.ask("throughput", texts=texts, batch_tokens=batch_tokens)["seconds"])
+                times[name].latencies += worker.ask("latency", texts=singles[turn::rounds])["seconds"]
             for batch, length in cells:
                 for name, worker in workers.items():
                     took = worker.ask("cell", batch=batch, length=length)["seconds"]
                     if took is not None:
-                        timed[name].setdefault((batch, length), []).append(took)
-        return {
-            name: Speed(
-                texts_per_second=len(texts) / median(seconds[name]),
-                tokens_per_second=tokens / median(seconds[name]),
-                seconds=tuple(seconds[name]),
-                latency_p50_ms=float(np.percentile(latencies[name], 50)) * 1e3,
-                latency_p99_ms=float(np.percentile(latencies[name], 99)) * 1e3,
-                threads=worker.loaded["threads"],
-                loaded_bytes=worker.loaded["loaded_bytes"],
-                cells=tuple(
-                    Cell(batch=batch, length=length, seconds=median(took)) for (batch, length), took in timed[name].items()
-                ),
-                **peaks[name],
-            )
-            for name, worker in workers.items()
-        }
+                        times[name].cells.setdefault((batch, length), []).append(took)
+        return {name: times[name].speed(len(texts), tokens, **worker.loaded, **peaks[name]) for name, worker in workers.items()}
     finally:
         for worker in workers.values():
             worker.close()
 
 
+@dataclass
+class _Times:
+    """Seconds of one embedder, as the rounds add them."""
+
+    seconds: list[float] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+    cells: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+
+    def speed(self, texts: int, tokens: int, **memory: Any) -> Speed:
+        """Summarize the rounds; `memory` has the fields of `Speed` that are no times."""
+        middle = median(self.seconds)
+        cells = (Cell(batch=batch, length=length, seconds=median(took)) for (batch, length), took in self.cells.items())
+        return Speed(
+            texts_per_second=texts / middle,
+            tokens_per_second=tokens / middle,
+            seconds=tuple(self.seconds),
+            latency_p50_ms=float(np.percentile(self.latencies, 50)) * 1e3,
+            latency_p99_ms=float(np.percentile(self.latencies, 99)) * 1e3,
+            cells=tuple(cells),
+            **memory,
+        )
+
+
 def speed_ratio(variant: Speed, baseline: Speed) -> float:
-    """Return how many times as fast `variant` is: the median of the rounds' own ratios, in which drift cancels."""
+    """Return how many times as fast `variant` is: the median of the rounds' ratios, in which drift cancels."""
     return median(theirs / ours for ours, theirs in zip(variant.seconds, baseline.seconds, strict=True))

@@ -1,7 +1,7 @@
 """A process that holds one embedder and measures it on request: JSON lines in, JSON lines out.
 
-Each measured embedder lives in a fresh process of its own, so that its memory is its own and nothing is shared.
-`compress.measure.speed.timing` starts it (`python -m compress.measure.speed.worker`); nobody calls it by hand.
+Each embedder gets a fresh process, so that its memory can be told from everything else. `compress.measure.speed.timing` starts it
+(`python -m compress.measure.speed.worker`); it is not meant to be run by hand.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Worker:
         self._warm: set[tuple[int, int]] = set()
 
     def load(self, loader: str, arguments: dict[str, Any], threads: int | None) -> dict[str, Any]:
-        """Load the embedder by calling `loader` ("module:function") with `arguments`, and say what memory that took."""
+        """Load the embedder by calling `loader` ("module:function") with `arguments`; return the memory that it takes."""
         module = importlib.import_module(loader.partition(":")[0])
-        # Memory counts from here: what the runtime's own imports take is no model's doing.
+        # Memory is counted from after the imports, which are not part of the model.
         if hasattr(module, "preload"):
             module.preload(**arguments)
         load = getattr(module, loader.partition(":")[2])
-        torch: Any = sys.modules.get("torch")  # not imported here: a runtime without it is measured without it
+        torch: Any = sys.modules.get("torch")  # not imported here: a runtime without torch is measured without torch
         self.gpu = torch.cuda if torch and torch.cuda.is_available() else None
         release_free_pages()
         self.imports_bytes = anonymous_bytes()
@@ -41,7 +41,7 @@ class Worker:
         return {"loaded_bytes": self._above_imports(anonymous_bytes()), "threads": getattr(self.embedder, "threads", None)}
 
     def memory(self, texts: list[str], batch_tokens: int | None) -> dict[str, Any]:
-        """Encode all texts once and watch the memory; not timed, because watching takes a share of a core."""
+        """Encode all texts once and watch the memory. This pass is not timed, because watching uses a share of a core."""
         if self.gpu:
             self.gpu.reset_peak_memory_stats()
         with PeakAnonymous() as peak:
@@ -50,13 +50,13 @@ class Worker:
         return {"peak_bytes": self._above_imports(peak.bytes), "gpu_peak_bytes": gpu_bytes}
 
     def throughput(self, texts: list[str], batch_tokens: int | None) -> dict[str, Any]:
-        """Encode all texts once; seconds."""
+        """Encode all texts once; return the seconds."""
         start = time.perf_counter()
         self.embedder.encode(texts, batch_tokens=batch_tokens)
         return {"seconds": time.perf_counter() - start}
 
     def latency(self, texts: list[str]) -> dict[str, Any]:
-        """Encode the texts one by one; seconds of each."""
+        """Encode the texts one at a time; return the seconds of each."""
         seconds = []
         for text in texts:
             start = time.perf_counter()
@@ -65,11 +65,11 @@ class Worker:
         return {"seconds": seconds}
 
     def cell(self, batch: int, length: int) -> dict[str, Any]:
-        """Encode a batch of texts of so many tokens, special tokens counted; seconds, None where such texts are cut."""
+        """Encode a batch of texts of `length` tokens, special tokens included; return the seconds, None if such texts are cut."""
         text = self._text_of(length)
         if text is None:
             return {"seconds": None}
-        budget = batch * length  # so that it is one batch
+        budget = batch * length  # exactly one batch
         if (batch, length) not in self._warm:
             self.embedder.encode([text] * batch, batch_tokens=budget)
             self._warm.add((batch, length))
@@ -78,7 +78,7 @@ class Worker:
         return {"seconds": time.perf_counter() - start}
 
     def _text_of(self, length: int) -> str | None:
-        """Return a text of so many tokens; None where the embedder takes none so long."""
+        """Return a text of that many tokens; None if the embedder truncates texts before that."""
 
         def tokens(words: int) -> int:
             return len(self.embedder.tokenizer([" ".join(["a"] * words)])[0])
@@ -87,7 +87,7 @@ class Worker:
         return " ".join(["a"] * words) if words > 0 and tokens(words) == length else None
 
     def count(self, texts: list[str]) -> dict[str, Any]:
-        """Count the tokens of all texts, special tokens included, after truncation."""
+        """Count the tokens of all texts after truncation, special tokens included."""
         return {"tokens": sum(len(row) for row in self.embedder.tokenizer(texts))}
 
     def _above_imports(self, total: int | None) -> int | None:
@@ -96,7 +96,7 @@ class Worker:
 
 def main() -> None:
     """Serve requests until standard input closes."""
-    # Libraries print; the answers go to the original standard output, everything else to standard error.
+    # Libraries may print. Answers go to the original standard output, everything else to standard error.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     worker = Worker()

@@ -1,9 +1,9 @@
-"""Vectors after the model: fewer dimensions, fewer bits, and searching them; fitted on calibration texts. Numpy alone.
+"""Vectors in fewer dimensions or fewer bits, and search in them; fitted on calibration texts. Needs only numpy.
 
-Truncation keeps the leading dimensions (meant for models trained so: Kusupati et al. 2022, arXiv 2205.13147); PCA keeps those of
-most variance. int8 takes one range per dimension from calibration; binary keeps which side of the calibration's median a value lies
-on, and is compared bit by bit. Rescoring ranks the best of a binary search anew with the query in float32 (Yamada et al. 2021,
-arXiv 2106.00882, section 3.2).
+Truncation keeps the leading dimensions; it is meant for models trained for it (Kusupati et al. 2022, arXiv 2205.13147). PCA keeps
+the directions of largest variance. int8 takes one range per dimension from the calibration vectors. binary stores on which side of
+the calibration median a value lies, and compares bits. Rescoring ranks the best results of a binary search again, with the query
+in float32 (Yamada et al. 2021, arXiv 2106.00882, section 3.2).
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from compress.models.embedder import Vectors
 LEVELS = 255
 # Values beyond these percentiles of the calibration vectors are clipped.
 PERCENTILES = (0.1, 99.9)
-# How many of the documents that a binary search finds are scored anew: four times a hundred results.
+# Number of results of a binary search that are rescored: four times a hundred.
 RESCORED = 400
 _BITS_SET = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 _NAME = re.compile(r"^(?:(truncate|pca)-(\d+))?\+?(float32|int8|binary)?(\+rescore)?$")
 
 
 @dataclass(frozen=True)
-class OutputScheme:
-    """What becomes of a vector before it is stored."""
+class VectorFormat:
+    """How vectors are stored: which dimensions, in which numbers."""
 
     reduction: Literal["truncate", "pca"] | None
     dimensions: int | None
-    """How many are kept; None: all."""
+    """Number of dimensions that are kept; None: all."""
     store: Literal["float32", "int8", "binary"]
     rescore: bool
 
     @classmethod
-    def parse(cls, name: str) -> OutputScheme:
+    def parse(cls, name: str) -> VectorFormat:
         """Read a name such as `int8`, `pca-192`, `truncate-256+int8`, `binary+rescore`.
 
         Raises:
-            UserError: it says something else.
+            UserError: it is not such a name.
         """
         found = _NAME.match(name)
         if not name or found is None or (found.group(4) and found.group(3) != "binary"):
             raise UserError(
-                f"output {name!r}: not [truncate-N|pca-N][+][float32|int8|binary][+rescore]",
+                f"vector format {name!r}: not [truncate-N|pca-N][+][float32|int8|binary][+rescore]",
                 "such as int8, pca-192, truncate-256+int8 or binary+rescore; only binary vectors are rescored",
             )
         reduction, dimensions, store, rescore = found.groups()
@@ -55,7 +55,7 @@ class OutputScheme:
 
     @property
     def name(self) -> str:
-        """Name it as `parse` reads it."""
+        """Name of the format, as `parse` reads it."""
         reduced = f"{self.reduction}-{self.dimensions}+" if self.reduction else ""
         return f"{reduced}{self.store}{'+rescore' if self.rescore else ''}"
 
@@ -71,25 +71,25 @@ def unit(vectors: Vectors) -> Vectors:
     return scaled
 
 
-class OutputCodec:
-    """A scheme with what it learned from calibration vectors."""
+class VectorCodec:
+    """A format fitted to calibration vectors."""
 
-    def __init__(self, scheme: OutputScheme, calibration: Vectors) -> None:
+    def __init__(self, format: VectorFormat, calibration: Vectors) -> None:
         """Fit to the vectors of calibration texts, float32 [texts, dimension].
 
         Raises:
-            UserError: more dimensions are to be kept than there are, or PCA is to find more than there are texts.
+            UserError: the format keeps more dimensions than the model has, or PCA more than there are texts.
         """
         count, dimension = calibration.shape
-        kept = scheme.dimensions or dimension
-        if kept > dimension or (scheme.reduction == "pca" and kept > count):
-            limit = f"{dimension} dimensions" + (f" and {count} calibration texts" if scheme.reduction == "pca" else "")
-            raise UserError(f"output {scheme.name!r}: keeps {kept} dimensions of a model with {limit}")
-        self.scheme = scheme
+        kept = format.dimensions or dimension
+        if kept > dimension or (format.reduction == "pca" and kept > count):
+            limit = f"{dimension} dimensions" + (f" and {count} calibration texts" if format.reduction == "pca" else "")
+            raise UserError(f"vector format {format.name!r}: keeps {kept} dimensions of a model with {limit}")
+        self.format = format
         self._kept = kept
         self._axes: Vectors | None = None
-        if scheme.reduction == "pca":
-            # Not centred: similarities are angles from the origin, and a shift would change every one of them.
+        if format.reduction == "pca":
+            # Not centred: similarities are angles at the origin, and a shift would change all of them.
             _, axes = np.linalg.eigh(np.asarray(unit(calibration).T @ unit(calibration), dtype=np.float64))
             self._axes = axes[:, ::-1][:, :kept].astype(np.float32)
         reduced = self.reduce(calibration)
@@ -98,24 +98,24 @@ class OutputCodec:
         self._median = np.median(reduced, axis=0).astype(np.float32)
 
     def reduce(self, vectors: Vectors) -> Vectors:
-        """Keep the scheme's dimensions, of unit length: float32 [n, dimension] to [n, kept]."""
+        """Reduce vectors to the format's dimensions, at unit length: float32 [n, dimension] to [n, kept]."""
         scaled = unit(vectors)
         return unit(scaled @ self._axes if self._axes is not None else scaled[:, : self._kept])
 
     def encode(self, vectors: Vectors) -> npt.NDArray[np.generic]:
         """Return vectors as they are stored: float32, uint8 codes [n, kept], or bits [n, kept / 8]."""
         reduced = self.reduce(vectors)
-        if self.scheme.store == "int8":
+        if self.format.store == "int8":
             codes: npt.NDArray[np.generic] = np.clip(np.rint((reduced - self._low) / self._step), 0, LEVELS).astype(np.uint8)
             return codes
-        return np.packbits(reduced > self._median, axis=1) if self.scheme.store == "binary" else reduced
+        return np.packbits(reduced > self._median, axis=1) if self.format.store == "binary" else reduced
 
     def decode(self, stored: npt.NDArray[np.generic]) -> Vectors:
-        """Return stored vectors as float32 [n, kept]; of binary ones -1 and 1."""
-        if self.scheme.store == "int8":
+        """Return stored vectors as float32 [n, kept]; binary vectors become -1 and 1."""
+        if self.format.store == "int8":
             decoded: Vectors = stored.astype(np.float32) * self._step + self._low
             return decoded
-        if self.scheme.store == "binary":
+        if self.format.store == "binary":
             return np.unpackbits(stored.astype(np.uint8), axis=1, count=self._kept).astype(np.float32) * 2 - 1
         return stored.astype(np.float32)
 
@@ -123,15 +123,15 @@ class OutputCodec:
         """Find each query's best documents.
 
         Args:
-            queries: float32 [queries, dimension], as the model made them.
-            stored: documents as `encode` gave them.
-            top: how many are wanted.
+            queries: float32 [queries, dimension], as the model returns them.
+            stored: documents, as `encode` returns them.
+            top: number of documents wanted.
 
         Returns:
-            Scores [queries, found] and document numbers [queries, found], the best first.
+            Scores [queries, found] and document numbers [queries, found], best first.
         """
-        top = min(top, len(stored), RESCORED if self.scheme.rescore else len(stored))
-        if self.scheme.store != "binary":
+        top = min(top, len(stored), RESCORED if self.format.rescore else len(stored))
+        if self.format.store != "binary":
             return _best(self.reduce(queries) @ unit(self.decode(stored)).T, top)
         bits = self.encode(queries)
         scores = np.empty((len(queries), top), dtype=np.float32)
@@ -140,7 +140,7 @@ class OutputCodec:
         for index, (own, own_reduced) in enumerate(zip(bits, reduced, strict=True)):
             distance = _BITS_SET[np.bitwise_xor(stored, own)].sum(axis=1, dtype=np.int32)  # type: ignore[call-overload]
             similarity = (1 - 2 * distance / self._kept)[None].astype(np.float32)
-            if self.scheme.rescore:
+            if self.format.rescore:
                 _, chosen = _best(similarity, RESCORED)
                 again, order = _best((own_reduced[None] @ self.decode(stored[chosen[0]]).T).astype(np.float32), top)
                 scores[index], found[index] = again[0], chosen[0][order[0]]
@@ -151,7 +151,7 @@ class OutputCodec:
 
 
 def _best(similarity: Vectors, top: int) -> tuple[Vectors, npt.NDArray[np.intp]]:
-    """Return the `top` largest of each row and where they are, largest first; equal ones in their order."""
+    """Return the `top` largest values of each row and their positions, largest first; equal values keep their order."""
     order = np.argsort(-similarity, axis=1, kind="stable")[:, :top]
     return np.take_along_axis(similarity, order, axis=1), order
 
@@ -159,8 +159,8 @@ def _best(similarity: Vectors, top: int) -> tuple[Vectors, npt.NDArray[np.intp]]
 def rotation(source: Vectors, target: Vectors) -> Vectors:
     """Return the rotation, float32 [d, d], that brings `source` closest to `target`: `source @ rotation`, both [texts, d].
 
-    The orthogonal Procrustes solution (Schoenemann 1966), drawn towards no rotation at all in the directions in which the texts
-    say nothing: two models of one family share those.
+    This is the orthogonal Procrustes solution (Schoenemann 1966), regularized towards the identity for directions that the texts do
+    not cover: two models of one family share those.
     """
     product = unit(source).T.astype(np.float64) @ unit(target).astype(np.float64)
     prior = np.trace(product) / len(product)

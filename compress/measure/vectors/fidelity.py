@@ -1,4 +1,4 @@
-"""How close a variant's vectors are to the baseline's, text by text and in what they retrieve. Numpy alone."""
+"""How close a variant's vectors are to the baseline's, text by text and in what they retrieve. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from compress.models.embedder import Vectors
 NEIGHBOURS = 10
 FAR_NEIGHBOURS = 100
 WORST = 5
-# A space in which any two texts are this close to each other tells nothing apart.
+# In a space where different texts are this similar on average, texts cannot be told apart.
 COLLAPSED_COSINE = 0.999
 SHOWN_CHARACTERS = 100
 
 
 class WorstText(BaseModel):
-    """A text that the two embedders see most differently."""
+    """A text whose two vectors differ most."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,33 +30,34 @@ class WorstText(BaseModel):
 
 
 class Fidelity(BaseModel):
-    """Agreement of two embedders' vectors on the same texts."""
+    """Agreement between two embedders' vectors of the same texts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     texts: int
     cosine_mean: float | None = None
-    """Of the same text's two vectors; None, as the other two, where these have different widths."""
+    """Mean cosine between a text's two vectors. None if these have different widths, like the other two cosines."""
     cosine_p1: float | None = None
-    """First percentile: one text in a hundred is worse."""
+    """First percentile of the cosines: one text in a hundred is worse."""
     cosine_min: float | None = None
+    """Lowest cosine."""
     overlap_at_10: float
     """Mean share of a text's ten nearest other texts that both embedders agree on."""
     overlap_at_100: float | None = None
-    """The same for a hundred; None where there are not twice as many texts."""
+    """The same for the hundred nearest. None if there are fewer than two hundred texts."""
     similarity_spearman: float | None = None
-    """Rank correlation of the similarities of all pairs of texts."""
+    """Rank correlation between the two embedders' similarities of all pairs of texts."""
     norm_ratio: float | None = None
-    """Mean norm of the variant's vectors over that of the baseline's; 1 where the model normalises."""
+    """Mean norm of the variant's vectors divided by that of the baseline's; 1 if the model normalises."""
     mean_cosine: dict[str, float] = {}
-    """Mean cosine between different texts, of either embedder: the less isotropic the space, the higher."""
+    """Mean cosine between different texts, for each embedder. It is higher the less isotropic the space is."""
     cosines: tuple[float, ...] = ()
-    """Of all texts, lowest first, to six digits."""
+    """Cosines of all texts, lowest first, to six digits."""
     worst: tuple[WorstText, ...] = ()
     """The texts with the lowest cosines."""
 
     def in_short(self) -> str:
-        """Say the least that says something."""
+        """Return a one-line summary."""
         if self.cosine_mean is None:
             return f"vectors of another width; neighbour overlap@10 {self.overlap_at_10:.3f}"
         return f"cosine mean {self.cosine_mean:.5f}, min {self.cosine_min:.5f}"
@@ -69,7 +70,7 @@ def cosines(a: Vectors, b: Vectors) -> Vectors:
 
 
 def neighbours(vectors: Vectors, count: int) -> np.ndarray[tuple[int, int], np.dtype[np.intp]]:
-    """Return the indices of each row's `count` nearest other rows by cosine, [n, count], in no order."""
+    """Return the indices of each row's `count` nearest other rows by cosine, [n, count], unordered."""
     scaled = unit(vectors)
     similarity = scaled @ scaled.T
     np.fill_diagonal(similarity, -np.inf)
@@ -77,11 +78,11 @@ def neighbours(vectors: Vectors, count: int) -> np.ndarray[tuple[int, int], np.d
 
 
 def fidelity(baseline: Vectors, variant: Vectors, texts: Sequence[str] = ()) -> Fidelity:
-    """Compare two embedders' vectors of the same texts, float32 [n, d] each, of one width or two.
+    """Compare two embedders' vectors of the same texts: float32 [n, d] each; the widths may differ.
 
     Raises:
-        ValueError: there is not a vector of each for each text, or there are too few texts for ten neighbours.
-        UserError: the variant's vectors are not finite, or nearly the same for all texts while the baseline's are not.
+        ValueError: the numbers of vectors differ, or there are too few texts for ten neighbours.
+        UserError: the variant's vectors are not finite, or are nearly the same for all texts while the baseline's are not.
     """
     if len(baseline) != len(variant):
         raise ValueError(f"vectors of the same texts are compared, got {baseline.shape} and {variant.shape}")

@@ -1,4 +1,4 @@
-"""What retrieval loses when its documents' vectors are stored in fewer bytes."""
+"""What retrieval loses when the documents' vectors are stored in fewer bytes."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from pydantic import BaseModel, ConfigDict
 
 from compress.measure.accuracy.score import TaskScore
 from compress.measure.accuracy.statistics import Interval
-from compress.measure.vectors.codec import OutputCodec, OutputScheme
+from compress.measure.vectors.codec import VectorCodec, VectorFormat
 from compress.models.embedder import Vectors
 
 MILLION = 1_000_000
 
 
-class OutputRow(BaseModel):
-    """One way of storing vectors, and what retrieval scores with it."""
+class VectorFormatRow(BaseModel):
+    """Retrieval scores with vectors stored in one format."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    output: str
+    format: str
     dimensions: int
     bytes_per_million: int
-    """Of the documents' vectors."""
+    """Bytes that a million document vectors take."""
     scores: dict[str, float]
-    """By task."""
+    """Scores by task."""
     intervals: dict[str, Interval]
-    """Of the difference from the same model's own float32 vectors, by task."""
+    """Confidence intervals of the difference from the same model's float32 vectors, by task."""
 
 
 class CompressedIndex:
-    """An index as mteb's search takes it: documents stored by a codec."""
+    """An index backend for mteb's search that stores documents with a codec."""
 
-    def __init__(self, codec: OutputCodec) -> None:
+    def __init__(self, codec: VectorCodec) -> None:
         self._codec = codec
         self._stored: list[Any] = []
 
@@ -46,7 +46,7 @@ class CompressedIndex:
     def search(
         self, embeddings: Any, top_k: int, similarity_fn: Callable[..., Any], top_ranked: Any = None, query_idx_to_id: Any = None
     ) -> tuple[list[list[float]], list[list[int]]]:
-        """Search all documents; reranking a given few is not what an index is for."""
+        """Search all documents. Reranking a given few is refused: that does not need an index."""
         del similarity_fn, query_idx_to_id
         if top_ranked is not None:
             raise ValueError("a compressed index searches; it does not rerank")
@@ -54,42 +54,42 @@ class CompressedIndex:
         return scores.tolist(), found.tolist()
 
     def clear(self) -> None:
-        """Forget the documents."""
+        """Remove all documents."""
         self._stored = []
 
 
-def score_outputs(
-    schemes: Sequence[OutputScheme],
+def score_vector_formats(
+    formats: Sequence[VectorFormat],
     calibration: Vectors,
     whole: dict[str, TaskScore],
     score: Callable[[str, CompressedIndex], TaskScore],
     *,
     margin: float,
     seed: int = 0,
-) -> list[OutputRow]:
-    """Score ways of storing vectors.
+) -> list[VectorFormatRow]:
+    """Score vector formats on retrieval tasks.
 
     Args:
-        schemes: the ways.
+        formats: the formats.
         calibration: the model's vectors of calibration texts, float32 [texts, dimension].
-        whole: scores of the retrieval tasks with the vectors as they are, by task.
-        score: scores a task, by its name, with an index.
-        margin: loss that is accepted, as a share of the whole's score.
-        seed: of the bootstrap.
+        whole: scores with the unchanged vectors, by retrieval task.
+        score: scores a task, given by name, with an index.
+        margin: accepted loss, as a share of the score with the unchanged vectors.
+        seed: seed of the bootstrap.
     """
-    from compress.measure.accuracy.paired import compare
+    from compress.measure.accuracy.paired import compare_scores
 
     rows = []
     dimension = calibration.shape[1]
-    for scheme in schemes:
-        codec = OutputCodec(scheme, calibration)
+    for format in formats:
+        codec = VectorCodec(format, calibration)
         scored = {name: score(name, CompressedIndex(codec)) for name in whole}
-        compared = compare(whole, scored, margin, seed=seed)
+        compared = compare_scores(whole, scored, margin, seed=seed)
         rows.append(
-            OutputRow(
-                output=scheme.name,
-                dimensions=scheme.dimensions or dimension,
-                bytes_per_million=scheme.bytes_per_vector(dimension) * MILLION,
+            VectorFormatRow(
+                format=format.name,
+                dimensions=format.dimensions or dimension,
+                bytes_per_million=format.bytes_per_vector(dimension) * MILLION,
                 scores={name: found.score for name, found in scored.items()},
                 intervals={name: found for name, found in compared.tasks.items() if found is not None},
             )

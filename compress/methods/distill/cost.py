@@ -1,4 +1,4 @@
-"""What a training takes, from shapes alone: memory of each device, operations of each. No torch here."""
+"""The cost of a training, from shapes alone: memory and operations of each device. No torch here."""
 
 from __future__ import annotations
 
@@ -6,51 +6,52 @@ from dataclasses import dataclass
 
 from compress.models.shape import HALF_BYTES, ModelShape
 
-# Weights, gradients and AdamW's two moments in float32; without a gradient, the weight alone.
+# Weights, gradients and AdamW's two moments in float32; only the weight if there is no gradient.
 TRAINED_BYTES, FROZEN_BYTES = 16, 4
-# Kept of each token and block for the way back, in units of the width: Korthikanti et al. 2022 (arXiv 2205.05198), half precision,
-# attention in tiles.
+# Bytes kept for the backward pass, per token, block and hidden channel: 34 s b h of Korthikanti et al. 2022 (arXiv 2205.05198,
+# section 4.1), in half precision; the quadratic term is absent because attention is computed in tiles.
 KEPT_BYTES = 34
 GPU_COUNTS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
 class Training:
-    """The sizes that a training's cost follows from."""
+    """The sizes that determine a training's cost."""
 
     student: ModelShape
     trained: int
-    """Parameters that are."""
+    """Number of trained parameters."""
     batch: int
-    """Texts a step, without accumulation."""
+    """Texts per batch."""
     batches: int
+    """Number of batches, over all steps."""
     length: int
-    """Tokens of a text."""
+    """Tokens per text."""
     sharded: bool
     follows: ModelShape | None
-    """The teacher, where it runs beside the student for its hidden states."""
+    """The teacher, if it runs next to the student for its hidden states; None: it does not."""
 
     @property
     def operations(self) -> float:
-        """Floating-point operations of all devices together: forward, and twice that back."""
+        """Floating-point operations of all devices together: the forward pass, and twice as many for the backward pass."""
         tokens = self.batches * self.batch * self.length
-        beside = self.follows.flops_per_token(self.length) if self.follows else 0.0
-        return tokens * (3 * self.student.flops_per_token(self.length) + beside)
+        teacher = self.follows.flops_per_token(self.length) if self.follows else 0.0
+        return tokens * (3 * self.student.flops_per_token(self.length) + teacher)
 
     def memory_bytes(self, devices: int) -> int:
-        """Return the bytes on each of so many devices, the texts and the teacher's vectors aside."""
+        """Return the bytes on each of `devices` devices, not counting the texts and the teacher's vectors."""
         shape = self.student
-        # What is in integers learns, or is passed through, as the floating-point values that it stands for.
+        # Quantized layers are trained, or run, as the floating-point values that their integers stand for.
         frozen = shape.parameters + shape.packed_parameters - self.trained
         state = TRAINED_BYTES * self.trained + FROZEN_BYTES * frozen
         if self.sharded and devices > 1:
-            # A block's weights and gradients are whole while it runs.
+            # A block's weights and gradients are put together while it runs.
             state = state // devices + 2 * FROZEN_BYTES * shape.largest_segment_bytes // HALF_BYTES
         tokens = -(-self.batch // devices) * self.length
-        beside = FROZEN_BYTES * self.follows.parameters if self.follows else 0
-        return state + tokens * shape.blocks * KEPT_BYTES * shape.hidden_size + shape.activation_bytes(tokens) + beside
+        teacher = FROZEN_BYTES * self.follows.parameters if self.follows else 0
+        return state + tokens * shape.blocks * KEPT_BYTES * shape.hidden_size + shape.activation_bytes(tokens) + teacher
 
 
 def low_rank_parameters(shape: ModelShape, rank: int) -> int:
-    """Return how many parameters low-rank changes of the blocks' linear layers have."""
+    """Return the number of parameters of low-rank updates of the blocks' linear layers."""
     return sum(rank * sum(info.shape) for info in shape.block_linears.values())

@@ -1,4 +1,4 @@
-"""Hidden states of a teacher and of what is left of it, side by side."""
+"""The hidden-state loss between a teacher and the student that was pruned from it."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from compress.models.network.segments import blocks_of
 
 
 def followed(kept: Sequence[int], blocks: int) -> dict[int, int]:
-    """Say which of the teacher's blocks each of the student's is to be like.
+    """Return which of the teacher's blocks each student block should match.
 
-    The last one before the student's next block: that block then sees what it saw in the teacher.
+    It is the last one before the student's next kept block: that block then gets the input that it had in the teacher.
 
     Args:
         kept: the student's blocks by their numbers in the teacher.
-        blocks: how many the teacher has.
+        blocks: number of blocks of the teacher.
 
     Returns:
-        By the student's own numbers.
+        The teacher's block for each student block, both numbered from 0.
     """
     ends = [*(number - 1 for number in kept[1:]), blocks - 1]
     return dict(enumerate(ends))
 
 
 class HiddenStates:
-    """The loss between a student's hidden states and those of its teacher, which is run for it on the same tokens."""
+    """The loss between a student's hidden states and its teacher's; the teacher runs on the same tokens to get them."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, follows: Mapping[int, int], weight: float) -> None:
-        """Take two networks, which of the teacher's blocks each of the student's follows, and what the loss counts."""
+        """`follows`: the teacher's block that each student block should match, by number; `weight`: weight of the loss."""
         self._student, self._teacher = student, teacher.eval().requires_grad_(False)
         self._follows, self._weight = follows, weight
         self._seen: dict[int, torch.Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Keep what the student's blocks give while it runs."""
+        """Keep the outputs of the student's blocks while it runs."""
         with _kept(self._student, self._follows.keys(), self._seen):
             yield
 
     def loss(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the loss for what the student was last given, int64 [texts, length] twice."""
+        """Return the loss for the student's last batch, given its ids and mask, int64 [texts, length] each."""
         theirs: dict[int, torch.Tensor] = {}
         with torch.no_grad(), _kept(self._teacher, self._follows.values(), theirs):
             backbone_of(self._teacher)(input_ids=ids, attention_mask=mask)
@@ -56,7 +56,7 @@ class HiddenStates:
 
 @contextmanager
 def _kept(network: nn.Module, numbers: Any, into: dict[int, torch.Tensor]) -> Iterator[None]:
-    """Keep what some blocks of a network give while it runs."""
+    """Keep the outputs of some blocks of a network while it runs."""
 
     def keeping(number: int) -> Callable[[nn.Module, Any, Any], None]:
         def keep(_: nn.Module, __: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""A training as a parcel: everything that a process needs to take part in it, and the processes that do."""
+"""A training as one object that can be sent to processes, and the processes that run it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +18,17 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
+from compress.methods.distill.batches import TokenTexts
+from compress.methods.distill.checkpoints import WHOLE, read_curve
 from compress.methods.distill.hidden import HiddenStates, followed
-from compress.methods.distill.objectives import OBJECTIVES, matryoshka
+from compress.methods.distill.settings import DistillSettings
 from compress.methods.distill.trainable import trainable
-from compress.methods.distill.training import WHOLE, Schedule, TokenTexts, read_curve, train
+from compress.methods.distill.training import TrainingData, train
 from compress.models.files.shards import write_tensors
 from compress.models.folder import ModelFolder
 from compress.models.network.build import load_network
 from compress.models.network.segments import blocks_of
 from compress.models.opened import OpenModel
-
-if TYPE_CHECKING:
-    from compress.methods.distill.method import Distill
 
 WEIGHTS = "student.safetensors"
 WAIT_SECONDS = 0.5
@@ -37,29 +36,37 @@ WAIT_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be learned, by whom, from what."""
+    """A student, what it learns from, and how."""
 
-    step: Distill
+    settings: DistillSettings
     student: OpenModel
     published: ModelFolder
-    """Folder of the model that the student is what is left of, for hidden states."""
+    """The original model that the student was pruned from; needed for hidden states."""
     texts: TokenTexts
     targets: Path
-    """The teacher's vectors of the texts, float32 [texts, width], as numpy writes them; mapped, not read."""
-    held_out: tuple[TokenTexts, np.ndarray]
+    """The teacher's vectors of the texts, float32 [texts, width], as a numpy file that every process maps."""
+    held_out: TokenTexts
+    held_out_targets: np.ndarray
+    """The teacher's vectors of the held-out texts, float32 [texts, width]."""
     neighbours: np.ndarray | None
+    """Texts that belong in the same batch as each text, int64 [texts, n]; None: none."""
     folder: Path
-    """Keeps checkpoints, and in the end the weights, under `WEIGHTS`."""
+    """Where checkpoints are kept, and the trained weights in the end, as `WEIGHTS`."""
     device: str
 
     @property
     def processes(self) -> int:
-        """How many processes take part: as the step says, or one for each GPU."""
-        return self.step.processes or (torch.cuda.device_count() if self.device == "cuda" else 1)
+        """Number of processes: as set, or one per GPU."""
+        return self.settings.processes or (torch.cuda.device_count() if self.device == "cuda" else 1)
+
+    def data(self) -> TrainingData:
+        """Return the texts with the teacher's vectors mapped from their file."""
+        targets = np.load(self.targets, mmap_mode="r")
+        return TrainingData(self.texts, targets, self.held_out, self.held_out_targets, self.neighbours)
 
 
 def learn(job: Job, say: Callable[[str], None]) -> list[dict[str, float]]:
-    """Do a job, in as many processes as it wants, and return the curve.
+    """Run a job in as many processes as it asks for, and return the curve.
 
     Raises:
         ValueError: the student or the texts do not allow it, or a process failed.
@@ -72,7 +79,7 @@ def learn(job: Job, say: Callable[[str], None]) -> list[dict[str, float]]:
     try:
         while not workers.join(timeout=WAIT_SECONDS):
             _pass_on(lines, say)
-    except (ProcessRaisedException, ProcessExitedException) as error:  # it failed, or was killed, say for memory
+    except (ProcessRaisedException, ProcessExitedException) as error:  # it failed, or was killed, for example for memory
         last = error.msg.strip().splitlines()[-1]
         raise ValueError(f"process {error.error_index} of {job.processes}: {last.removeprefix('ValueError: ')}") from error
     finally:
@@ -83,7 +90,7 @@ def learn(job: Job, say: Callable[[str], None]) -> list[dict[str, float]]:
 
 
 def _pass_on(lines: Any, say: Callable[[str], None]) -> None:
-    """Say what the first process said so far."""
+    """Pass on the messages of the first process so far."""
     while True:
         try:
             say(lines.get_nowait())
@@ -98,60 +105,39 @@ def _free_port() -> int:
 
 
 def _work(rank: int, job: Job, port: int, lines: Any) -> None:
-    """Take part in a job, as one of its processes."""
+    """Run a job as one of its processes."""
     threads = max(1, len(os.sched_getaffinity(0)) // job.processes)
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.processes, "LOCAL_WORLD_SIZE": job.processes}
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
     os.environ |= {name: str(value) for name, value in (own | place).items()}
     torch.set_num_threads(threads)
     _learn(job, "cpu" if job.device == "cpu" else f"cuda:{rank}", lines.put)
-    torch.distributed.barrier()  # nobody leaves while another still listens
+    torch.distributed.barrier()  # no process leaves while another still listens
     torch.distributed.destroy_process_group()
     lines.close()
-    lines.join_thread()  # what was said is passed on
-    # At once: threads of torch 2.13 that live on into an orderly end abort the process now and then, its work done.
+    lines.join_thread()  # every message is passed on
+    # Leave at once: threads of torch 2.13 that outlive an orderly exit sometimes abort the process after its work is done.
     os._exit(0)
 
 
 def _learn(job: Job, device: str, say: Callable[[str], None]) -> None:
-    """Train in this process, alone or beside others, and write the weights."""
-    step, student = job.step, job.student
+    """Train in this process, alone or with others, and write the weights."""
+    settings, student = job.settings, job.student
     if device != "cpu":
         torch.cuda.set_device(device)
     network = copy.deepcopy(student.network)
     student.weights.fill(network, dtype=torch.float32)
-    asked = {name: (weight, OBJECTIVES[name]) for name, weight in step.objectives.items()}
-    if step.matryoshka:
-        asked = {name: (weight, matryoshka(function, step.matryoshka)) for name, (weight, function) in asked.items()}
-    targets = np.load(job.targets, mmap_mode="r")
-
-    def of(chosen: np.ndarray) -> np.ndarray:
-        found: np.ndarray = targets[chosen]
-        return found
-
-    torch.manual_seed(step.seed)
-    with trainable(network, step.lora, integers=step.integers, sharded=step.sharded):
-        train(
-            network,
-            student.spec,
-            job.texts,
-            of,
-            job.held_out,
-            asked,
-            Schedule(**{name: getattr(step, name) for name in Schedule.__dataclass_fields__}),
-            job.folder,
-            neighbours=job.neighbours,
-            hidden=_hidden(network, job, device) if step.hidden else None,
-            sharded=step.sharded,
-            cpu=device == "cpu",
-            say=say,
-        )
+    data = job.data()
+    torch.manual_seed(settings.seed)
+    with trainable(network, settings.lora, integers=settings.integers, sharded=settings.sharded):
+        hidden = _hidden(network, job, device) if settings.hidden else None
+        train(network, data, settings, job.folder, hidden=hidden, cpu=device == "cpu", say=say)
     whole: dict[str, Any] = get_model_state_dict(network, options=WHOLE)
-    if whole:  # the first process has it
+    if whole:  # only the first process has them
         write_tensors(job.folder / WEIGHTS, whole)
 
 
 def _hidden(network: nn.Module, job: Job, device: str) -> HiddenStates:
-    """Load the model that the student is what is left of, to run beside it."""
+    """Load the model that the student was pruned from, to run next to it."""
     whole = load_network(job.published, torch.float32).to(device)
-    return HiddenStates(network, whole, followed(job.student.layers, len(blocks_of(whole)[1])), job.step.hidden)
+    return HiddenStates(network, whole, followed(job.student.layers, len(blocks_of(whole)[1])), job.settings.hidden)

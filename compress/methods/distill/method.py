@@ -1,4 +1,4 @@
-"""Distil: what is left of a model, or another one, is taught to give the teacher's vectors."""
+"""Distillation: a pruned model, or another one, is trained to give the teacher's vectors."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
-
-from compress.common.errors import nearest
-from compress.data.texts import is_hub
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.base import Bench, Estimate, Method
-from compress.methods.distill.student import Student
+from compress.methods.base import Bench, Estimate
+from compress.methods.distill.settings import DistillSettings
 from compress.models.files.headers import TensorInfo
 from compress.models.shape import ModelShape
 
@@ -25,124 +21,29 @@ if TYPE_CHECKING:
     from compress.models.network.segments import Parts
     from compress.models.opened import OpenModel
 
-# Those of `compress.methods.distill.objectives`, named here so that a recipe is checked without torch; a test compares them.
-OBJECTIVES = ("cosine", "mse", "similarity", "ranking_kl", "margin")
 TARGETS = "targets.npy"
-# What a plan takes for a text's length; the texts are not read for it.
+# Text length that a plan assumes; the texts are not read for it.
 TYPICAL_TOKENS = 32
 
 
-class Distill(Method):
-    """Train the model as the steps before left it, or another one, on texts without labels.
+class Distill(DistillSettings):
+    """Train the model as earlier steps left it, or another one, on texts without labels, to give the teacher's vectors.
 
-    What is zero in pruned layers stays zero, what is in integers stays as it is, and the rest makes up for both.
-    Training is kept as it goes: a run that was killed goes on at the last checkpoint.
+    Zeros of pruned layers stay zero, integers stay fixed by default, and the other weights make up for both. A run that was killed
+    resumes at the last checkpoint.
     """
 
     method: Literal["distill"] = "distill"
-    whole: ClassVar[bool] = True
-    anywhere: ClassVar[bool] = True
-    texts: str
-    """A JSONL file with `text` (`.gz` allowed), a plain text file with one a line, or a dataset of the hub as
-    `hub:OWNER/NAME:COLUMN`, with `:SPLIT` behind where it is not `train`."""
-    count: int | None = Field(None, ge=2)
-    """How many of them, drawn with `seed`; left out: all."""
-    held_out: int = Field(1_000, ge=1)
-    """Of these, texts that are not trained on; how it goes is judged by them."""
-    teacher: str | None = None
-    """A model's name or folder; left out: the model that the recipe starts from."""
-    student: Student | str | None = None
-    """In the place of the model that the recipe starts from: the numbers of a new one, or another model's name or folder."""
-    objectives: dict[str, float] = Field({"cosine": 1.0, "similarity": 10.0})
-    """What is asked, each with its weight: cosine, mse, similarity, ranking_kl, margin."""
-    hidden: float = Field(0.0, ge=0)
-    """Weight of the hidden states: each block is to give what the teacher gives before the next block that the student has left.
-    For what is left of the model that the recipe starts from, which is then the teacher and runs beside."""
-    hard_negatives: int = Field(0, ge=0)
-    """Texts that the teacher puts closest to each, learned in the same batch; for `margin` and `ranking_kl` above all."""
-    matryoshka: tuple[int, ...] = ()
-    """Numbers of leading dimensions at which the same is asked besides."""
-    prompts: tuple[str, ...] = ()
-    """Put before some of the student's texts, as they stand, in turn: the prefixes that it will be used with."""
-    prompted: float = Field(0.25, ge=0, le=1)
-    """Share of the texts that get one, where there are `prompts`."""
-    teacher_prompts: Literal["same", "none"] = "same"
-    """Whether the teacher is given the prompts too."""
-    lora: int | None = Field(None, ge=1)
-    """Train nothing but low-rank changes of the blocks' linear layers, of this rank, added up in the end; left out: everything."""
-    integers: Literal["frozen", "trained"] = "frozen"
-    """Of layers and tables that steps before have put into integers: `frozen`, they stay and what is around them learns; `trained`,
-    they learn too, values behind them being rounded at every step, and their scales (quantization-aware training)."""
-    processes: int | None = Field(None, ge=1)
-    """That a batch is shared out among, on a GPU each where there are some; left out: as many as there are GPUs, one on a CPU.
-    Their number changes the time and not the result, but for rounding."""
-    sharded: bool = False
-    """Whether they divide weights, gradients and the optimizer's state among themselves (FSDP), for a student that fits no GPU.
-    Not for pruned layers or integers, nor with `hidden` or `lora`."""
-    steps: int = Field(2_000, ge=1)
-    """Changes of the weights."""
-    batch: int = Field(128, ge=2)
-    """Texts a step, of all processes together."""
-    max_tokens: int = Field(256, ge=8)
-    """Texts are cut here, for the student."""
-    learning_rate: float = Field(2e-4, gt=0)
-    """The greatest; of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
-    warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises; then it falls to zero as a cosine."""
-    weight_decay: float = Field(0.01, ge=0)
-    """Of matrices; norms, biases and tables have none."""
-    precision: Literal["bf16", "no"] = "bf16"
-    """Of the products while training; the weights are float32."""
-    accumulate: int = Field(1, ge=1)
-    """Batches whose gradients make one step."""
-    every: int = Field(200, ge=1)
-    """Steps between looks at the held-out texts, and between checkpoints."""
-    patience: int | None = Field(None, ge=1)
-    """Looks without a better one after which it stops; left out: never."""
-    seed: int = 0
-    """Of which texts are drawn, their order, and a new student's first weights."""
-
-    @field_validator("objectives")
-    @classmethod
-    def _known(cls, objectives: dict[str, float]) -> dict[str, float]:
-        for name, weight in objectives.items():
-            if name not in OBJECTIVES:
-                raise ValueError(f"objective {name!r} is not known; {nearest(name, OBJECTIVES)}")
-            if weight <= 0:
-                raise ValueError(f"objective {name!r} has the weight {weight}; leave it out")
-        if not objectives:
-            raise ValueError("no objective is given")
-        return objectives
-
-    @model_validator(mode="after")
-    def _leaves_texts(self) -> Self:
-        if self.hidden and (self.student is not None or self.teacher is not None):
-            raise ValueError("`hidden` compares what is left of a model with that model; leave `student` and `teacher` out")
-        if self.sharded and (self.hidden or self.lora):
-            raise ValueError("`sharded` trains all weights and looks at vectors alone; leave `hidden` and `lora` out, or `sharded`")
-        if self.processes is not None and self.batch < 2 * self.processes:
-            raise ValueError(f"a batch of {self.batch} is too small for {self.processes} processes")
-        if self.lora and self.integers == "trained":
-            raise ValueError("integers cannot take a low-rank change; leave `lora` out, or `integers`")
-        if self.lora and self.student is not None and not isinstance(self.student, str):
-            raise ValueError("a new student has nothing yet that a low-rank change could start from; leave `lora` out")
-        if self.count is not None and self.count - self.held_out < self.batch:
-            raise ValueError("`count` leaves less than a batch besides the held-out texts")
-        return self
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The texts, where they are in a file."""
-        return () if is_hub(self.texts) else (self.texts,)
 
     def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
-        """Train, or find the training done, and return the student.
+        """Train the student, or find it trained, and return it.
 
         Raises:
             ValueError: there are too few texts, or the student does not allow it.
         """
         from compress.methods.distill.data import Teacher
         from compress.methods.distill.job import WEIGHTS
+        from compress.models.files.headers import tensors_in
         from compress.models.files.weights import Weights
         from compress.models.source import find
 
@@ -152,18 +53,18 @@ class Distill(Method):
         student = self._student(model, bench, teacher, texts)
         found = bench.once(lambda: self._learned(student, teacher, bench, device, *texts()))
         bench.report(found)
-        return self, replace(student, weights=Weights([bench.folder / WEIGHTS], student.network, exact=True))
+        return self, replace(student, weights=Weights(tensors_in(bench.folder / WEIGHTS), student.network, exact=True))
 
     def _texts(self, bench: Bench) -> tuple[list[str], int]:
-        """Read the texts that may be learned from; also return how many may not."""
+        """Read the texts that may be trained on; also return how many may not."""
         from compress.methods.distill.data import different
 
         texts, evaluated = different(self.texts, bench.evaluated())
-        bench.say(f"{self.texts}: {len(texts):,} different texts; {evaluated:,} more are evaluated on and left out")
+        bench.say(f"{self.texts}: {len(texts):,} different texts; {evaluated:,} more are in the evaluation and left out")
         return texts, evaluated
 
     def _student(self, model: OpenModel, bench: Bench, teacher: Teacher, texts: Callable[[], tuple[list[str], int]]) -> OpenModel:
-        """Open what is to be trained; a new student is written first, its weights as training begins with them."""
+        """Open the model to train; a new student is first written to disk with its initial weights."""
         from safetensors.torch import save_file
 
         from compress.methods.distill.student import initial_weights
@@ -189,13 +90,13 @@ class Distill(Method):
     def _learned(
         self, student: OpenModel, teacher: Teacher, bench: Bench, device: str, texts: Sequence[str], evaluated: int
     ) -> dict[str, Any]:
-        """Train, write the weights, return what is worth recording."""
+        """Train, write the weights, and return what goes into the record."""
         import numpy as np
 
+        from compress.methods.distill.batches import tokenized
         from compress.methods.distill.data import lessons
         from compress.methods.distill.job import Job, learn
         from compress.methods.distill.mining import neighbours
-        from compress.methods.distill.training import tokenized
 
         if self.hidden:
             self._check_tokens(student, bench)
@@ -207,49 +108,54 @@ class Distill(Method):
         bench.folder.mkdir(parents=True, exist_ok=True)
         np.save(bench.folder / TARGETS, targets)
         near = neighbours(targets, self.hard_negatives) if self.hard_negatives else None
-        del targets  # mapped from the file by whoever learns
-        rows = [tokenized(student.tokenizer, part.texts, part.prompts, student.spec, self.max_tokens) for part in (taught, held)]
-        curve = learn(
-            Job(
-                step=self,
-                student=student,
-                published=bench.published,
-                texts=rows[0],
-                targets=bench.folder / TARGETS,
-                held_out=(rows[1], judged),
-                neighbours=near,
-                folder=bench.folder,
-                device=device,
-            ),
-            bench.say,
+        del targets  # every process maps them from the file
+        rows, held_rows = (
+            tokenized(student.tokenizer, part.texts, part.prompts, student.spec, self.max_tokens) for part in (taught, held)
         )
-        return {"curve": curve, "texts": len(taught.texts), "left_out": evaluated, "tokens": int(rows[0].lengths.sum())}
+        job = Job(
+            settings=self,
+            student=student,
+            published=bench.published,
+            texts=rows,
+            targets=bench.folder / TARGETS,
+            held_out=held_rows,
+            held_out_targets=judged,
+            neighbours=near,
+            folder=bench.folder,
+            device=device,
+        )
+        curve = learn(job, bench.say)
+        return {"curve": curve, "texts": len(taught.texts), "left_out": evaluated, "tokens": int(rows.lengths.sum())}
 
     def _check_tokens(self, student: OpenModel, bench: Bench) -> None:
-        """See that student and teacher take the same tokens, so that hidden states can be compared.
+        """Check that student and teacher take the same tokens, so that hidden states can be compared.
 
         Raises:
             ValueError: they do not.
         """
         if bench.published.tokenizer.definition()["model"] != student.tokenizer.definition()["model"]:
-            raise ValueError("`hidden` wants the student to take the teacher's tokens; put vocabulary behind it, or leave one out")
+            raise ValueError(
+                "`hidden` needs the student to take the teacher's tokens; put vocabulary after distill, or leave one of them out"
+            )
 
     def _split(self, everything: Lessons) -> tuple[Lessons, Lessons]:
-        """Put the held-out texts aside.
+        """Return the held-out texts and those to train on.
 
         Raises:
-            ValueError: what is left does not fill a batch.
+            ValueError: the texts to train on do not fill a batch.
         """
         import numpy as np
 
         numbers = np.arange(len(everything.texts))
         if len(numbers) - self.held_out < self.batch:
             left = len(numbers) - self.held_out
-            raise ValueError(f"{self.texts}: {left:,} texts besides those held out, less than a batch of {self.batch}")
+            raise ValueError(
+                f"{self.texts}: {left:,} texts are left after holding out {self.held_out:,}, less than a batch of {self.batch}"
+            )
         return everything.part(numbers[: self.held_out]), everything.part(numbers[self.held_out :])
 
     def estimate(self, shape: ModelShape) -> Estimate:
-        """Size after: the same model, or the new one. Memory and time: the teacher on each text once, then the training."""
+        """Estimate the size of the student, and the memory and time of running the teacher once on each text and then training."""
         from compress.methods.distill.cost import GPU_COUNTS, Training, low_rank_parameters
 
         after = self._shape_of(shape)
@@ -276,7 +182,7 @@ class Distill(Method):
             flops=asked + training.operations,
             gpus={devices: (memory[devices], asked + training.operations / devices) for devices in GPU_COUNTS},
             note=f"{training.trained / 1e6:,.1f} M parameters trained for {self.steps:,} steps of "
-            f"{self.batch * self.accumulate} texts, some {shown * TYPICAL_TOKENS / 1e6:,.1f} M tokens",
+            f"{self.batch * self.accumulate} texts, about {shown * TYPICAL_TOKENS / 1e6:,.1f} M tokens",
         )
 
     def _teacher_shape(self, shape: ModelShape) -> ModelShape:
@@ -287,7 +193,7 @@ class Distill(Method):
         return find_shape(self.teacher)
 
     def _shape_of(self, shape: ModelShape) -> ModelShape:
-        """Return the shape of the student: the model's own, another's, or a new one's from its numbers alone."""
+        """Return the shape of the student: the model's own, another model's, or a new one's from its settings."""
         if self.student is None:
             return shape.as_stored()
         if isinstance(self.student, str):
@@ -298,5 +204,5 @@ class Distill(Method):
         return ModelShape(shape.name, tensors, self.student.config(self.student.vocabulary))
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
-        """Do nothing: the weights are the student's before the walk."""
+        """Do nothing: `prepare` has replaced the weights before the walk."""
         return {}

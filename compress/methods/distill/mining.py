@@ -1,4 +1,4 @@
-"""Hard negatives: for each text others that the teacher puts close to it."""
+"""Hard negatives: for each text, others whose teacher vectors are close to its own."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import numpy as np
 
 from compress.models.embedder import Vectors
 
-# Texts among which neighbours are looked for; of more, each is compared with those of its own stretch.
+# Neighbours are searched among this many texts; a larger set is split into stretches that are searched separately.
 STRETCH = 100_000
 ROWS = 2_048
 
 
 def neighbours(vectors: Vectors, count: int) -> np.ndarray:
-    """Return the nearest others of each text by cosine: int64 [texts, count], nearest first.
+    """Return the indices of each text's nearest others by cosine, int64 [texts, count], nearest first.
 
     Raises:
-        ValueError: there are not so many others.
+        ValueError: there are not more than `count` texts.
     """
     if len(vectors) <= count:
         raise ValueError(f"{len(vectors)} texts have no {count} neighbours each")

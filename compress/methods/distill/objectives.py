@@ -1,7 +1,7 @@
-"""What a student is asked to do like its teacher: one function each, of a batch's vectors in any float dtype to a float32 scalar.
+"""The losses between a student and its teacher: one function each, from a batch's vectors in any float dtype to a float32 scalar.
 
-Vectors are [texts, width], the student's and the teacher's of the same texts in the same order. Those that compare vector with
-vector want one width; those that compare similarities do not care.
+Vectors are [texts, width], the student's and the teacher's of the same texts in the same order. Losses that compare vector with
+vector need the same width on both sides; losses that compare similarities do not.
 """
 
 from __future__ import annotations
@@ -13,51 +13,53 @@ from torch.nn import functional as F
 
 Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Of the softmax over a batch's similarities: cosines of an embedder lie close together, and a cooler softmax sees only the nearest.
+# Temperature of the softmax over a batch's similarities. An embedder's cosines lie close together, so a higher temperature would
+# make # the softmax nearly uniform.
 TEMPERATURE = 0.05
+# Objectives that compare a student's vector with the teacher's own.
+VECTOR_OBJECTIVES = ("cosine", "mse")
 
 
 def cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of each text's two vectors, mean: the direction alone, which is all that most uses look at.
+    """Mean over texts of 1 - cosine of the two vectors: direction only, which is all that most uses look at.
 
-    The first stage of Jasper (Zhang et al. 2024, arXiv 2412.19048); with unit vectors half of LEAF's squared distance (Vujanic and
+    The cosine loss of Jasper (Zhang et al. 2024, arXiv 2412.19048); for unit vectors half of LEAF's squared distance (Vujanic and
     Rueckstiess 2025, arXiv 2509.12539).
     """
     return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=1)).mean()
 
 
 def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Squared distance of each text's two vectors, mean over texts: length counts too.
+    """Mean over texts of the squared distance of the two vectors: length counts too.
 
-    Reimers and Gurevych 2020 (multilingual students of an English teacher, arXiv 2004.09813).
+    Used for multilingual students of an English teacher by Reimers and Gurevych 2020 (arXiv 2004.09813).
     """
     return (student.float() - teacher.float()).square().sum(dim=1).mean()
 
 
 def similarity(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Squared difference of the two matrices of cosines within the batch, mean over pairs of different texts.
+    """Mean over pairs of different texts in the batch of the squared difference of the two cosines.
 
-    The similarity loss of Jasper (arXiv 2412.19048); relational distillation of distances before it (Park et al. 2019, RKD, arXiv
-    1904.05068).
+    The similarity loss of Jasper (arXiv 2412.19048); RKD did the same with distances (Park et al. 2019, arXiv 1904.05068).
     """
     ours, theirs = (_cosines(vectors) for vectors in (student, teacher))
     return _off_diagonal((ours - theirs).square()).mean()
 
 
 def ranking_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL divergence of what each text's similarities to the others are after a softmax, teacher to student, mean over texts.
+    """Mean over texts of KL(teacher || student) between the softmaxes of the text's similarities to the others in the batch.
 
-    Which others are nearest counts more than how near (Fang et al. 2021, SEED, arXiv 2101.04731).
+    Which texts are nearest counts more than how near they are (SEED: Fang et al. 2021, arXiv 2101.04731).
     """
     ours, theirs = (_off_diagonal(_cosines(vectors)) / TEMPERATURE for vectors in (student, teacher))
     return F.kl_div(ours.log_softmax(dim=1), theirs.log_softmax(dim=1), reduction="batchmean", log_target=True)
 
 
 def margin(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """How far each text's nearest other is nearer than the rest: squared difference of the two's margins, mean.
+    """Mean squared difference of margins: how much closer each text is to its nearest neighbour than to every other text.
 
-    Nearest by the teacher. It says something where a batch holds hard negatives, texts that the teacher too puts close (margin-MSE:
-    Hofstaetter et al. 2020, arXiv 2010.02666).
+    The nearest neighbour is the teacher's. Most useful with hard negatives in the batch (margin-MSE: Hofstaetter et al. 2020, arXiv
+    2010.02666).
     """
     ours, theirs = (_off_diagonal(_cosines(vectors)) for vectors in (student, teacher))
     nearest = theirs.argmax(dim=1, keepdim=True)
@@ -69,16 +71,22 @@ def margin(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 OBJECTIVES: Mapping[str, Objective] = {function.__name__: function for function in (cosine, mse, similarity, ranking_kl, margin)}
 
 
+def objectives_of(weights: Mapping[str, float], widths: Sequence[int]) -> dict[str, tuple[float, Objective]]:
+    """Return a weight and a function for each named objective; with `widths`, each is also asked of those leading dimensions."""
+    return {
+        name: (weight, matryoshka(OBJECTIVES[name], widths) if widths else OBJECTIVES[name]) for name, weight in weights.items()
+    }
+
+
 def hidden(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """Squared difference of hidden states over the teacher's mean square, mean over layers and tokens.
+    """Mean over layers and tokens of the squared difference of hidden states, relative to the teacher's mean square.
 
     Args:
-        student: hidden states behind some blocks, [texts, length, width] each.
-        teacher: those behind the teacher's blocks that they are to be like.
+        student: hidden states after some blocks, [texts, length, width] each.
+        teacher: hidden states after the teacher's blocks that they should match.
         mask: int64 [texts, length], 1 for tokens.
 
-    Sun et al. 2019 (patient distillation, arXiv 1908.09355); which block follows which is the caller's: by the blocks' original
-    numbers where the student is what is left of the teacher.
+    Patient knowledge distillation (Sun et al. 2019, arXiv 1908.09355). The caller decides which block matches which.
     """
     chosen = mask.bool()
     losses = []
@@ -89,14 +97,16 @@ def hidden(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], mas
 
 
 def matryoshka(objective: Objective, widths: Sequence[int]) -> Objective:
-    """Ask for an objective at several numbers of leading dimensions too, all alike (Kusupati et al. 2022, arXiv 2205.13147).
+    """Return an objective averaged over the full vectors and several numbers of leading dimensions, with equal weights.
 
-    The teacher's vectors are cut as well where they are as wide as the student's; else the student's leading dimensions are asked
-    to have the similarities of the teacher's whole vectors.
+    Matryoshka representation learning (Kusupati et al. 2022, arXiv 2205.13147, equation 1: a sum of losses over nested prefixes).
+    The teacher's vectors are cut too if they are as wide as the student's. Otherwise the student's leading dimensions are compared
+    with the teacher's full vectors.
     """
 
     def nested(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         same = student.shape[1] == teacher.shape[1]
+        # The prefixes of the paper's set M, each with weight c_m = 1.
         cut = [objective(student[:, :width], teacher[:, :width] if same else teacher) for width in widths]
         return torch.stack([objective(student, teacher), *cut]).mean()
 
@@ -109,6 +119,6 @@ def _cosines(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _off_diagonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Leave the diagonal out: [n, n] to [n, n - 1]."""
+    """Drop the diagonal: [n, n] to [n, n - 1]."""
     count = len(matrix)
     return matrix.flatten()[1:].view(count - 1, count + 1)[:, :-1].reshape(count, count - 1)

@@ -1,4 +1,4 @@
-"""Integers that learn: values behind them change in floating point and are rounded whenever they are used."""
+"""Quantization-aware training: floating-point values under the integers are trained and rounded whenever they are used."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SMALLEST_GAIN = 0.01
 
 
 class Rounded(nn.Module):
-    """A weight, float32 [out, in], rounded to a grid of integers whose scales are learned with it.
+    """A weight, float32 [out, in], rounded to a grid of integers whose scales are trained with it.
 
-    Gradients pass the rounding as if it were not there (straight through: Bengio et al. 2013, arXiv 1308.3432) and stop where the
-    grid ends. The scales' follow from that (LSQ: Esser et al. 2020, arXiv 1902.08153); they are learned as factors of what they
-    were, for which one learning rate suits all.
+    Gradients pass the rounding as if it were not there (straight-through estimator: Bengio et al. 2013, arXiv 1308.3432) and are
+    zero outside the grid. The gradient of a scale follows from that (LSQ: Esser et al. 2020, arXiv 1902.08153, section 2.1, without
+    its gradient scale). Scales are trained as factors of their initial values, so that one learning rate suits all of them.
     """
 
     scale: torch.Tensor
@@ -29,18 +29,21 @@ class Rounded(nn.Module):
         self._grid, self._group = grid, grid.group_of(inputs)
         self.register_buffer("scale", grid.scale, persistent=False)
         self.register_buffer("zero", grid.zero, persistent=False)
-        # In a row, as what has no weight decay is.
+        # One dimension: such parameters get no weight decay.
         self.gain = nn.Parameter(torch.ones(grid.scale.numel()))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the values that are nearest on the grid, [out, in]."""
+        """Return the nearest values on the grid, float32 [out, in]."""
         scale, zero = (self._spread(per_group) for per_group in (self._scale(), self.zero))
         low, high = self._grid.lowest - zero, self._grid.highest - zero
+        # LSQ, equation 1: v / s, clipped to the grid's ends, outside of which v gets no gradient.
         steps = torch.minimum(torch.maximum(weight / scale, low), high)
+        # Equations 1 and 2: round, then times s. `detach` makes the rounding pass gradients on unchanged, so that the gradient of s
+        # is # round(v / s) - v / s inside the grid and the grid's end outside (equation 3).
         return (steps + (steps.round() - steps).detach()) * scale
 
     def grid(self) -> Grid:
-        """Return the grid as it is now."""
+        """Return the grid with the scales as trained so far."""
         grid = self._grid
         return Grid(grid.bits, grid.group_size, grid.symmetric, self._scale().detach(), self.zero)
 
@@ -48,21 +51,23 @@ class Rounded(nn.Module):
         scale = self.scale * self.gain.clamp_min(SMALLEST_GAIN).view_as(self.scale)
         if self._grid.group_size is None:
             return scale
-        return scale + (scale.half().float() - scale).detach()  # as it is stored
+        return scale + (scale.half().float() - scale).detach()  # rounded as it is stored, with straight-through gradients
 
     def _spread(self, per_group: torch.Tensor) -> torch.Tensor:
         return per_group if per_group.shape[1] == 1 else per_group[:, self._group.to(per_group.device)]
 
 
 def learning(layer: QuantizedLinear | QuantizedEmbedding) -> nn.Linear | nn.Embedding:
-    """Return a plain layer that gives what one in integers gives, and learns.
+    """Return a plain layer with the outputs of a quantized one, whose integers and scales can be trained.
 
     Raises:
         ValueError: the layer divides its input.
     """
     stored = layer.layer
     if stored.input_factor:
-        raise ValueError("is given its input divided by factors, which integers cannot learn beside; awq: `keep_factors: false`")
+        raise ValueError(
+            "gets its input divided by factors, so its integers cannot be trained; set `keep_factors: false` in awq or smoothquant"
+        )
     plain: nn.Linear | nn.Embedding
     with torch.device("meta"):
         if isinstance(layer, QuantizedEmbedding):
@@ -81,7 +86,7 @@ def learning(layer: QuantizedLinear | QuantizedEmbedding) -> nn.Linear | nn.Embe
 
 
 def learned(layer: QuantizedLinear | QuantizedEmbedding, plain: nn.Module) -> None:
-    """Put what `learning` made of a layer, and learned since, back into its integers and scales."""
+    """Store a layer made by `learning`, with what it learned, as the integers and scales of the quantized layer."""
     made = plain.get_submodule("parametrizations.weight")
     rounded, latent = made.get_submodule("0"), made.get_parameter("original")
     assert isinstance(rounded, Rounded)

@@ -1,4 +1,4 @@
-"""A student from nothing: config from a few numbers, tokenizer learned from the texts, tokens' vectors from the teacher."""
+"""A new student: a config from a few sizes, a tokenizer trained on the texts, token embeddings from the teacher's vectors."""
 
 from __future__ import annotations
 
@@ -23,31 +23,34 @@ CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 
 
 class Student(BaseModel):
-    """A small transformer. The numbers are those of its architecture's own config."""
+    """Sizes of a new small transformer; they go into its architecture's own config."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     architecture: Literal["nv-embed", "mistral", "bert"] = "nv-embed"
-    """`nv-embed`: Mistral blocks without a causal mask, latent attention, prefixes that are not pooled; `mistral`: the blocks
-    alone, pooled by the mean; `bert`."""
+    """Architecture of the student. `nv-embed`: Mistral blocks without a causal mask, a latent-attention head, and prompts that are
+    not pooled. `mistral`: the same blocks with mean pooling. `bert`: BERT with mean pooling."""
     width: int = Field(384, ge=8)
-    """Of hidden states and vectors."""
+    """Width of hidden states and vectors."""
     blocks: int = Field(4, ge=1)
+    """Number of transformer blocks."""
     heads: int = Field(6, ge=1)
+    """Number of attention heads per block."""
     kv_heads: int | None = Field(None, ge=1)
-    """Heads that keys and values have; fewer than `heads` share them. Not for bert."""
+    """Number of key and value heads, which several query heads share if there are fewer than `heads`; by default as many as
+    `heads`. Not for bert."""
     mlp: int = Field(768, ge=8)
-    """Channels of each block's MLP."""
+    """Number of MLP channels per block."""
     latents: int = Field(32, ge=1)
-    """Of the nv-embed head."""
+    """Number of latents of the nv-embed head."""
     latent_heads: int = Field(4, ge=1)
-    """Of the nv-embed head."""
+    """Number of attention heads of the nv-embed head."""
     vocabulary: int = Field(12_000, ge=300)
-    """Tokens, learned from the texts."""
+    """Size of the vocabulary, which is learned from the texts."""
     max_length: int = Field(512, ge=16)
-    """Longest input in tokens."""
+    """Maximum input length in tokens."""
     tokens: Literal["teacher", "random"] = "teacher"
-    """What their embeddings begin as: the teacher's vectors of their strings, or random ones."""
+    """Initial token embeddings: made from the teacher's vectors of the tokens' strings (`teacher`), or random."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -58,7 +61,7 @@ class Student(BaseModel):
         return self
 
     def config(self, vocabulary: int) -> dict[str, Any]:
-        """Return the `config.json` of such a model with so many tokens."""
+        """Return the `config.json` of such a model with a vocabulary of this size."""
         sizes: dict[str, Any] = {
             "vocab_size": vocabulary,
             "hidden_size": self.width,
@@ -94,7 +97,7 @@ class Student(BaseModel):
         }
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of its tensors by name, if the texts give as many tokens as are wanted; a plan knows no more."""
+        """Return the shapes of its tensors by name, assuming that the texts yield a vocabulary of the size wanted."""
         if self.architecture == "bert":
             return self._bert()
         prefix = "embedding_model." if self.architecture == "nv-embed" else ""
@@ -143,7 +146,7 @@ class Student(BaseModel):
         return made | {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
 
     def write(self, folder: Path, texts: Sequence[str]) -> None:
-        """Write config, tokenizer and what says how texts are pooled: a model's folder that lacks nothing but weights."""
+        """Write config, tokenizer and pooling files: a model's folder that lacks only the weights."""
         tokenizer = self._tokenizer(texts)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(folder / TOKENIZER_FILE))
@@ -170,7 +173,7 @@ class Student(BaseModel):
             (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def _tokenizer(self, texts: Sequence[str]) -> Tokenizer:
-        """Learn a tokenizer: WordPiece as BERT's, or BPE with marked spaces as Mistral's; both take lower case for upper."""
+        """Train a tokenizer: WordPiece like BERT's, or BPE with marked spaces like Mistral's; both are uncased."""
         from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
         if self.architecture == "bert":
@@ -208,16 +211,17 @@ class Student(BaseModel):
 
 
 def spelled(tokenizer: Tokenizer) -> list[str]:
-    """Return each token as the text that it stands for, in the order of their ids: what a teacher can embed."""
+    """Return the text that each token stands for, in the order of their ids, for the teacher to embed."""
     ids = tokenizer.get_vocab()
     return [token.replace("▁", " ").removeprefix("##").strip() for token in sorted(ids, key=ids.__getitem__)]
 
 
 def table_from(vectors: Vectors, width: int) -> Vectors:
-    """Return token embeddings from the teacher's vectors of the tokens' strings: float32 [tokens, width].
+    """Return token embeddings, float32 [tokens, width], from the teacher's vectors of the tokens' strings, float32 [tokens, any].
 
-    Centred and brought to the width by principal components, as model2vec does (Tulkens and van Dongen 2024); where it is wider
-    than the teacher, the rest is zero. Scaled to a mean square of 1.
+    They are centred and reduced to the width by principal components, as in model2vec (Tulkens and van Dongen 2024). If the width
+    is larger than the teacher's, the other dimensions are zero. The table is scaled to a mean square of 1 over the teacher's
+    dimensions.
     """
     centred = vectors - vectors.mean(axis=0)
     if width < centred.shape[1]:
@@ -229,15 +233,15 @@ def table_from(vectors: Vectors, width: int) -> Vectors:
 
 
 def initial_weights(folder: Path, embed: Callable[[list[str]], Vectors] | None, seed: int) -> dict[str, torch.Tensor]:
-    """Return weights to start from, float32.
+    """Return initial weights by tensor name, float32.
 
-    Matrices are drawn as in `compress.models.random_weights`; those that write into the residual stream are zero. So the student
-    begins as the mean of its tokens' vectors, which are the teacher's.
+    Matrices are drawn as in `compress.models.random_weights`, except that those that write into the residual stream are zero. So
+    the student starts as the mean of its token embeddings, which come from the teacher.
 
     Args:
-        folder: config and tokenizer.
-        embed: the teacher's vectors of texts; None: tokens begin at random too.
-        seed: of what is drawn.
+        folder: the folder with config and tokenizer.
+        embed: returns the teacher's vectors of texts; None: token embeddings are random too.
+        seed: seed of the random weights.
     """
     import torch
     from tokenizers import Tokenizer

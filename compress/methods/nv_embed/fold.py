@@ -1,9 +1,9 @@
-"""Fold NV-Embed's latent-attention head: 505 M parameters fewer for NV-Embed-v2, the same vectors."""
+"""Fold NV-Embed's latent-attention head: 505 M fewer parameters for NV-Embed-v2, with the same vectors."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Estimate, Method
@@ -21,21 +21,26 @@ DOUBLE_BYTES = 8
 
 
 class Fold(Method):
-    """Multiply out what depends on the latents alone, and move the last product behind the mean.
+    """Precompute the products that depend only on the latents, and move the last product to after the mean.
 
     Exact up to rounding; `compress.models.network.nv_embed.FoldedLatentAttention` derives it. A model without such a head is
     refused.
     """
 
+    family: ClassVar[str] = "as it was"
     method: Literal["fold"] = "fold"
 
     def estimate(self, shape: ModelShape) -> Estimate:
-        """Size after: two matrices [heads x latents, width] in place of queries, keys, values, output and latents."""
+        """Estimate the size: two matrices [heads x latents, width] instead of queries, keys, values, output and latents.
+
+        Raises:
+            ValueError: the model has no such head, or its head is folded already.
+        """
         if f"{HEAD}latents" not in shape.tensors:
             raise ValueError(f"{shape.name} has no latent-attention head to fold")
         query, latents = shape.tensors[f"{ATTEND}.fn.to_q.weight"], shape.tensors[f"{HEAD}latents"]
         inner, width = query.shape
-        # The file does not name the head count; the config does, or the original code's default of 8 holds.
+        # The weights do not show the number of heads; it is in the config, or else the original code's default of 8.
         heads = int(shape.config.get("latent_attention_config", {}).get("num_cross_heads", 8))
         rows = heads * latents.shape[0]
         kept = {name: info for name, info in shape.tensors.items() if not name.startswith(HEAD)}
@@ -52,11 +57,11 @@ class Fold(Method):
             after=after,
             memory_bytes=(2 * rows * width + 4 * width * inner // heads) * DOUBLE_BYTES,
             bytes_touched=(3 * query.parameters + latents.parameters) * DOUBLE_BYTES,
-            note=f"latent head folded, {saved / 1e6:,.1f} M parameters fewer, nothing lost but rounding",
+            note=f"latent-attention head folded, {saved / 1e6:,.1f} M fewer parameters, exact up to rounding",
         )
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
-        """Put the folded head in the place of the published one, where the segment is the head."""
+        """Replace the published head by the folded one, if the segment is the head."""
         name = HEAD.rstrip(".")
         if name in parts:
             from compress.models.network.nv_embed import LatentAttention, fold

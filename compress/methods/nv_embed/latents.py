@@ -1,9 +1,9 @@
-"""Fewer latents and fewer heads in NV-Embed's folded head."""
+"""Fewer latents and fewer heads in NV-Embed's folded latent-attention head."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,17 +25,18 @@ SCORES, VALUES = f"{HEAD_PREFIX}scores", f"{HEAD_PREFIX}values"
 
 
 class Latents(Method):
-    """Keep the latents of each head that tokens attend to most, and the heads that add most; comes after the fold.
+    """Keep the latents of each head that get the most attention, and the heads that contribute most. It has to come after the fold.
 
-    Each head keeps latents of its own: folded, no two heads share any. What a dropped latent had of a token's attention goes to the
-    others, as softmax gives it.
+    Each head keeps its own latents, because heads of a folded head share none. The attention of a dropped latent goes to the others
+    through the softmax.
     """
 
+    family: ClassVar[str] = "smaller"
     method: Literal["latents"] = "latents"
     keep: float = Field(1.0, gt=0, le=1)
-    """Share of each head's latents, those with the greatest mean attention over pooled tokens; rounded, halves up."""
+    """Share of each head's latents that is kept, those with the largest mean attention over pooled tokens; rounded, halves up."""
     heads: float = Field(1.0, gt=0, le=1)
-    """Share of the heads, those whose outputs have the greatest mean square; rounded, halves up."""
+    """Share of the heads that is kept, those whose outputs have the largest mean square; rounded, halves up."""
 
     @model_validator(mode="after")
     def _drops_something(self) -> Self:
@@ -45,16 +46,16 @@ class Latents(Method):
 
     @property
     def calibrates(self) -> bool:
-        """Always: attention is what decides."""
+        """Always: attention on the calibration texts decides."""
         return True
 
     def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
-        """Say in the config what will be left of the head."""
+        """Put the new sizes of the head into the config."""
         heads, latents = self._left(*_sizes(model.config))
         return self, replace(model, config=_with_sizes(model.config, heads, latents))
 
     def estimate(self, shape: ModelShape) -> Estimate:
-        """Size after: fewer rows and columns of the two matrices that the fold made.
+        """Estimate the size: fewer rows and columns of the two matrices that the fold made.
 
         Raises:
             ValueError: there is no folded head, or nothing of it would be left.
@@ -73,12 +74,12 @@ class Latents(Method):
             after=after,
             memory_bytes=4 * (rows**2 + 2 * rows * width),
             bytes_touched=4 * 4 * rows * width,
-            note=f"{latents} latents and {heads} heads left in the folded head, "
-            f"{(shape.parameters - after.parameters) / 1e6:,.1f} M parameters fewer",
+            note=f"{latents} latents and {heads} heads kept in the folded head, "
+            f"{(shape.parameters - after.parameters) / 1e6:,.1f} M fewer parameters",
         )
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
-        """Cut the head, where the segment is the head."""
+        """Cut the head, if the segment is the head."""
         head: Any = parts.get(HEAD_PREFIX.rstrip("."))
         if head is None:
             return {}
@@ -92,6 +93,7 @@ class Latents(Method):
         attention, second = found[VALUES].mean(), found[VALUES].second.mean()
         columns = torch.arange(len(attention), device=attention.device).view(head.heads, -1)
         values = head.values.weight.data.float()
+        # E|V_h a_h|^2 = tr(V_h E[a_h a_h^T] V_h^T): what a head adds to the mean square of the output.
         added = torch.stack([((values[:, one] @ second[one][:, one]) * values[:, one]).sum() for one in columns])
         heads, latents = self._left(*columns.shape)
         chosen = []
@@ -104,7 +106,7 @@ class Latents(Method):
         return {}
 
     def _left(self, heads: int, latents: int) -> tuple[int, int]:
-        """Return how many heads and how many latents of each stay.
+        """Return the number of heads that stay, and of latents of each.
 
         Raises:
             ValueError: none would.
@@ -116,7 +118,7 @@ class Latents(Method):
 
 
 class _Attention:
-    """What tokens' attention is on the mean, and its second moment."""
+    """Mean and second moment of the tokens' attention."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         import torch
@@ -127,18 +129,18 @@ class _Attention:
         self._sum, self._count = torch.zeros(width, device=device, dtype=torch.float64), 0.0
 
     def add(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
-        """Take rows [n, heads x latents] and what each counts, float32 [n]."""
+        """Add rows of attention, [n, heads x latents], with the weight of each, float32 [n]."""
         self.second.add(rows, counts)
         self._sum += (counts @ rows.float()).double()
         self._count += float(counts.sum())
 
     def mean(self) -> torch.Tensor:
-        """float32 [heads x latents]."""
+        """Return the mean attention, float32 [heads x latents]."""
         return (self._sum / self._count).float()
 
 
 def _sizes(config: Any) -> tuple[int, int]:
-    """Return how many heads and latents a config says; where it is silent, the original code's defaults."""
+    """Return the numbers of heads and latents of a config, or the original code's defaults."""
     latent = config.get("latent_attention_config", {})
     return int(latent.get("num_cross_heads", 8)), int(latent.get("num_latents_value", 512))
 

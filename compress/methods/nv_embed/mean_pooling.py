@@ -1,4 +1,4 @@
-"""Leave NV-Embed's head out: its Mistral, still without a causal mask, and the plain mean of its tokens."""
+"""NV-Embed without its head: its Mistral, still without a causal mask, with plain mean pooling."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ BACKBONE_PREFIX = "embedding_model."
 
 
 class MeanPooling(Method):
-    """Drop the latent-attention head. The vectors are others: the model is worth something again once it has been distilled.
+    """Drop the latent-attention head. This changes the vectors, so the model has to be distilled afterwards to be useful.
 
-    What is left is a model that other libraries know, a Mistral whose config says that it is not causal, pooled by the mean, whose
-    tokenizer puts the token that ends a text there itself.
+    The result is a model that other libraries can load: a Mistral that is not causal by its config, with mean pooling and a
+    tokenizer that adds the end-of-text token itself.
     """
 
+    family: ClassVar[str] = "smaller"
     method: Literal["mean_pooling"] = "mean_pooling"
     whole: ClassVar[bool] = True
 
     def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
-        """Leave the backbone alone, under its own names."""
+        """Keep only the backbone, with its own tensor names."""
         from compress.models.network.pooling import attach_head, backbone_of
 
         weights = model.weights.renamed(_backbone_name)
@@ -41,22 +42,25 @@ class MeanPooling(Method):
         return self, replace(model, network=backbone, weights=weights, config=config, tokenizer=tokenizer, spec=tokenizer.spec)
 
     def estimate(self, shape: ModelShape) -> Estimate:
-        """Size after: the backbone's.
+        """Estimate the size: that of the backbone.
 
         Raises:
             ValueError: the model has no such head.
         """
         if not any(name.startswith(HEAD_PREFIX) for name in shape.tensors):
-            raise ValueError(f"{shape.name} has no latent-attention head to leave out")
+            raise ValueError(f"{shape.name} has no latent-attention head to drop")
         tensors = {new: info for name, info in shape.tensors.items() if (new := _backbone_name(name)) is not None}
         after = replace(shape, tensors=tensors, config=_plain(shape.config)).as_stored()
         saved = shape.parameters - after.parameters
         return Estimate(
-            after=after, memory_bytes=0, bytes_touched=0, note=f"latent head left out, {saved / 1e6:,.1f} M parameters fewer"
+            after=after,
+            memory_bytes=0,
+            bytes_touched=0,
+            note=f"latent-attention head dropped, {saved / 1e6:,.1f} M fewer parameters",
         )
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
-        """Do nothing: the head is gone before the walk."""
+        """Do nothing: `prepare` has dropped the head before the walk."""
         return {}
 
 
@@ -65,7 +69,7 @@ def _backbone_name(name: str) -> str | None:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the backbone's config as one of transformers' own that runs without a causal mask."""
-    # The sliding window stands in the published file and is not applied by the original code.
+    """Return the backbone's config as a transformers Mistral config without a causal mask."""
+    # The published file has a sliding window, which the original code does not apply.
     own = {"model_type": "mistral", "architectures": ["MistralModel"], "is_causal": False, "sliding_window": None}
     return {**{key: value for key, value in config["text_config"].items() if key != "_name_or_path"}, **own}

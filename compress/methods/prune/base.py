@@ -1,10 +1,10 @@
-"""What the methods that prune single weights share: how many go, in which pattern, and what that makes of a shape."""
+"""What methods that prune single weights share: how many weights to remove, in which pattern, and the estimate."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,20 +22,22 @@ if TYPE_CHECKING:
     from compress.models.network.segments import Parts
 
 GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
-"""Weights that go of how many neighbours in a row."""
+"""How many weights are removed, of how many neighbours in a row."""
 
 
 class PruneWeights(LinearsMethod):
     """A method that sets weights of linear layers to zero.
 
-    They are stored as a bit for every weight and the values that are left, and multiplied as if nothing were missing: the file
-    shrinks, the products do not.
+    They are stored as one bit per weight plus the remaining values, and multiplied as dense matrices: the file gets smaller, the
+    products do not get faster.
     """
 
+    family: ClassVar[str] = "sparse"
     sparsity: float = Field(0.5, gt=0, lt=1)
-    """Share of a layer's weights that go."""
+    """Share of a layer's weights that are set to zero."""
     pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
-    """`2:4`: two of every four neighbours in a row go, `4:8`: four of every eight; what sparse products of some GPUs want."""
+    """Which weights may be removed. `2:4`: two of every four neighbours in a row, `4:8`: four of every eight, as sparse matrix
+    products on some GPUs need it. `unstructured`: any."""
 
     @model_validator(mode="after")
     def _a_pattern_has_its_own_share(self) -> Self:
@@ -45,17 +47,17 @@ class PruneWeights(LinearsMethod):
 
     @property
     def group(self) -> tuple[int, int] | None:
-        """How many weights go of how many neighbours in a row; None where the share alone counts."""
+        """How many weights are removed of how many neighbours in a row; None: any weights."""
         return GROUPS.get(self.pattern)
 
     @abstractmethod
     def prune(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> None:
-        """Set weights of a segment's chosen layers to zero, and change others if that helps.
+        """Set weights of the chosen layers to zero; other weights may be changed to make up for them.
 
         Args:
-            parts: the segment.
-            linears: those of its layers, by name; at least one.
-            inputs: the calibration texts as they arrive; not None where the method calibrates.
+            parts: the segment's modules.
+            linears: the layers to prune, by name; at least one.
+            inputs: the calibration texts as they arrive at the segment; not None if the method calibrates.
         """
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
@@ -72,10 +74,10 @@ class PruneWeights(LinearsMethod):
         return {}
 
     def estimate(self, shape: ModelShape) -> Estimate:
-        """Size after: a bit for every weight of a chosen layer, and half precision for those that are left.
+        """Estimate the size: one bit per weight of the chosen layers, and half precision for the remaining weights.
 
         Raises:
-            ValueError: a pattern matches no linear layer, there is none left, or its inputs are not a multiple of the group.
+            ValueError: a pattern matches no linear layer, no layer is left, or a layer's inputs are no multiple of the group.
         """
         linears, chosen = self.linears_of(shape)
         tensors = dict(shape.as_stored().tensors)
@@ -92,16 +94,16 @@ class PruneWeights(LinearsMethod):
             bytes_touched=weights * (4 + 4),
             flops=self.work_flops([linears[name] for name in chosen]),
             note=f"{len(chosen)} linear layers, {weights / 1e6:,.1f} M weights, {what} set to zero; "
-            f"{8 * stored / weights:.2f} bits a weight of these layers for {8 * HALF_BYTES}",
+            f"{8 * stored / weights:.2f} bits per weight of these layers instead of {8 * HALF_BYTES}",
         )
 
     def _check_group(self, name: str, inputs: int) -> None:
         if self.group and inputs % self.group[1]:
-            raise ValueError(f"{name} has {inputs} inputs, no multiple of {self.group[1]}; leave it out with `skip`")
+            raise ValueError(f"{name} has {inputs} inputs, which is no multiple of {self.group[1]}; leave it out with `skip`")
 
 
 def lowest_in_groups(scores: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
-    """Mark the lowest scores of every group of neighbours in a row: [rows, n] to bool [rows, n]."""
+    """Mark the lowest scores of each group of neighbours in a row, `group` as in `GROUPS`: [rows, n] to bool [rows, n]."""
     import torch
 
     goes, of = group
@@ -111,7 +113,7 @@ def lowest_in_groups(scores: torch.Tensor, group: tuple[int, int]) -> torch.Tens
 
 
 def lowest_in_rows(scores: torch.Tensor, share: float) -> torch.Tensor:
-    """Mark a share of the scores of every row, the lowest: [rows, n] to bool [rows, n]."""
+    """Mark the lowest `share` of the scores of each row: [rows, n] to bool [rows, n]."""
     import torch
 
     marked = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
@@ -119,5 +121,5 @@ def lowest_in_rows(scores: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def lowest(scores: torch.Tensor, share: float) -> torch.Tensor:
-    """Mark a share of all scores, the lowest: [rows, n] to bool [rows, n]."""
+    """Mark the lowest `share` of all scores: [rows, n] to bool [rows, n]."""
     return lowest_in_rows(scores.reshape(1, -1), share).view(scores.shape)

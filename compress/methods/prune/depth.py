@@ -1,4 +1,4 @@
-"""Depth: whole blocks dropped, or only their attention or their MLPs, by what that does to the texts' vectors."""
+"""Depth pruning: blocks are dropped, or only their attention or their MLPs, by what that does to calibration texts."""
 
 from __future__ import annotations
 
@@ -21,46 +21,48 @@ if TYPE_CHECKING:
 
 
 class Depth(Method):
-    """Drop blocks, or one sublayer of some blocks. What is left is a shallower model of the same architecture.
+    """Drop blocks, or one sublayer of some blocks, which leaves a shallower model of the same architecture.
 
-    Nothing is refitted; distillation heals what is lost. A model without some MLPs or attentions has no architecture of its own
-    elsewhere: such a variant runs here alone.
+    Nothing is refitted; distillation can restore what is lost. No other library has an architecture with some attentions or MLPs
+    missing, so such a variant runs only here.
     """
 
+    family: ClassVar[str] = "smaller"
     method: Literal["depth"] = "depth"
     whole: ClassVar[bool] = True
     what: Literal["blocks", "attention", "mlp"] = "blocks"
-    """What is dropped: whole blocks, or their attention or their MLP."""
+    """What to drop: whole blocks, or only their attention or their MLP."""
     keep: float | None = Field(None, gt=0, le=1)
-    """Share that is kept, rounded to whole blocks, halves up."""
+    """Share of the blocks that is kept, rounded to whole blocks, halves up."""
     drop: tuple[int, ...] | None = None
-    """In the place of `keep`: which ones go, numbered from 0 as in the published model."""
+    """Blocks to drop, instead of `keep`, numbered from 0 as in the original model."""
     criterion: Literal["greedy", "pooled", "influence", "angular"] = "greedy"
-    """How `keep` chooses. `pooled`: those without which, one at a time, the texts' vectors keep the highest mean cosine to the
-    whole model's. `greedy`: the same, one after another, the rest looked at anew after each. `influence`: those that turn token
-    vectors least, 1 - cosine of what comes out with and without (ShortGPT, Men et al. 2024, arXiv 2403.03853). `angular`: the run
-    of blocks over which token vectors turn least (Gromov et al. 2024, arXiv 2403.17887)."""
+    """How `keep` chooses what to drop. `pooled`: those without which, one at a time, the texts' vectors keep the highest mean
+    cosine to the full model's. `greedy`: the same, one after another, with all others evaluated again after each. `influence`:
+    those with the smallest block influence, 1 - cosine of the hidden states with and without (ShortGPT, Men et al. 2024, arXiv
+    2403.03853). `angular`: the consecutive blocks with the smallest angular distance from input to output (Gromov et al. 2024,
+    arXiv 2403.17887)."""
 
     @model_validator(mode="after")
     def _says_how_many(self) -> Self:
         if (self.keep is None) == (self.drop is None):
-            raise ValueError("`keep` says how many stay, `drop` which ones go; give one of them")
+            raise ValueError("`keep` says how many blocks stay, `drop` which ones are dropped; give one of them")
         if self.drop is not None and len(set(self.drop)) != len(self.drop):
             raise ValueError("`drop` names a block twice")
         if self.criterion == "angular" and self.what != "blocks":
-            raise ValueError("`criterion: angular` is about runs of blocks; use greedy, pooled or influence")
+            raise ValueError("`criterion: angular` compares runs of whole blocks; use greedy, pooled or influence")
         return self
 
     @property
     def surveys(self) -> bool:
-        """Whether the choice is still to be made."""
+        """Whether blocks still have to be chosen."""
         return self.drop is None
 
     def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
-        """Choose what goes, and take it out of the network.
+        """Choose what to drop, and take it out of the network.
 
         Raises:
-            ValueError: a block is named that is not there, or one that no other can stand in for.
+            ValueError: a block is named that does not exist, or whose place no other block can take.
         """
         from compress.models.network.segments import blocks_of
         from compress.models.network.surgery import drop_blocks, drop_sublayer
@@ -92,37 +94,51 @@ class Depth(Method):
         )
 
     def choose(self, survey: Survey) -> list[int]:
-        """Choose which places of the model's blocks lose the block or the sublayer.
+        """Choose the positions, among the model's current blocks, of the blocks or sublayers to drop.
 
         Raises:
-            ValueError: fewer can go than are to go.
+            ValueError: fewer can be dropped than `keep` asks for.
         """
         part: Literal["block", "attention", "mlp"] = "block" if self.what == "blocks" else self.what
         gone = {place for place, what in survey.model.dropped if what == part}
         places = [place for place in survey.droppable if place not in gone]
         goes = self._goes(survey.blocks - len(gone))
         if goes > len(places):
-            raise ValueError(f"{goes} of the {self.what} are to go, and only {len(places)} can")
+            raise ValueError(f"`keep: {self.keep}` drops {goes} of the {self.what}, and only {len(places)} can be dropped")
         if goes == 0:
             return []
         if self.criterion == "angular":
-            spans = {first: angle for first, angle in enumerate(survey.angles(goes)) if {first, first + goes - 1} <= {*places}}
-            first = min(spans, key=spans.__getitem__)
-            return list(range(first, first + goes))
+            return self._least_angle(survey, places, goes)
         if self.criterion == "greedy":
-            chosen: list[int] = []
-            while len(chosen) < goes:
-                rest = [place for place in places if place not in chosen]
-                losses = _losses(survey, [frozenset((place, part) for place in (*chosen, another)) for another in rest])
-                chosen.append(rest[losses.index(min(losses))])
-            return sorted(chosen)
+            return self._one_after_another(survey, places, part, goes)
+        # Each one on its own: ShortGPT's block influence of the tokens, or what is lost of the texts' vectors. Drop the smallest.
         parts = [(place, part) for place in places]
         losses = survey.influence(parts) if self.criterion == "influence" else _losses(survey, [frozenset([one]) for one in parts])
         ranked = sorted(range(len(places)), key=losses.__getitem__)
         return sorted(places[index] for index in ranked[:goes])
 
+    @staticmethod
+    def _least_angle(survey: Survey, places: Sequence[int], goes: int) -> list[int]:
+        """Return the run of `goes` blocks with the smallest angular distance (Gromov et al. 2024, section 3.2)."""
+        # Step 1: d(x^(l), x^(l+n)) for each first block l. Step 2: the l with the smallest distance. Step 3: drop l to l + n - 1.
+        distances = {first: angle for first, angle in enumerate(survey.angles(goes)) if {first, first + goes - 1} <= {*places}}
+        first = min(distances, key=distances.__getitem__)
+        return list(range(first, first + goes))
+
+    @staticmethod
+    def _one_after_another(
+        survey: Survey, places: Sequence[int], part: Literal["block", "attention", "mlp"], goes: int
+    ) -> list[int]:
+        """Drop `goes` times what costs least together with what has been dropped before."""
+        chosen: list[int] = []
+        while len(chosen) < goes:
+            rest = [place for place in places if place not in chosen]
+            losses = _losses(survey, [frozenset((place, part) for place in (*chosen, another)) for another in rest])
+            chosen.append(rest[losses.index(min(losses))])
+        return sorted(chosen)
+
     def _goes(self, blocks: int) -> int:
-        """Return how many go of so many.
+        """Return how many of `blocks` blocks are dropped.
 
         Raises:
             ValueError: none would be left.
@@ -134,10 +150,11 @@ class Depth(Method):
         return blocks - left
 
     def estimate(self, shape: ModelShape) -> Estimate:
-        """Size after: fewer blocks, or blocks of fewer tensors. Which ones is not known before `prepare`; the last stand for them.
+        """Estimate the size: fewer blocks, or blocks with fewer tensors. Until `prepare` has chosen, the last blocks stand for
+        them.
 
         Raises:
-            ValueError: a block is named that is not there, none would be left, or the blocks' layout is not known.
+            ValueError: a block is named that does not exist, none would be left, or the blocks' layout is not known.
         """
         layers = shape.layers
         if self.drop is None:
@@ -176,7 +193,7 @@ class Depth(Method):
 
     @staticmethod
     def _without_sublayers(shape: ModelShape, places: Sequence[int], sublayer: Literal["attention", "mlp"]) -> ModelShape:
-        gone = tuple(f"{name}." for name in shape.anatomy.without[sublayer])
+        gone = tuple(f"{name}." for name in shape.anatomy.replacements[sublayer])
 
         def stays(name: str) -> bool:
             at = place_in_block(name)
@@ -186,12 +203,12 @@ class Depth(Method):
         return replace(shape, tensors=tensors)
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
-        """Do nothing: what goes is gone before the walk."""
+        """Do nothing: `prepare` has dropped everything before the walk."""
         return {}
 
 
 def _losses(survey: Survey, cases: Sequence[Left]) -> list[float]:
-    """Return 1 - mean cosine of the texts' vectors to the whole model's, for each case."""
+    """Return 1 - the mean cosine of the texts' vectors to the full model's, for each case of parts left out."""
     import torch
 
     whole, *without = survey.vectors([frozenset(), *cases])
@@ -199,7 +216,7 @@ def _losses(survey: Survey, cases: Sequence[Left]) -> list[float]:
 
 
 def _renaming(kept: Sequence[int]) -> Callable[[str], str | None]:
-    """Return what gives a tensor its name where only blocks at these places are left, None where its block is not."""
+    """Return a function that gives a tensor its name when only blocks at these positions are kept; None if its block is dropped."""
     place_of = {old: new for new, old in enumerate(kept)}
 
     def rename(name: str) -> str | None:

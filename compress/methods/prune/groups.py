@@ -1,8 +1,9 @@
-"""Groups of a layer's inputs: which to drop, and what the others' weights become so that its outputs stay what they were.
+"""Groups of a layer's inputs: which to drop, and how to refit the other weights so that the outputs change least.
 
-With inputs x of mean m and covariance C (second moment where the layer has no bias) dropping inputs D and keeping S costs least
-when `W_S' = W_S + W_D C_DS C_SS^-1` and the bias takes up the rest of the mean. What is left of the error then is
-`tr(W_D (C^-1)_DD^-1 W_D^T)`, which is what a choice by error looks at (Hassibi and Stork 1993 for one weight).
+Let the inputs x have mean m and covariance C (the second moment if the layer has no bias). If inputs D are dropped and S are kept,
+the least-squares refit is `W_S' = W_S + W_D C_DS C_SS^-1`, and the bias takes up the difference of the means. The error that
+remains is `tr(W_D ((C^-1)_DD)^-1 W_D^T)`, by which groups are chosen: the optimal brain surgeon (Hassibi and Stork 1993, for one
+weight) for whole groups of inputs, as in ZipLM (Kurtic et al. 2023, arXiv 2302.04089, algorithm 1).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 
 from compress.calibration.statistics import Hessian
 
-# Groups go in so many rounds; within a round they are judged apart from one another.
+# Groups are dropped in this many rounds; within a round their costs are computed independently. ZipLM drops one group per round.
 ROUNDS = 32
 
 
@@ -22,11 +23,14 @@ class Spread:
         self._moment = Hessian(width + 1, device)
 
     def add(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
-        """Take rows [n, width] and what each counts, float32 [n]."""
+        """Add rows [n, width] with the weight of each, float32 [n]."""
         self._moment.add(torch.cat((rows, rows.new_ones(len(rows), 1)), dim=1), counts)
 
     def about(self, *, mean: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean [width] and the covariance [width, width]; zero and the second moment where `mean` is False."""
+        """Return the mean, float32 [width], and the covariance, float32 [width, width].
+
+        If `mean` is False, these are zeros and the second moment.
+        """
         moment = self._moment.mean()
         average = moment[-1, :-1].clone()
         if not mean:
@@ -35,25 +39,25 @@ class Spread:
 
 
 def damped(covariance: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return a covariance with a share of its mean diagonal added to its diagonal."""
+    """Return a covariance with `damping` times the mean of its diagonal added to the diagonal."""
     made = covariance.clone()
     made.diagonal().add_(damping * float(covariance.diagonal().mean()) or 1.0)
     return made
 
 
 def highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Return which scores are highest, int64 [keep], ascending."""
+    """Return the indices of the `keep` highest scores, int64 [keep], ascending."""
     return scores.argsort(descending=True, stable=True)[:keep].sort().values
 
 
 def by_error(weight: torch.Tensor, covariance: torch.Tensor, groups: torch.Tensor, keep: int) -> torch.Tensor:
-    """Choose what to keep by the error that dropping the rest leaves once all has been refitted.
+    """Choose the groups to keep so that dropping the others and refitting leaves a small error (ZipLM, algorithm 1).
 
     Args:
         weight: float32 [out, in].
-        covariance: of the inputs, positive definite, float32 [in, in].
+        covariance: covariance of the inputs, positive definite, float32 [in, in].
         groups: the inputs of each group, int64 [groups, size].
-        keep: how many groups.
+        keep: number of groups to keep.
 
     Returns:
         The kept groups, int64 [keep], ascending.
@@ -66,19 +70,25 @@ def by_error(weight: torch.Tensor, covariance: torch.Tensor, groups: torch.Tenso
     goes = len(groups) - keep
     a_round = -(-goes // ROUNDS)
     while goes > 0:
+        # S: the structures whose removal adds least error
         costs = _costs(weight, inverse, groups).masked_fill(~alive, torch.inf)
         lost = costs.argsort(stable=True)[: min(goes, a_round)]
         alive[lost] = False
         goes -= len(lost)
         inputs = groups[lost].flatten()
         solved = torch.linalg.solve(inverse[inputs][:, inputs], inverse[inputs])
+        # W <- W - W_:,S ((H^-1)_SS)^-1 (H^-1)_S,:
         weight.addmm_(weight[:, inputs], solved, alpha=-1)
+        # H^-1 <- H^-1 - (H^-1)_:,S ((H^-1)_SS)^-1 (H^-1)_S,:
         inverse.addmm_(inverse[:, inputs], solved, alpha=-1)
     return alive.nonzero()[:, 0]
 
 
 def _costs(weight: torch.Tensor, inverse: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Return the error that each group's going leaves, the others refitted: [groups]; nonsense where a group has gone."""
+    """Return the error that dropping each group adds after a refit, sum_i W_i,S ((H^-1)_SS)^-1 W_i,S^T: float32 [groups].
+
+    Entries of groups that are dropped already have no meaning.
+    """
     if groups.shape[1] == 1:
         inputs = groups[:, 0]
         return weight[:, inputs].square().sum(dim=0) / inverse.diagonal()[inputs]
@@ -91,13 +101,13 @@ def _costs(weight: torch.Tensor, inverse: torch.Tensor, groups: torch.Tensor) ->
 
 
 def refitted(weight: torch.Tensor, covariance: torch.Tensor, undamped: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Return what the weights of the kept inputs become: float32 [out, kept].
+    """Return the refitted weights of the kept inputs, W_S + W_D C_DS C_SS^-1: float32 [out, kept].
 
     Args:
         weight: float32 [out, in].
-        covariance: of the inputs, positive definite.
-        undamped: the same before anything was added to its diagonal; float32 [in, in].
-        kept: the inputs that are kept, int64.
+        covariance: covariance of the inputs, positive definite, float32 [in, in].
+        undamped: the same without damping.
+        kept: the inputs that are kept, int64 [kept].
 
     Raises:
         ValueError: the covariance has no Cholesky factor.
@@ -106,6 +116,7 @@ def refitted(weight: torch.Tensor, covariance: torch.Tensor, undamped: torch.Ten
     gone[kept] = False
     if not gone.any():
         return weight[:, kept]
+    # (W_D C_DS)^T, then the solution for C_SS by its Cholesky factor
     asked = (weight[:, gone] @ undamped[gone][:, kept]).t()
     made: torch.Tensor = weight[:, kept] + torch.cholesky_solve(asked, _factor(covariance[kept][:, kept])).t()
     return made

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights of a layer go. No calibration, seconds."""
+"""Magnitude pruning: the smallest weights of a layer are removed. No calibration; takes seconds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class Magnitude(PruneWeights):
-    """Set the smallest weights to zero, of each layer as a whole or of each group (Han et al. 2015, arXiv 1506.02626).
+    """Set the smallest weights of each layer, or of each group, to zero (Han et al. 2015, arXiv 1506.02626).
 
-    To compare with: it does not see that some inputs are large.
+    A baseline: it does not see that some inputs are larger than others.
     """
 
     method: Literal["magnitude"] = "magnitude"

@@ -1,4 +1,4 @@
-"""Wanda: the weights go that are small and have small inputs; the others stay as they are."""
+"""Wanda: weights that are small and have small inputs are removed; the others stay unchanged."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ if TYPE_CHECKING:
 
 
 class Wanda(PruneWeights):
-    """Set the weights with the smallest |W_ij| * |X_j| to zero, of each output channel or of each group.
+    """Set the weights with the smallest |W_ij| * |X_j|_2 of each output channel, or of each group, to zero.
 
-    |X_j| is the norm of an input channel over the calibration tokens (Sun et al. 2023, arXiv 2306.11695, section 3).
+    |X_j|_2 is the norm of an input channel over the calibration tokens (Sun et al. 2023, arXiv 2306.11695, section 3).
     """
 
     method: Literal["wanda"] = "wanda"
 
     @property
     def calibrates(self) -> bool:
-        """It does."""
+        """Always: the inputs' norms decide."""
         return True
 
     def prune(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> None:
         """See `PruneWeights.prune`."""
         from compress.calibration.statistics import Moments
 
-        assert inputs is not None  # the step said that it calibrates
-        groups, moments = inputs.gather(parts, linears, Moments)
-        for leader, names in groups.items():
-            size = moments.pop(leader).mean_square.sqrt()
+        for names, moments in self.statistics_of(parts, linears, inputs, Moments):
+            size = moments.mean_square.sqrt()  # |X_j|_2, up to the number of tokens
             for name in names:
+                # Equation 1: S_ij = |W_ij| * |X_j|_2
                 scores = linears[name].weight.detach().float().abs() * size
+                # The weights compared with each other are those of one output channel, or of one N:M group.
                 gone = lowest_in_groups(scores, self.group) if self.group else lowest_in_rows(scores, self.sparsity)
                 linears[name].weight.data.masked_fill_(gone, 0)

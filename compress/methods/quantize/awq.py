@@ -1,7 +1,8 @@
-"""AWQ: input channels that carry large activations are enlarged before rounding, so that their weights are rounded finer."""
+"""AWQ: input channels with large activations are scaled up before rounding, so that their weights are rounded more finely."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -9,103 +10,97 @@ from pydantic import Field
 
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.quantize.base import Bits, IntegerWeights
-from compress.models.network.segments import replace_module
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from compress.calibration.inputs import Inputs
     from compress.calibration.statistics import Moments
+    from compress.layers.compressed import CompressedLayer
     from compress.models.network.segments import Parts
 
-# Tokens that the search compares outputs on, and the exponents that it tries.
+# Number of tokens on which the search compares outputs, and number of exponents that it tries, as many as the authors' code.
 SAMPLE_ROWS, STEPS = 512, 20
 
 
 class AWQ(IntegerWeights):
-    """Round W_j s_j with s_j = (mean |X_j|)^alpha, alpha searched for each input, and divide the input by s.
+    """Round W_j s_j with s_j = (mean |X_j|)^alpha, with alpha searched for each input, and divide the input by s.
 
-    Lin et al. 2023, arXiv 2306.00978, section 3.2: alpha from a grid, by the squared error of the layers' outputs on calibration
-    tokens (here of each token relative to its size); then each group's range is shrunk where that lowers the error of its weights,
-    inputs weighed by their mean square. Where the norm or the linear layer before can divide for nothing, it does; elsewhere the
-    layer keeps the vector and divides by it.
+    Lin et al. 2023, arXiv 2306.00978, section 3.2: alpha comes from a grid, by the squared error of the layers' outputs on
+    calibration tokens (here each token's error is relative to its size). After that each group's range is shrunk if that lowers the
+    error of its weights, with inputs weighted by their mean square. Where the preceding norm or linear layer can do the division at
+    no cost, it does; elsewhere the layer keeps the vector s and divides by it.
     """
 
     method: Literal["awq"] = "awq"
     bits: Bits = 4
-    """Bits of a weight."""
+    """Bits per weight."""
     group_size: int | None = Field(64, ge=8)
-    """Inputs that share a scale; null: an output channel has one."""
+    """Number of inputs that share a scale; null: one scale per output channel."""
     symmetric: bool = False
-    """Whether zero is the middle of the integers; otherwise each group has a zero of its own, which costs `bits` more a group."""
+    """Whether the integers are centred on zero; otherwise each group stores its own zero point, which costs `bits` more per
+    group."""
     search: bool = True
-    """Whether ranges are shrunk after the scaling."""
+    """Whether ranges are shrunk after the scaling to lower the error."""
     keep_factors: bool = True
-    """Whether a layer keeps its factor where nothing before it can divide. Without, such an input is left as it is, and the
-    variant can be exported to layouts that know no factors."""
+    """Whether a layer keeps its scaling factors where no preceding layer can take them. If false, such an input is not scaled, and
+    the variant can be exported to formats without factors."""
 
     @property
     def calibrates(self) -> bool:
-        """It does."""
+        """Always: activations decide the scaling."""
         return True
 
     def numbers_of(self, name: str) -> QuantizedLayer:
-        """Return the layer's precision; whether its input keeps a factor is known only once it is applied."""
+        """Return the layer's precision. Whether it keeps a factor is known only after `apply`; until then it counts as kept."""
         return super().numbers_of(name).model_copy(update={"input_factor": self.keep_factors})
 
-    def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
-        """Replace every chosen `nn.Linear` of a segment by a `QuantizedLinear`.
-
-        Raises:
-            ValueError: a weight is NaN or infinite.
-        """
+    def quantize(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> Iterator[tuple[str, CompressedLayer]]:
+        """See `QuantizeLinears.quantize`."""
         from compress.calibration.input_factors import scale_inputs
         from compress.calibration.statistics import Moments
-        from compress.layers.grid import find_grid
         from compress.layers.quantized_linear import QuantizedLinear
 
-        linears = self.linears_in(parts)
-        if not linears:
-            return {}
-        assert inputs is not None  # the segment has linear layers, and the step said that it calibrates
-        groups, moments = inputs.gather(parts, linears, partial(Moments, keep=SAMPLE_ROWS))
-        quantized = {}
-        for leader, names in groups.items():
-            layers, moment = [linears[name] for name in names], moments.pop(leader)
-            factor = self._factor(moment, {name: linears[name].weight.detach().float() for name in names})
-            importance = moment.mean_square / factor.square()
-            left = scale_inputs(parts, inputs, layers, factor)
-            if left is not None and not self.keep_factors:
-                left, importance = None, moment.mean_square
+        assert inputs is not None, "awq calibrates"
+        for names, moments in self.statistics_of(parts, linears, inputs, partial(Moments, keep=SAMPLE_ROWS)):
+            factor = self._factor(moments, {name: linears[name].weight.detach().float() for name in names})
+            importance = moments.mean_square / factor.square()
+            # Equation 2, Q(W s) (X / s): fold 1 / s into the layer before, or else keep s in the layers themselves.
+            kept = scale_inputs(parts, inputs, [linears[name] for name in names], factor)
+            if kept is not None and not self.keep_factors:
+                kept, importance = None, moments.mean_square
             for name in names:
-                weight, wanted = linears[name].weight.detach(), super().numbers_of(name)
-                weight = weight if left is None else weight.float() * left
-                grid = find_grid(
-                    weight, wanted.bits, wanted.group_size, wanted.symmetric, search=self.search, importance=importance
-                )
-                layer = QuantizedLinear.from_integers(grid.round(weight), grid, linears[name].bias, input_factor=left)
-                replace_module(parts, name, layer)
-                quantized[name] = layer.layer
-        return quantized
+                weight = linears[name].weight.detach()
+                weight = weight if kept is None else weight.float() * kept
+                # The paper's weight clipping, here by the weights' error, inputs weighted by their mean square.
+                grid = self.grid_of(name, weight, search=self.search, importance=importance)
+                yield name, QuantizedLinear.from_integers(grid.round(weight), grid, linears[name].bias, input_factor=kept)
 
-    def _factor(self, moment: Moments, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the factor of the exponent with the least relative error of the outputs: float32 [in]."""
+    def _factor(self, moments: Moments, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the factor with the smallest relative error of the outputs, float32 [in].
+
+        Args:
+            moments: statistics of the layers' common input.
+            weights: the layers' weights, float32 [out, in], by name.
+        """
         import torch
 
         from compress.calibration.statistics import relative_error
         from compress.layers.float_layers import linear
-        from compress.layers.grid import find_grid
 
-        rows, magnitude = moment.rows(), moment.mean_magnitude.clamp_min(1e-4)
+        rows, magnitude = moments.rows(), moments.mean_magnitude.clamp_min(1e-4)
         exact = {name: linear(rows, weight) for name, weight in weights.items()}
         best, least = torch.ones_like(magnitude), float("inf")
         for step in range(STEPS):
+            # Equation 5: s = s_X^alpha, alpha in [0, 1) on a grid; then scaled to centre around 1, as in the authors' code.
             factor = magnitude ** (step / STEPS)
             factor = factor / (factor.max() * factor.min()).sqrt()
+            # Equation 4: L(s) = |Q(W s) (X / s) - W X|, here relative to each token's size.
             error = 0.0
             for name, weight in weights.items():
-                wanted, scaled = super().numbers_of(name), weight * factor
-                grid = find_grid(scaled, wanted.bits, wanted.group_size, wanted.symmetric)
+                scaled = weight * factor
+                grid = self.grid_of(name, scaled)
                 error += relative_error(linear(rows, grid.values(grid.round(scaled)).div_(factor)), exact[name])
             if error < least:
                 best, least = factor, error

@@ -1,12 +1,12 @@
-"""What the methods that quantize linear layers share: which layers, in which numbers, and what that makes of a shape."""
+"""What methods that quantize linear layers share: the number format of each layer, the estimate, and replacing the layers."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,7 +18,13 @@ from compress.models.files.headers import TensorInfo
 from compress.models.shape import HALF_BYTES, ModelShape
 
 if TYPE_CHECKING:
-    pass
+    import torch
+    from torch import nn
+
+    from compress.calibration.inputs import Inputs
+    from compress.layers.compressed import CompressedLayer
+    from compress.layers.grid import Grid
+    from compress.models.network.segments import Parts
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 
@@ -26,15 +32,42 @@ Bits = Literal[2, 3, 4, 5, 6, 8]
 class QuantizeLinears(LinearsMethod):
     """A method that replaces linear layers by quantized ones."""
 
+    family: ClassVar[str] = "quantized"
+
     @abstractmethod
     def numbers_of(self, name: str) -> QuantizedLayer:
-        """Return how the layer of that name is to be stored."""
+        """Return how the layer of this name will be stored."""
 
-    def estimate(self, shape: ModelShape) -> Estimate:
-        """Size after: the weights' bits, their scales and zeros; everything else in half precision.
+    @abstractmethod
+    def quantize(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> Iterator[tuple[str, CompressedLayer]]:
+        """Yield the quantized layers of a segment one after another, by name. Each replaces its original before the next is made.
+
+        Args:
+            parts: the segment's modules.
+            linears: the layers to quantize, by name; at least one.
+            inputs: the calibration texts as they arrive at the segment; not None if the method calibrates.
+        """
+
+    def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
+        """Replace every chosen `nn.Linear` of a segment by a quantized layer; see `quantize`.
 
         Raises:
-            ValueError: a pattern matches no linear layer, or there is none left.
+            ValueError: a weight is NaN or infinite, or the method cannot quantize a layer.
+        """
+        from compress.models.network.segments import replace_module
+
+        linears = self.linears_in(parts)
+        quantized: dict[str, QuantizedLayer] = {}
+        for name, layer in self.quantize(parts, linears, inputs) if linears else ():
+            replace_module(parts, name, layer)
+            quantized[name] = layer.layer
+        return quantized
+
+    def estimate(self, shape: ModelShape) -> Estimate:
+        """Estimate the size: the weights' bits, their scales and zeros, and everything else in half precision.
+
+        Raises:
+            ValueError: a pattern matches no linear layer, or no layer is left.
         """
         linears, names = self.linears_of(shape)
         chosen = {name: self.numbers_of(name) for name in names}
@@ -42,7 +75,7 @@ class QuantizeLinears(LinearsMethod):
         for name, layer in chosen.items():
             del tensors[f"{name}.weight"]
             stored = stored_tensors(layer, *linears[name].shape)
-            if stored["weight"].dtype == "I8":  # zeros stay zeros, and packed integers are not taken apart
+            if stored["weight"].dtype == "I8":  # pruned zeros stay zero; packed integers are stored densely
                 stored["weight"] = replace(stored["weight"], density=linears[name].density)
             tensors |= {f"{name}.{part}": info for part, info in stored.items()}
         weights = sum(linears[name].parameters for name in chosen)
@@ -60,12 +93,12 @@ class QuantizeLinears(LinearsMethod):
             flops=self.work_flops([linears[name] for name in chosen]),
             quantized=chosen,
             note=f"{len(chosen)} linear layers, {weights / 1e6:,.1f} M weights to {kinds}, activations {schemes}; "
-            f"{bits:.2f} bits a weight of these layers, scales counted",
+            f"{bits:.2f} bits per weight of these layers, scales included",
         )
 
 
 def stored_tensors(layer: QuantizedLayer, outputs: int, inputs: int) -> dict[str, TensorInfo]:
-    """Return the tensors that store a quantized weight [outputs, inputs], in the place of `weight`."""
+    """Return the tensors that replace `weight` for a quantized weight [outputs, inputs]."""
     per_channel = TensorInfo("F32", (outputs,))
     if layer.numbers is Numbers.FLOAT8:
         return {"weight": TensorInfo("F8_E4M3", (outputs, inputs)), "weight_scale": per_channel}
@@ -96,40 +129,52 @@ def stored_tensors(layer: QuantizedLayer, outputs: int, inputs: int) -> dict[str
 
 
 class Override(BaseModel):
-    """What another precision than the step's own is, for the layers of a pattern."""
+    """Precision of the layers that match a pattern, where it differs from the step's own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     bits: Bits | None = None
+    """Bits per weight; by default the step's own."""
     group_size: int | None = Field(None, ge=8)
+    """Number of inputs that share a scale; null: one scale per output channel; by default the step's own."""
     symmetric: bool | None = None
+    """Whether the integers are centred on zero; by default the step's own."""
 
 
 class IntegerWeights(QuantizeLinears):
     """A method that gives linear layers integer weights."""
 
     bits: Bits = 8
-    """Bits of a weight."""
+    """Bits per weight."""
     group_size: int | None = Field(None, ge=8)
-    """Inputs that share a scale, in half precision; left out: an output channel has one scale, in float32."""
+    """Number of inputs that share a scale, which is then stored in half precision; by default one float32 scale per output
+    channel."""
     symmetric: bool = True
-    """Whether zero is the middle of the integers; otherwise each group has a zero of its own, which costs `bits` more a group."""
+    """Whether the integers are centred on zero; otherwise each group stores its own zero point, which costs `bits` more per
+    group."""
     overrides: dict[str, Override] = Field(default={})
-    """Other precisions by pattern of the layer's name, the last that matches: {"*.down_proj": {bits: 8}}."""
+    """Other precisions for some layers, by pattern of their names, such as {"*.down_proj": {bits: 8}}; the last match wins."""
 
     def patterns(self) -> Iterable[str]:
         """Return the patterns of `skip` and `overrides`."""
         return (*self.skip, *self.overrides)
 
     def numbers_of(self, name: str) -> QuantizedLayer:
-        """Return the step's own precision, or what an override changes of it."""
+        """Return the step's own precision, changed by the overrides that match the layer's name."""
         settings: dict[str, object] = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
         settings |= overridden(name, self.overrides)
         return QuantizedLayer(**settings)  # type: ignore[arg-type]
 
+    def grid_of(self, name: str, weight: torch.Tensor, *, search: bool = False, importance: torch.Tensor | None = None) -> Grid:
+        """Return the grid of a layer's weight, [out, in], in the layer's precision; see `compress.layers.grid.find_grid`."""
+        from compress.layers.grid import find_grid
+
+        wanted = self.numbers_of(name)
+        return find_grid(weight, wanted.bits, wanted.group_size, wanted.symmetric, search=search, importance=importance)
+
 
 def overridden(name: str, overrides: Mapping[str, Override]) -> dict[str, object]:
-    """Return the settings of the overrides that match a name, later ones over earlier ones."""
+    """Return the settings of the overrides that match a name; later ones replace earlier ones."""
     found: dict[str, object] = {}
     for pattern, override in overrides.items():
         if fnmatchcase(name, pattern):

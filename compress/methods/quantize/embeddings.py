@@ -1,9 +1,9 @@
-"""The token embedding table in integers: it is half of a small model, and reading a row of it costs nothing to speak of."""
+"""The token embedding table as integers: it is half of a small model, and reading a row of it costs next to nothing."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,7 +11,6 @@ from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Estimate, Method
 from compress.methods.quantize.base import Bits, stored_tensors
 from compress.models.architectures import is_in_block
-from compress.models.network.segments import replace_module
 from compress.models.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -20,27 +19,28 @@ if TYPE_CHECKING:
 
 
 class Embeddings(Method):
-    """Round the token embedding table to symmetric integers, one scale per row or group of a row.
+    """Round the token embedding table to symmetric integers, with one scale per row or per group of a row.
 
-    53 % of MiniLM's parameters, 2 % of NV-Embed-v2's. Tables of positions and types stay as they are.
+    The table holds 53 % of MiniLM's parameters and 2 % of NV-Embed-v2's. Tables of positions and token types are left unchanged.
     """
 
+    family: ClassVar[str] = "quantized"
     method: Literal["embeddings"] = "embeddings"
     bits: Bits = 8
-    """Bits of a value."""
+    """Bits per value."""
     group_size: int | None = Field(None, ge=8)
-    """Values of a row that share a scale; left out: all of them."""
+    """Number of values of a row that share a scale; by default the whole row."""
     search: bool = True
-    """Whether each scale is the one with the least squared error, rather than the one that clips nothing."""
+    """Whether each scale minimises the squared error; otherwise it is the smallest that clips nothing."""
 
     def _layer(self) -> QuantizedLayer:
         return QuantizedLayer(bits=self.bits, group_size=self.group_size)
 
     def estimate(self, shape: ModelShape) -> Estimate:
-        """Size after: the table's bits and its scales.
+        """Estimate the size: the table's bits and its scales.
 
         Raises:
-            ValueError: the model has no table with a row for each entry of its vocabulary.
+            ValueError: the model has no table with one row per entry of its vocabulary.
         """
         name = shape.token_table
         if name is None:
@@ -59,24 +59,24 @@ class Embeddings(Method):
         )
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
-        """Replace the table, where the segment has it.
+        """Replace the table, if the segment has it.
 
         Raises:
-            ValueError: a value is NaN or infinite, or the table is of a kind that scales what is looked up in its own way.
+            ValueError: a value is NaN or infinite, or the table is not a plain one, for example because it scales its rows.
         """
         import torch
         from torch import nn
 
         from compress.layers.grid import find_grid
         from compress.layers.quantized_embedding import QuantizedEmbedding
-        from compress.models.network.segments import module_in, token_table
+        from compress.models.network.segments import module_in, replace_module, token_table
 
         name = token_table(parts)
         if name is None or is_in_block(name):
             return {}
         table = module_in(parts, name)
         if type(table) is not nn.Embedding:
-            raise ValueError(f"{name} is a {type(table).__name__}, not a plain table; it was not quantized")
+            raise ValueError(f"{name} is a {type(table).__name__}, not a plain embedding table; it was not quantized")
         weight = table.weight.detach()
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}.weight holds NaN or infinity; it was not quantized")

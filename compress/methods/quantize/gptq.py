@@ -1,85 +1,77 @@
-"""GPTQ: weights are rounded one input channel after another, and each rounds off what those before it have lost."""
+"""GPTQ: weights are rounded one input channel after another, and each makes up for the rounding errors before it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from compress.layers.scheme import QuantizedLayer
 from compress.methods.error_feedback import FeedbackMethod, loss_of
 from compress.methods.linear_layers import zeros_of
 from compress.methods.quantize.base import Bits, IntegerWeights
 from compress.models.files.headers import TensorInfo
-from compress.models.network.segments import replace_module
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from compress.calibration.inputs import Inputs
+    from compress.layers.compressed import CompressedLayer
     from compress.layers.grid import Grid
     from compress.methods.error_feedback import Feedback
     from compress.models.network.segments import Parts
 
-# Input channels whose errors are fed forward together, and output channels that are worked on at once (none depends on another).
+# Number of input channels whose errors are fed forward together (B of algorithm 1), and of output channels that are worked on at
+# once # (none depends on another).
 BLOCK, ROWS = 128, 4_096
 
 
 class GPTQ(FeedbackMethod, IntegerWeights):
     """Round linear layers so that their outputs on calibration texts change least.
 
-    Frantar et al. 2023, arXiv 2210.17323. Written as linear feedback (Chee et al. 2023, QuIP, arXiv 2307.13304, section 3.2 and
-    theorem 6, which shows that both are the same): it needs one Cholesky factor of the inputs' second moment and no inverse. Scales
-    are found before anything is rounded ("static groups"), so that channels can be taken in any order. An output channel
-    that plain rounding serves better on the calibration texts is rounded plainly.
+    Frantar et al. 2022, arXiv 2210.17323. It is written as linear feedback (QuIP, Chee et al. 2023, arXiv 2307.13304, section 3.2;
+    theorem 6 shows that both are the same), which needs one Cholesky factor of the inputs' second moment and no inverse. Scales are
+    found before anything is rounded ("static groups"), so that channels can be taken in any order. An output channel for which
+    plain rounding is better on the calibration texts is rounded to nearest.
     """
 
     method: Literal["gptq"] = "gptq"
     bits: Bits = 4
-    """Bits of a weight."""
+    """Bits per weight."""
     group_size: int | None = Field(64, ge=8)
-    """Inputs that share a scale; null: an output channel has one."""
+    """Number of inputs that share a scale; null: one scale per output channel."""
     act_order: bool = True
-    """Whether input channels are taken in falling order of their mean square, those that matter most first."""
+    """Whether input channels are rounded in descending order of their mean square, so that the most important come first."""
     search: bool = True
-    """Whether each scale is the one with the least squared error, inputs weighed by their mean square."""
+    """Whether each scale minimises the squared error with inputs weighted by their mean square; otherwise it clips nothing."""
 
     def work_flops(self, linears: list[TensorInfo]) -> float:
-        """Cholesky factors and feedback; layers that share an input are counted as if they did not."""
+        """Return the operations of Cholesky factors and feedback; layers that share an input are counted as if they did not."""
         return sum(info.shape[1] ** 3 / 3 + 3 * info.shape[0] * info.shape[1] ** 2 for info in linears)
 
-    def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
-        """Replace every chosen `nn.Linear` of a segment by a `QuantizedLinear`.
+    def quantize(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> Iterator[tuple[str, CompressedLayer]]:
+        """See `QuantizeLinears.quantize`.
 
         Raises:
-            ValueError: a weight is NaN or infinite, or a layer's second moment has no Cholesky factor even in float64.
+            ValueError: a layer's second moment has no Cholesky factor even in float64.
         """
-        from compress.layers.grid import find_grid
         from compress.layers.quantized_linear import QuantizedLinear
 
-        linears = self.linears_in(parts)
-        if not linears:
-            return {}
-        quantized = {}
         for names, moment, feedback in self.feedbacks(parts, linears, inputs, self.act_order):
             for name in names:
-                weight, wanted = linears[name].weight.detach().float(), self.numbers_of(name)
-                grid = find_grid(
-                    weight, wanted.bits, wanted.group_size, wanted.symmetric, search=self.search, importance=moment.diagonal()
-                )
+                weight = linears[name].weight.detach().float()
+                grid = self.grid_of(name, weight, search=self.search, importance=moment.diagonal())
                 integers = round_with_feedback(weight, grid, feedback, zeros_of(weight))
-                layer = QuantizedLinear.from_integers(integers, grid, linears[name].bias)
-                replace_module(parts, name, layer)
-                quantized[name] = layer.layer
-        return quantized
+                yield name, QuantizedLinear.from_integers(integers, grid, linears[name].bias)
 
 
 def round_with_feedback(weight: torch.Tensor, grid: Grid, feedback: Feedback, gone: torch.Tensor | None = None) -> torch.Tensor:
     """Round a weight, float32 [out, in], to unsigned integers of a grid, uint8 [out, in].
 
-    With errors E = W - Q the output's squared error is tr(E H E^T) = sum_k D_k |E_k + sum_{j<k} E_j U_jk|^2, so channel k is
-    rounded after `sum_{j<k} E_j U_jk` is added to it, and nothing later undoes that. Weights that are `gone`, bool [out, in], stay
-    zero whatever they hear, and what they would have made up for is left to those after them.
+    With errors E = W - Q the output's squared error is tr(E H E^T) = sum_k D_k |E_k + sum_{j<k} E_j U_jk|^2. So channel k is
+    rounded after `sum_{j<k} E_j U_jk` has been added to it, which makes its term as small as rounding allows. Weights that are
+    `gone`, bool [out, in], stay zero; the channels after them make up for that.
     """
     import torch
 
@@ -88,6 +80,7 @@ def round_with_feedback(weight: torch.Tensor, grid: Grid, feedback: Feedback, go
         rows = slice(start, start + ROWS)
         plain = rounded[rows]
         fed, loss = _round_rows(weight[rows], rows, grid, feedback, None if gone is None else gone[rows])
+        # Per output channel, the better of feedback and plain rounding.
         better = loss < loss_of(weight[rows] - _values(plain, rows, grid), feedback)
         rounded[rows] = torch.where(better[:, None], fed, plain)
     return rounded
@@ -96,35 +89,43 @@ def round_with_feedback(weight: torch.Tensor, grid: Grid, feedback: Feedback, go
 def _round_rows(
     weight: torch.Tensor, rows: slice, grid: Grid, feedback: Feedback, gone: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round some rows; also return what that costs each of them, damping left out."""
+    """Round some rows by GPTQ's algorithm 1; also return each row's cost without the damping's share.
+
+    In the paper the weights themselves are updated: W_:,k becomes W_:,k - E_:,j [H^-1]_jk. Here the same values are the sum of the
+    exact weight and the feedback of all errors before it, `heard`.
+    """
     import torch
 
     order, upper = feedback.order, feedback.upper
     group = grid.group_of(weight.shape[1], weight.device)[order].tolist()
     costs = feedback.diagonal.tolist()
-    # Transposed: a channel is then a row, and lies in one piece.
+    # Transposed: a channel is then a row, contiguous in memory.
     scales, zeros = grid.scale[rows].t().contiguous(), grid.zero[rows].t().contiguous()
     exact = weight.t()[order].contiguous()
     stay_zero = None if gone is None else gone.t()[order].contiguous()
     heard = exact.clone()
     integers = torch.empty(exact.shape, dtype=torch.uint8, device=weight.device)
     loss = torch.zeros(exact.shape[1], device=weight.device)
-    for start in range(0, len(exact), BLOCK):
+    for start in range(0, len(exact), BLOCK):  # for i = 0, B, 2B, ...
         stop = min(start + BLOCK, len(exact))
         errors = torch.empty(stop - start, exact.shape[1], device=weight.device)
         inner = upper[start:stop, start:stop].t().contiguous()
-        for channel in range(start, stop):
+        for channel in range(start, stop):  # for j = i, ..., i + B - 1
             place = channel - start
+            # W_:,j after the updates by the errors of this block so far
             wanted = torch.addmv(heard[channel], errors[:place].t(), inner[place, :place]) if place else heard[channel]
+            # Q_:,j = quant(W_:,j)
             scale, zero = scales[group[channel]], zeros[group[channel]]
             steps = (wanted / scale).round_().add_(zero).clamp_(grid.lowest, grid.highest)
             if stay_zero is not None:
                 steps = torch.where(stay_zero[channel], zero, steps)
             integers[channel] = steps.to(torch.uint8)
             value = steps.sub_(zero).mul_(scale)
+            # E_:,j-i: the total error W - Q here, where the paper has the rounding error over [H^-1]_jj
             torch.sub(exact[channel], value, out=errors[place])
             loss.addcmul_(value.sub_(wanted), value, value=costs[channel])
             loss.addcmul_(errors[place], errors[place], value=-feedback.damping)
+        # W_:,(i+B): is updated by the errors of the whole block (step 2 of the paper, "lazy batch-updates")
         heard[stop:].addmm_(upper[start:stop, stop:].t(), errors)
     result = torch.empty_like(integers)
     result[order] = integers

@@ -1,33 +1,36 @@
-"""Round to nearest: each weight becomes the nearest value of its grid. No calibration, seconds even for large models."""
+"""Round to nearest: each weight becomes the nearest value of its grid. No calibration; takes seconds even for large models."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import model_validator
 
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
 from compress.methods.quantize.base import IntegerWeights
-from compress.models.network.segments import replace_module
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from compress.calibration.inputs import Inputs
+    from compress.layers.compressed import CompressedLayer
     from compress.models.network.segments import Parts
 
 
 class RTN(IntegerWeights):
     """Round linear layers to integers of `bits` bits.
 
-    With 8 bits and activations `dynamic_per_token` this is the W8A8 arithmetic of LLM.int8() without its outlier columns (Dettmers
-    et al. 2022, arXiv 2208.07339, section 2.1: row-wise times column-wise scales).
+    With 8 bits and `activations: dynamic_per_token` this is the W8A8 arithmetic of LLM.int8() without its outlier columns (Dettmers
+    et al. 2022, arXiv 2208.07339: one scale per row of the inputs, one per output channel of the weights).
     """
 
     method: Literal["rtn"] = "rtn"
     activations: Literal["none", "dynamic_per_tensor", "dynamic_per_token"] = "dynamic_per_token"
-    """What the layer's input becomes: nothing (weights alone are quantized; smaller, not faster), or int8 with one scale per
-    tensor or per token."""
+    """How the layer's input is quantized: not at all (only weights are quantized: smaller, not faster), or to int8 with one scale
+    per tensor or per token."""
     search: bool = False
-    """Whether each scale is the one with the least squared error of the weights, rather than the one that clips none."""
+    """Whether each scale minimises the squared error of the weights; otherwise it is the smallest that clips no weight."""
 
     @model_validator(mode="after")
     def _integer_products_have_one_scale_a_channel(self) -> Self:
@@ -40,20 +43,11 @@ class RTN(IntegerWeights):
         """Return the layer's precision, with the step's activations."""
         return super().numbers_of(name).model_copy(update={"activations": ActivationScheme(self.activations)})
 
-    def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
-        """Replace every chosen `nn.Linear` of a segment by a `QuantizedLinear`.
-
-        Raises:
-            ValueError: a weight is NaN or infinite.
-        """
-        from compress.layers.grid import find_grid
+    def quantize(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> Iterator[tuple[str, CompressedLayer]]:
+        """See `QuantizeLinears.quantize`."""
         from compress.layers.quantized_linear import QuantizedLinear
 
-        quantized = {}
-        for name, linear in self.linears_in(parts).items():
-            wanted, weight = self.numbers_of(name), linear.weight.detach()
-            grid = find_grid(weight, wanted.bits, wanted.group_size, wanted.symmetric, search=self.search)
-            layer = QuantizedLinear.from_integers(grid.round(weight), grid, linear.bias, wanted.activations)
-            replace_module(parts, name, layer)
-            quantized[name] = layer.layer
-        return quantized
+        for name, linear in linears.items():
+            weight = linear.weight.detach()
+            grid = self.grid_of(name, weight, search=self.search)
+            yield name, QuantizedLinear.from_integers(grid.round(weight), grid, linear.bias, ActivationScheme(self.activations))

@@ -1,1 +1,1 @@
-"""Files of a model: headers, weights, shards, and what a variant's folder says of itself. No torch in headers and variant."""
+"""A model's files: headers, weights, shards, and `variant.json`. No torch in headers and variant."""

@@ -1,4 +1,4 @@
-"""Writing a variant's weights: a file a segment, each whole or not there, and one file in the end where that is small."""
+"""Writes a variant's weights: one shard per segment, each written atomically, joined into a single file if the variant is small."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from safetensors.torch import save_file
 from compress.common.files import write_text_atomic
 from compress.layers.bitmask import encode
 from compress.models.architectures import is_block_linear
-from compress.models.files.headers import MASK, read_header
-from compress.models.files.variant import INDEX_FILE, WEIGHTS_FILE
+from compress.models.files.headers import INDEX_FILE, MASK, read_header
+from compress.models.files.variant import WEIGHTS_FILE
 
-# A variant up to this size becomes one file.
+# Size up to which the shards of a variant are joined into a single file.
 SINGLE_FILE_BYTES = 2 * 10**9
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file under a temporary name beside it and rename it."""
+    """Write a safetensors file atomically: under a temporary name in the same folder, then renamed."""
     temporary = path.with_name(f".{path.name}.writing")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
     with temporary.open("rb") as file:
@@ -32,9 +32,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def sparse(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Take the matrices of linear layers apart where their zeros are so many that it makes them smaller.
+    """Return the tensors with each linear layer's matrix stored as bitmask and nonzero values, if that makes it smaller.
 
-    The values keep the name, `weight`; the bits lie beside them, `weight_mask`.
+    The values keep the name `weight`; the bitmask is called `weight_mask`.
     """
     made = dict(tensors)
     for name, tensor in tensors.items():
@@ -47,14 +47,14 @@ def sparse(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def shard(folder: Path, index: int, count: int) -> Path:
-    """Return the path of shard number `index`, from 0, of `count`, as the hub names it."""
+    """Return the path of shard `index` (from 0) of `count`, named as on the hub."""
     return folder / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def join_shards(folder: Path, count: int, single_file_bytes: int = SINGLE_FILE_BYTES) -> None:
-    """Make the shards of a folder loadable: one file where they are small, else an index beside them.
+    """Make a folder's shards loadable: join them into one file up to `single_file_bytes`, else write an index for them.
 
-    Can be called again after it was killed.
+    If it is interrupted, it can be called again.
     """
     paths = [shard(folder, index, count) for index in range(count)]
     whole = folder / WEIGHTS_FILE

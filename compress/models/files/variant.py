@@ -1,4 +1,4 @@
-"""A variant on disk: what `variant.json` says beside its safetensors files, `config.json` and `tokenizer.json`. No torch here."""
+"""`variant.json`, which describes a variant next to its safetensors files, `config.json` and `tokenizer.json`. No torch here."""
 
 from __future__ import annotations
 
@@ -15,50 +15,53 @@ from compress.models.text.spec import EmbedderSpec
 
 VARIANT_FILE = "variant.json"
 WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 
 
 class VariantInfo(BaseModel):
-    """Everything a runtime needs to know of a variant besides its tensors."""
+    """Everything that a runtime needs to know about a variant except its tensors: the content of `variant.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
+    """Version of the file format."""
     base: str
-    """Name of the model that it was made from."""
+    """Name of the model that the variant was made from."""
     base_fingerprint: str
+    """Fingerprint of the base model's files; see `compress.models.files.headers.fingerprint`."""
     licence: str | None
-    """Licence of the base model, as far as its files name it; it holds for the variant too."""
+    """Licence of the base model, which applies to the variant too; None if the model's files do not name one."""
     max_length: int
+    """Maximum length of a text in tokens, including special tokens."""
     spec: EmbedderSpec
+    """How the model takes texts and pools tokens."""
     pretrained: bool = True
-    """False: made from random weights, to measure speed and memory; its vectors mean nothing."""
+    """Whether the weights come from training. Random weights serve to measure speed and memory; their vectors are meaningless."""
     folded: bool = False
-    """Whether NV-Embed's latent head is folded."""
+    """Whether NV-Embed's latent-attention head is folded."""
     runtime: str = "torch"
-    """What it was made for and measured in; `compress.load` opens it there."""
+    """Name of the runtime that the variant was made for and measured in. `compress.load` uses it by default."""
     dtype: str | None = None
-    """Of the floating-point arithmetic in that runtime; None: its default on the device."""
+    """Dtype of the floating-point arithmetic in that runtime; None for the runtime's default on the device."""
     layers: tuple[int, ...] | None = None
-    """Which block of the published model each block is, from 0; None in variants of earlier versions, which have all."""
+    """The number that each block has in the published model, from 0; None in variants of earlier versions, which have all."""
     heads: int | None = None
-    """Attention heads of each block, where these are fewer than its config can say."""
+    """Number of attention heads of each block, if heads were pruned and the config cannot store it; else None."""
     dropped: tuple[tuple[int, Sublayer], ...] = ()
-    """Sublayers that its blocks lack, by the block's number here."""
+    """The sublayers that were dropped, each with its block's number in the variant."""
     quantized: dict[str, QuantizedLayer]
-    """Linear layers and tables, by their names in the network."""
+    """The quantized linear layers and tables, by their names in the network."""
     steps: list[dict[str, Any]]
-    """The recipe's steps as they were applied, defaults filled in."""
+    """The recipe's steps as they were applied, with defaults filled in."""
 
     @property
     def weights(self) -> str:
-        """Say what the weights are: `int8`, several joined by `+`, or `float16` where nothing is quantized; and how many went."""
+        """The kind of weights, such as `int8` or `int4+int8`; `float16` if none are quantized; and what was pruned."""
         numbers = "+".join(sorted({layer.name for layer in self.quantized.values()})) or "float16"
         return " ".join([numbers, *(words for step in self.steps for words in _pruned(step))])
 
     @property
     def activations(self) -> str:
-        """Name the activation scheme, or several joined by `+`; tables have none and are not asked."""
+        """The activation schemes of the quantized layers, joined by `+`; `none` if activations are not quantized."""
         schemes = {layer.activations for layer in self.quantized.values()}
         return "+".join(sorted(schemes - {ActivationScheme.NONE})) or ActivationScheme.NONE
 
@@ -72,7 +75,7 @@ class VariantInfo(BaseModel):
         """Read `variant.json`.
 
         Raises:
-            UserError: it is not of a format that this version reads.
+            UserError: this version does not read the file's format.
         """
         path = folder / VARIANT_FILE
         try:
@@ -84,7 +87,7 @@ class VariantInfo(BaseModel):
 
 
 def _pruned(step: dict[str, Any]) -> list[str]:
-    """Say in a word or two what a step took away; nothing of steps that only change numbers."""
+    """Describe what a step pruned in a word or two; empty for steps that prune nothing."""
     if "sparsity" in step:
         return [f"{step['sparsity']:.0%} zeros" if step["pattern"] == "unstructured" else step["pattern"]]
     if step["method"] == "depth" and step["drop"]:

@@ -1,10 +1,10 @@
-"""Weights from safetensors files, read a part at a time: mapped while a part is in use, closed after it."""
+"""Reads weights from safetensors files, one part of a network at a time. A tensor is memory-mapped only while it is in use."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,38 +13,46 @@ from torch import nn
 
 from compress.common.errors import UserError
 from compress.layers.bitmask import decode
-from compress.models.files.headers import MASK, read_header
+from compress.models.files.headers import MASK, StoredTensor
 
-# How checkpoints of older libraries name the parameters of a layer norm.
+# Layer-norm parameters as old checkpoints name them, and their names today.
 _LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
+
+UNUSED = re.compile(
+    r"(?:^|\.)(?:pooler|lm_head|cls|vocab_transform|vocab_layer_norm|vocab_projector|generator_predictions|generator_lm_head)\."
+    r"|(?:^|\.)(?:position_ids|token_type_ids|rotary_emb\.inv_freq|masked_bias|attn\.bias)$|^(?:head|decoder)\.|^predictions\."
+)
+"""Tensors of checkpoints that no embedder uses: heads of language models, poolers, buffers that newer libraries make themselves."""
 
 
 class Weights:
-    """The tensors of a checkpoint by the names that its network uses."""
+    """The tensors of a checkpoint, by their names in the network."""
 
-    def __init__(self, paths: Sequence[Path], network: nn.Module, *, exact: bool) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor], network: nn.Module, *, exact: bool) -> None:
         """Match the files' tensors with the network's, by names and shapes alone; no tensor is read.
 
         Args:
-            paths: the safetensors files of one checkpoint.
+            tensors: those of one checkpoint, by the names that they have there.
             network: its parameters need no values.
-            exact: whether the files must hold nothing else. Otherwise a task's head and a pooler are passed over, and the name
-                under which such a head keeps the network (`model.`, `bert.`) may stand before every name.
+            exact: whether these are the names that the network uses. Otherwise the name under which a task's head keeps the network
+                (`model.`, `bert.`) may stand before every name, and tensors that no embedder uses are passed over: a language
+                model's head, a pooler, position ids.
 
         Raises:
-            UserError: a tensor is missing, is left over or has another shape.
+            UserError: a tensor is missing, unexpected (if `exact`) or of another shape.
         """
         self._wanted = network.state_dict(keep_vars=True)
         found: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
-        for path in paths:
-            for stored, info in read_header(path).items():
-                found[stored if exact else _network_name(stored, network)] = (path, stored, info.shape, info.dtype)
+        for stored, tensor in tensors.items():
+            name = stored if exact else _network_name(stored, network)
+            found[name] = (tensor.path, tensor.name, tensor.info.shape, tensor.info.dtype)
         self._masks = {name: found.pop(name + MASK)[:2] for name in self._wanted if name + MASK in found}
         missing = sorted(self._wanted.keys() - found.keys())
-        extra = sorted(found.keys() - self._wanted.keys()) if exact else []
+        extra = sorted(name for name in found.keys() - self._wanted.keys() if exact or not UNUSED.search(name))
         if missing or extra:
+            folder = next(iter(tensors.values())).path.parent if tensors else "the checkpoint"
             raise UserError(
-                f"{paths[0].parent}: does not fit its network: {len(missing) + len(extra)} tensors differ, "
+                f"{folder}: does not fit its network: {len(missing) + len(extra)} tensors differ, "
                 f"such as {(missing or extra)[0]!r} ({'missing' if missing else 'not wanted'})"
             )
         self._place: dict[str, tuple[Path, str]] = {}
@@ -54,18 +62,22 @@ class Weights:
             self._dtypes.add(dtype)
             if name in self._masks:
                 if len(shape) != 1:
-                    raise UserError(f"{path}: {stored} has a mask beside it and is {list(shape)}; its values are to lie in a row")
+                    raise UserError(f"{path}: {stored} has a bitmask and shape {list(shape)}; its values must be a vector")
             elif shape != tuple(tensor.shape):
-                raise UserError(f"{path}: {stored} is {list(shape)}, its network wants {list(tensor.shape)}")
+                raise UserError(f"{path}: {stored} has shape {list(shape)}, its network needs {list(tensor.shape)}")
             self._place[name] = (path, stored)
 
     def dtypes(self) -> set[torch.dtype]:
-        """Return the dtypes that the floating-point tensors are stored in."""
+        """Return the dtypes in which the floating-point tensors are stored."""
         names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
         return {names[dtype] for dtype in self._dtypes if dtype in names}
 
     def renamed(self, rename: Callable[[str], str | None]) -> Weights:
-        """Return the same weights by other names: `rename` gives a tensor's new name, or None where it is left out."""
+        """Return the same weights under other names.
+
+        Args:
+            rename: returns a tensor's new name, or None to leave the tensor out.
+        """
         made = copy.copy(self)
         names = {name: new for name in self._wanted if (new := rename(name)) is not None}
         made._wanted = {new: self._wanted[name] for name, new in names.items()}
@@ -74,7 +86,13 @@ class Weights:
         return made
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield tensors as they are stored; each is mapped from its file for as long as it lives."""
+        """Yield the named tensors, with their names, in the dtype in which they are stored.
+
+        A tensor is memory-mapped from its file for as long as it is referenced.
+
+        Raises:
+            UserError: the bitmask of a sparse matrix does not fit its values.
+        """
         by_path: dict[Path, list[str]] = {}
         for name in names:
             by_path.setdefault(self._place[name][0], []).append(name)
@@ -85,7 +103,7 @@ class Weights:
                     yield name, tensor if name not in self._masks else self._dense(name, tensor)
 
     def _dense(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Return a matrix that is stored as its values and a mask."""
+        """Return a matrix that is stored as nonzero values and a bitmask."""
         path, stored = self._masks[name]
         with safe_open(path, framework="pt") as file:
             bits = file.get_tensor(stored)
@@ -95,7 +113,13 @@ class Weights:
             raise UserError(f"{path}: {name}: {error}", "compress the model again") from error
 
     def fill(self, module: nn.Module, prefix: str = "", dtype: torch.dtype | None = None) -> None:
-        """Put values into `module`, whose name in the network is `prefix`: as they are stored, or floating ones cast to `dtype`."""
+        """Give a module's parameters and buffers their stored values.
+
+        Args:
+            module: the module to fill.
+            prefix: the module's name in the network; empty for the network itself.
+            dtype: dtype to convert parameters to; None keeps the stored one.
+        """
         start = f"{prefix}." if prefix else ""
         for name, tensor in self.read(name for name in self._wanted if name.startswith(start)):
             owner, _, attribute = name.removeprefix(start).rpartition(".")
@@ -103,11 +127,11 @@ class Weights:
                 tensor = nn.Parameter(tensor.to(dtype or tensor.dtype), requires_grad=False)
             setattr(module.get_submodule(owner), attribute, tensor)
         left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
-        assert not left, f"left without values: {left[:3]}"
+        assert not left, f"still without values: {left[:3]}"
 
 
 def _network_name(stored: str, network: nn.Module) -> str:
-    """Return the name that the base model uses for a tensor stored by a model with a task's head."""
+    """Return the base model's name for a tensor that was stored by a model with a task head or by an old library."""
     prefix = getattr(network, "base_model_prefix", "")
     name = stored.removeprefix(f"{prefix}.") if prefix else stored
     for pattern, replacement in _LEGACY:

@@ -1,1 +1,1 @@
-"""Networks in torch: built, taken apart into segments, walked, cut smaller, and pooled into vectors."""
+"""Networks in torch: built, split into segments, walked, pruned, and pooled into vectors."""

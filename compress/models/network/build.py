@@ -1,4 +1,4 @@
-"""Networks from transformers: loaded whole from a checkpoint, or built empty to be filled from a variant's file."""
+"""Builds networks: loaded from a checkpoint, or empty, to be filled with weights segment by segment."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import nn
 from transformers import AutoModel
 
 from compress.common.errors import UserError
-from compress.models.architectures import imported
-from compress.models.files.weights import Weights
+from compress.common.lazy import attribute
+from compress.models.files.weights import UNUSED, Weights
 from compress.models.folder import ModelFolder
-from compress.models.network.pooling import attach_head
+from compress.models.network.pooling import attach_head, head_of
+from compress.models.network.segments import HEAD
 
 
 def _quietly() -> None:
@@ -26,17 +27,18 @@ def _quietly() -> None:
 
 
 def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
-    """Load the network of a checkpoint, without a language model's head, every floating-point tensor in `dtype`.
+    """Load the network of a checkpoint, without a language-model head and with all floating-point tensors in `dtype`.
 
     Raises:
-        UserError: a tensor that the network needs is not in the checkpoint; nothing is filled in at random.
+        UserError: the checkpoint lacks a tensor that the network needs. transformers would initialise it at random.
     """
     _quietly()
     if folder.own_architecture is not None:
         model = empty_network(folder)
-        Weights(folder.weight_files, model, exact=True).fill(model, dtype=dtype)
+        Weights(folder.tensors, model, exact=True).fill(model, dtype=dtype)
         return model
-    model, report = AutoModel.from_pretrained(
+    network: nn.Module
+    network, report = AutoModel.from_pretrained(
         folder.transformer,
         config=_uncached(folder),
         dtype=dtype,
@@ -49,18 +51,27 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
         raise UserError(
             f"{folder.transformer}: the checkpoint lacks {len(missing)} tensors of its own network, such as {missing[0]!r}"
         )
-    return attach_head(_without_pooler(model), folder.spec)
+    unused = sorted(key for key in report["unexpected_keys"] if not UNUSED.search(key))
+    if unused:
+        raise UserError(
+            f"{folder.transformer}: the checkpoint has {len(unused)} tensors that its network has not, such as {unused[0]!r}"
+        )
+    attach_head(_without_pooler(network), folder.spec)
+    head = nn.ModuleDict({HEAD: head_of(network)})
+    mine = {name: tensor for name, tensor in folder.tensors.items() if name.startswith(f"{HEAD}.")}
+    Weights(mine, head, exact=True).fill(head, dtype=dtype)
+    return network
 
 
 def _uncached(folder: ModelFolder) -> Any:
-    """Return the network's config without a key/value cache, which costs memory and helps no embedder: it reads each text once."""
+    """Return the network's config without a key/value cache. An embedder reads each text once, so a cache only costs memory."""
     config = copy.deepcopy(folder.network_config)
     config.use_cache = False
     return config
 
 
 def _without_pooler(model: nn.Module) -> nn.Module:
-    """Take away BERT's pooler: it feeds next-sentence prediction, not the embedding."""
+    """Remove BERT's pooler: it feeds next-sentence prediction, not the embedding."""
     if getattr(model, "pooler", None) is not None:
         setattr(model, "pooler", None)  # noqa: B010  a plain assignment is typed as a module
     return model
@@ -68,9 +79,9 @@ def _without_pooler(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Let modules built inside take no memory for parameters, while their buffers get real values.
+    """Build modules with parameters on the meta device, which take no memory, but with real buffers.
 
-    `torch.device("meta")` would leave buffers that no checkpoint holds (rotary frequencies, position ids) without values too.
+    `torch.device("meta")` would also put buffers on the meta device that no checkpoint holds (rotary frequencies, position ids).
     """
     register = nn.Module.register_parameter
 
@@ -87,16 +98,17 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def empty_network(folder: ModelFolder) -> nn.Module:
-    """Build the network of a folder's config, to be run and not trained: real buffers, parameters that have no memory yet.
+    """Build the network that a folder's config describes, in eval mode, with real buffers and its parameters on the meta device.
 
     Raises:
-        UserError: its architecture is not one that this version runs.
+        UserError: this version does not run the architecture.
     """
     _quietly()
     own = folder.own_architecture
     with _parameters_on_meta():
         if own is not None:
-            network: nn.Module = imported(own.network)(folder)
+            network: nn.Module = attribute(own.network)(folder)
             return network.eval()
         network = AutoModel.from_config(_uncached(folder))
-    return attach_head(_without_pooler(network.eval()), folder.spec)  # a new network is one to be trained, with dropout at work
+        attach_head(network, folder.spec)
+    return _without_pooler(network.eval())  # a new network is one to be trained, with dropout at work

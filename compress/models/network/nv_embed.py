@@ -1,7 +1,7 @@
-"""NV-Embed: Mistral without a causal mask, latent-attention pooling; and the same head folded to a fifteenth of its size.
+"""NV-Embed: Mistral without a causal mask, pooled by latent attention, and the same head folded to a fifteenth of its size.
 
-Lee et al. 2024, "NV-Embed", arXiv 2405.17428, section 3. Module names are those of the published checkpoint
-(nvidia/NV-Embed-v2), so its tensors load by name. Checked against outputs of the original code: tests/models/test_nv_embed.py.
+Lee et al. 2024, "NV-Embed", arXiv 2405.17428, section 3. Modules have the names of the published checkpoint (nvidia/NV-Embed-v2),
+so its tensors load by name. tests/models/network/test_nv_embed.py compares the outputs with those of the original code.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from compress.models.text.nv_embed import latent_settings
 FEED_FORWARD_FACTOR = 4
 
 Mean = Callable[[torch.Tensor], torch.Tensor]
-"""Averages the rows of each text in float32: [n, any] to [texts, any]."""
+"""A function that averages the rows that belong to each text: [rows, width] to float32 [texts, width]."""
 
 
 class CrossAttention(nn.Module):
-    """Tokens attend to the latents: no mask, no biases, heads laid out as (head, width)."""
+    """Attention from tokens (queries) to latents (keys and values), without mask or biases. Heads are stored as (head, width)."""
 
     def __init__(self, width: int, latent_width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class CrossAttention(nn.Module):
         return x.view(x.shape[0], self.heads, self.head_width).transpose(0, 1)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """Map tokens [n, width] and latents [m, latent_width] to [n, width]."""
+        """Map tokens [rows, width] and latents [latents, latent_width] to [rows, width]."""
         keys, values = self.to_kv(context).chunk(2, dim=-1)
         query, key, value = (self._split(part)[None] for part in (self.to_q(x), keys, values))
         mixed = F.scaled_dot_product_attention(query, key, value)[0]
@@ -47,7 +47,7 @@ class CrossAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """`value * gelu(gate)`, the value being the first half; exact GELU (Shazeer 2020, arXiv 2002.05202)."""
+    """`value * gelu(gate)` with the exact GELU (Shazeer 2020, arXiv 2002.05202). The value is the first half of the input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., 2 width] to [..., width]."""
@@ -56,7 +56,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """`net.2(GEGLU(net.0(x)))`."""
+    """The head's feed-forward network, `net.2(GEGLU(net.0(x)))`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class FeedForward(nn.Module):
 
 
 class PreNorm(nn.Module):
-    """A function with a layer norm before it, and one before its context where it has one."""
+    """Holds a module, the layer norm of its input and, if it has a context, the layer norm of the context."""
 
     def __init__(self, width: int, function: nn.Module, context_width: int | None = None) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class PreNorm(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """The head as published. Works on pooled tokens alone: what is not pooled never mixes with what is."""
+    """The published head. It treats each token by itself until the mean, so it can be run on the pooled tokens only."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__()
@@ -88,24 +88,37 @@ class LatentAttention(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor, mean: Mean) -> torch.Tensor:
-        """Pool: token vectors [n, width] to float32 [texts, width]."""
+        """Pool the tokens of a batch of texts.
+
+        Args:
+            hidden: hidden states of the tokens, [rows, width].
+            mean: averages the rows of each text.
+
+        Returns:
+            float32 [texts, width].
+        """
         attend, feed = _blocks(self)
         attended = hidden + attend.fn(attend.norm(hidden), attend.norm_context(self.latents))
         return mean(attended + feed.fn.net(feed.norm(attended)))
 
 
 def _blocks(head: LatentAttention) -> tuple[Any, Any]:
-    """Return the attention and the feed-forward block; typed loosely, because torch types every submodule so."""
+    """Return the attention and the feed-forward block, typed as Any because torch types every submodule as a Module."""
     attend, feed = head.cross_attend_blocks
     return attend, feed
 
 
 class FoldedLatentAttention(nn.Module):
-    """The same function with the constants multiplied out.
+    """The same head with constant matrices multiplied in advance. `fold` computes them.
 
-    Keys and values depend on the latents alone, so per head `A_h = K_h Wq_h / sqrt(width_h)` and `B_h = V_h Wo_h^T`, both
-    [latents, width], replace `to_q`, `to_kv`, `to_out` and the latents: 539 M parameters become 33.6 M for NV-Embed-v2. The last
-    product of the feed-forward part is linear, so it commutes with the mean and runs once a text instead of once a token.
+    Keys K_h and values V_h of head h depend only on the latents, so they are constants. For a normalised token x:
+
+    - Attention scores: `(x Wq_h^T) K_h^T / sqrt(d) = x A_h^T` with `A_h = K_h Wq_h / sqrt(d)`, where d is the width of a head.
+    - Attention output: `softmax(x A_h^T) V_h Wo_h^T = softmax(x A_h^T) B_h` with `B_h = V_h Wo_h^T`, summed over heads.
+
+    A_h and B_h, both [latents, width], replace `to_q`, `to_kv`, `to_out` and the latents. For NV-Embed-v2, 539 M parameters become
+    33.6 M. The last layer of the feed-forward network is affine, so it can follow the mean: it runs once per text instead of once
+    per token.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -120,17 +133,23 @@ class FoldedLatentAttention(nn.Module):
         self.net = FeedForward(width).net
 
     def forward(self, hidden: torch.Tensor, mean: Mean) -> torch.Tensor:
-        """Pool; see `LatentAttention.forward`."""
+        """Pool the tokens of a batch of texts; see `LatentAttention.forward`."""
+        # One product for all heads: rows of `scores` are the A_h one after another. The softmax is over each head's latents.
         scores = self.scores(self.norm(hidden)).unflatten(-1, (self.heads, -1))
         attended = hidden + self.values(scores.softmax(dim=-1).flatten(-2))
         gated = self.net[1](self.net[0](self.feed_norm(attended)))
-        # Back to the compute dtype for the last product; the residual's mean stays in float32.
+        # The mean goes back to the compute dtype for the last layer; the mean of the residual stays in float32.
         last: torch.Tensor = self.net[2](mean(gated).to(hidden.dtype))
         return mean(attended) + last.float()
 
 
 def mean_of_rows(text: torch.Tensor, texts: int) -> Mean:
-    """Average the rows of each text: `text`, int64 [n], says whose each row is."""
+    """Return a mean over the rows of each text.
+
+    Args:
+        text: int64 [rows], the number of the text that each row belongs to. Every text needs a row.
+        texts: number of texts.
+    """
 
     def mean(x: torch.Tensor) -> torch.Tensor:
         sums = torch.zeros((texts, x.shape[1]), dtype=torch.float32, device=x.device).index_add_(0, text, x.float())
@@ -141,7 +160,11 @@ def mean_of_rows(text: torch.Tensor, texts: int) -> Mean:
 
 
 def mean_of_padded(mask: torch.Tensor) -> Mean:
-    """Average the rows of a padded batch, texts one after another, by a mask, int64 [texts, length]."""
+    """Return a mean over the pooled rows of each text in a padded batch, with [texts, length] flattened to rows.
+
+    Args:
+        mask: int64 [texts, length], 1 for rows that enter the mean. Every text needs one.
+    """
 
     def mean(x: torch.Tensor) -> torch.Tensor:
         weights = mask.to(torch.float32)
@@ -153,10 +176,11 @@ def mean_of_padded(mask: torch.Tensor) -> Mean:
 
 @torch.no_grad()
 def fold(head: LatentAttention) -> FoldedLatentAttention:
-    """Multiply the constants of a head out, in float64.
+    """Fold a head: compute the constant matrices of `FoldedLatentAttention`, in float64.
 
-    The two new matrices are in float32 where the head is in half precision, so that rounding is left to whoever stores them; the
-    rest is the head's own.
+    Starts from the latent-attention layer of Lee et al. 2024, arXiv 2405.17428, section 3. The two new matrices are returned in
+    float32 if the head is in half precision, so that they are rounded only when they are stored. The other layers are shared with
+    the head.
     """
     attend, feed = _blocks(head)
     attention: CrossAttention = attend.fn
@@ -165,6 +189,7 @@ def fold(head: LatentAttention) -> FoldedLatentAttention:
     settings = {"hidden_dim": width, "num_cross_heads": heads, "num_latents_value": latents}
     with torch.device("meta"):
         folded = FoldedLatentAttention(settings)
+    # Step 1: the normalised latents, from which keys and values come. They do not depend on the input.
     context = F.layer_norm(
         head.latents.double(),
         attend.norm_context.normalized_shape,
@@ -174,13 +199,17 @@ def fold(head: LatentAttention) -> FoldedLatentAttention:
     )
     scores, values = [], []
     for index in range(heads):
-        # One head at a time: in float64 the eight of NV-Embed-v2 together would take 4 GB more.
+        # One head at a time: in float64, all eight heads of NV-Embed-v2 together would take 4 GB more.
+        # `to_kv` holds the keys of all heads, then the values of all heads.
         rows = slice(index * head_width, (index + 1) * head_width)
         shifted = slice(heads * head_width + rows.start, heads * head_width + rows.stop)
+        # Step 2: K_h and V_h, [latents, head width].
         key = context @ attention.to_kv.weight[rows].double().t()
         value = context @ attention.to_kv.weight[shifted].double().t()
+        # Step 3: A_h = K_h Wq_h / sqrt(d) and B_h = V_h Wo_h^T, [latents, width].
         scores.append(key @ attention.to_q.weight[rows].double() / head_width**0.5)
         values.append(value @ attention.to_out.weight[:, rows].double().t())
+    # Step 4: all heads in one linear layer each. A linear layer stores its matrix as [out, in], so the B_h are transposed.
     dtype = torch.promote_types(head.latents.dtype, torch.float32)
     folded.scores.weight = nn.Parameter(torch.cat(scores).to(dtype), requires_grad=False)
     folded.values.weight = nn.Parameter(torch.cat(values).t().contiguous().to(dtype), requires_grad=False)
@@ -189,7 +218,7 @@ def fold(head: LatentAttention) -> FoldedLatentAttention:
 
 
 class LatentPooling(nn.Module):
-    """The latent-attention head as the pooling of a `TextHead`: the mean of what it makes of the pooled tokens."""
+    """NV-Embed's latent-attention head as the pooling of a `TextHead`."""
 
     def __init__(self, latent_attention: LatentAttention | FoldedLatentAttention) -> None:
         super().__init__()
@@ -197,7 +226,8 @@ class LatentPooling(nn.Module):
 
     def forward(self, hidden: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor, *, traced: bool = False) -> torch.Tensor:
         """Pool hidden states; see `TextHead.forward`. Every text needs a pooled token."""
-        if traced:  # by steps whose shapes do not depend on the mask: the head sees all tokens, the mean only those that are pooled
+        # In a graph no shape may depend on the mask: the head runs on all tokens, and the mean leaves out those not pooled.
+        if traced:
             vectors: torch.Tensor = self.latent_attention(hidden.flatten(0, 1), mean_of_padded(pooled))
             return vectors
         text, position = pooled.nonzero(as_tuple=True)
@@ -206,9 +236,10 @@ class LatentPooling(nn.Module):
 
 
 class NVEmbedNetwork(nn.Module):
-    """Backbone and head, under the names of the published checkpoint; `config` is the backbone's."""
+    """Backbone and head, under the names of the published checkpoint. `config` is the backbone's config."""
 
     latent_attention_model: LatentAttention | FoldedLatentAttention
+    """The head, as published or folded."""
 
     def __init__(self, backbone: MistralConfig, settings: Mapping[str, Any], folded: bool = False) -> None:
         super().__init__()
@@ -218,26 +249,26 @@ class NVEmbedNetwork(nn.Module):
         self.latent_attention_model = (FoldedLatentAttention if folded else LatentAttention)(settings)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
-        """Embed a batch: int64 [texts, length] three times to float32 [texts, width]; every text needs a pooled token."""
+        """Embed a batch: inputs int64 [texts, length], result float32 [texts, width]. Every text needs a pooled token."""
         return vectors_of(self, input_ids, attention_mask, pool_mask)
 
     @property
     def backbone(self) -> MistralModel:
-        """What makes hidden states of token ids."""
+        """The module that computes hidden states from token ids."""
         return self.embedding_model
 
     @property
     def text_head(self) -> TextHead:
-        """What makes vectors of hidden states; made anew each time, so that a head that was replaced is the one that runs."""
+        """The head that turns hidden states into vectors. It is created on each access, so that it uses a replaced head."""
         return TextHead(LatentPooling(self.latent_attention_model), normalize=self.normalize)
 
 
 def build(folder: ModelFolder) -> NVEmbedNetwork:
-    """Build the network of a checkpoint or a variant."""
+    """Build the network of a checkpoint or a variant; see `compress.models.network.build.empty_network`."""
     folded = folder.variant is not None and folder.variant.folded
     return NVEmbedNetwork(folder.network_config, latent_settings(folder.config), folded)
 
 
 def is_folded(model: nn.Module) -> bool:
-    """Whether a network's head is NV-Embed's, folded."""
+    """Whether a network has NV-Embed's head in its folded form."""
     return isinstance(getattr(model, "latent_attention_model", None), FoldedLatentAttention)

@@ -1,82 +1,207 @@
-"""From hidden states to vectors, in one place for every network: pooling, then what comes after it.
+"""From hidden states to vectors, in one place for every network: pooling, then normalisation.
 
-An embedder, a streamed walk, calibration, training and graphs all run a network's `text_head`.
+Embedders, streamed walks, calibration, training and graphs all run a network's `text_head`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
 from torch import nn
 
-from compress.models.text.spec import EmbedderSpec, Pooling
+from compress.models.text.spec import EmbedderSpec, HeadModule, Pooling
 
 
 class TokenPooling(nn.Module):
-    """Pooling without weights: the first token, the last one, or the mean."""
+    """Pooling without weights, as sentence-transformers' `Pooling` does it; the results of several modes are concatenated.
 
-    def __init__(self, mode: Pooling) -> None:
+    Prompts that are not pooled are left out by every mode: the first token is then the first one after the prompt.
+    """
+
+    def __init__(self, modes: Sequence[Pooling]) -> None:
         super().__init__()
-        self.mode = mode
+        self.modes = tuple(modes)
 
     def forward(self, hidden: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor, *, traced: bool = False) -> torch.Tensor:
-        """Pool hidden states; see `TextHead.forward`."""
-        return POOLINGS[self.mode](hidden, tokens, pooled)
+        """Pool hidden states; see `TextHead.forward`. A text without any pooled token becomes a zero vector."""
+        made = [POOLINGS[mode](hidden, pooled) for mode in self.modes]
+        return made[0] if len(made) == 1 else torch.cat(made, dim=1)
 
 
-def _first(hidden: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    return hidden[:, 0].float()
+def _chosen(hidden: torch.Tensor, pooled: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return the pooled token that is greatest in an order, int64 [length]."""
+    place = (pooled * order).argmax(dim=1)
+    rows = hidden[torch.arange(len(hidden), device=hidden.device), place].float()
+    return torch.where(pooled.any(dim=1, keepdim=True), rows, 0.0)
 
 
-def _last(hidden: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    return hidden[torch.arange(len(hidden), device=hidden.device), tokens.sum(dim=1).clamp_min(1) - 1].float()
+def _first(hidden: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    return _chosen(hidden, pooled, torch.arange(pooled.shape[1], 0, -1, device=pooled.device))
 
 
-def _mean(hidden: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    weights = pooled.to(torch.float32)
+def _last(hidden: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    return _chosen(hidden, pooled, torch.arange(1, pooled.shape[1] + 1, device=pooled.device))
+
+
+def _weighted_sum(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     # A product of [1, length] with [length, width]: no masked copy of the hidden states.
-    return (weights.unsqueeze(1) @ hidden.float()).squeeze(1) / weights.sum(dim=1, keepdim=True).clamp_min(1e-9)
+    return (weights.unsqueeze(1) @ hidden.float()).squeeze(1)
 
 
-POOLINGS = {Pooling.CLS: _first, Pooling.LAST: _last, Pooling.MEAN: _mean}
-"""By mode, from hidden states [texts, length, width], the tokens and the pooled ones, int64 [texts, length], to float32."""
+def _mean(hidden: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    weights = pooled.to(torch.float32)
+    return _weighted_sum(hidden, weights) / weights.sum(dim=1, keepdim=True).clamp_min(1e-9)
+
+
+def _mean_sqrt(hidden: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    weights = pooled.to(torch.float32)
+    return _weighted_sum(hidden, weights) / weights.sum(dim=1, keepdim=True).clamp_min(1e-9).sqrt()
+
+
+def _weighted_mean(hidden: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    # Tokens count by their position in the text, from 1, the prompt's included (Muennighoff 2022, SGPT).
+    weights = pooled.to(torch.float32) * torch.arange(1, pooled.shape[1] + 1, device=pooled.device)
+    return _weighted_sum(hidden, weights) / weights.sum(dim=1, keepdim=True).clamp_min(1e-9)
+
+
+def _max(hidden: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    highest = hidden.float().masked_fill(pooled.unsqueeze(-1) == 0, float("-inf")).amax(dim=1)
+    return torch.where(pooled.any(dim=1, keepdim=True), highest, 0.0)
+
+
+POOLINGS = {
+    Pooling.CLS: _first,
+    Pooling.LAST: _last,
+    Pooling.MEAN: _mean,
+    Pooling.MEAN_SQRT: _mean_sqrt,
+    Pooling.WEIGHTED: _weighted_mean,
+    Pooling.MAX: _max,
+}
+"""By mode, from hidden states [texts, length, width] and the pooled tokens, int64 [texts, length], to float32 [texts, width]."""
+
+
+class Dense(nn.Module):
+    """sentence-transformers' `Dense`: a linear layer with an activation function, in float32 whatever the network computes in."""
+
+    def __init__(self, described: HeadModule) -> None:
+        super().__init__()
+        assert described.inputs is not None
+        assert described.width is not None
+        self.linear = Float32Linear(described.inputs, described.width, described.bias)
+        self.activation = getattr(nn, described.activation.rpartition(".")[2])()
+        self.adds_input = described.residual
+        if described.residual and described.inputs != described.width:
+            self.residual = Float32Linear(described.inputs, described.width, False)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Map vectors, float32 [texts, inputs] to [texts, width]."""
+        made: torch.Tensor = self.activation(self.linear(vectors))
+        if not self.adds_input:
+            return made
+        return made + (self.residual(vectors) if hasattr(self, "residual") else vectors)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer whose weights keep their stored precision and are multiplied in float32."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Map float32 [..., inputs] to [..., outputs]."""
+        return nn.functional.linear(vectors, self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+class Float32Norm(nn.LayerNorm):
+    """A layer norm in float32 whatever precision its weights are stored in."""
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Normalise float32 [..., width]."""
+        return nn.functional.layer_norm(vectors, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """sentence-transformers' `LayerNorm`."""
+
+    def __init__(self, described: HeadModule) -> None:
+        super().__init__()
+        assert described.width is not None
+        self.norm = Float32Norm(described.width)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Normalise vectors, float32 [texts, width]."""
+        normalised: torch.Tensor = self.norm(vectors)
+        return normalised
+
+
+class Normalize(nn.Module):
+    """Scales vectors to unit length."""
+
+    def __init__(self, described: HeadModule) -> None:
+        super().__init__()
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Scale vectors, float32 [texts, width]."""
+        return nn.functional.normalize(vectors, dim=1)
+
+
+HEAD_MODULES = {"Dense": Dense, "LayerNorm": LayerNorm, "Normalize": Normalize}
+"""What may come between pooling and the final vector, by its kind in the spec. Tensors have the names of the module's own file."""
 
 
 class TextHead(nn.Module):
-    """From hidden states to vectors."""
+    """The part of a network that turns hidden states into vectors."""
 
-    def __init__(self, pooling: nn.Module, *, normalize: bool) -> None:
-        """Take the pooling, a `TokenPooling` or a module that is called like one; `normalize`: to unit length at the end."""
+    def __init__(
+        self, pooling: nn.Module, modules: Sequence[nn.Module] = (), *, normalize: bool, dimensions: int | None = None
+    ) -> None:
+        """Take what vectors go through.
+
+        Args:
+            pooling: a `TokenPooling`, or a module that is called like one.
+            modules: come after it, in order.
+            normalize: whether vectors are then scaled to unit length.
+            dimensions: how many leading dimensions are kept in the end; None: all.
+        """
         super().__init__()
         self.pooling = pooling
+        self.after = nn.ModuleList(modules)
         self.normalize = normalize
+        self.dimensions = dimensions
 
     def forward(self, hidden: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor, *, traced: bool = False) -> torch.Tensor:
-        """Make vectors of hidden states.
+        """Turn hidden states into vectors.
 
         Args:
             hidden: [texts, length, width], after the final norm, any floating dtype.
             tokens: int64 [texts, length], 1 for tokens, 0 for padding on the right.
-            pooled: int64 [texts, length], 1 for tokens that enter a mean: all of them, or those after a prompt.
+            pooled: int64 [texts, length], 1 for tokens that are pooled: all of them, or those after a prompt.
             traced: whether a graph is made of it, in which no shape may depend on the masks.
 
         Returns:
-            float32 [texts, dimension]; gradients flow.
+            float32 [texts, dimension], differentiable.
         """
         vectors: torch.Tensor = self.pooling(hidden, tokens, pooled, traced=traced)
-        return nn.functional.normalize(vectors, dim=1) if self.normalize else vectors
+        for module in self.after:
+            vectors = module(vectors)
+        if self.normalize:
+            vectors = nn.functional.normalize(vectors, dim=1)
+        return vectors if self.dimensions is None else vectors[:, : self.dimensions]
 
 
 class TextNetwork(Protocol):
-    """A network that embeds: what `compress.models.network.build` makes."""
+    """A network with a head that makes vectors, as `compress.models.network.build` returns it."""
 
     text_head: TextHead
+    """The head."""
 
 
 def attach_head(network: nn.Module, spec: EmbedderSpec) -> nn.Module:
     """Give a network of transformers the head that a spec describes, and return the network."""
-    network.text_head = TextHead(TokenPooling(spec.pooling), normalize=spec.normalize)
+    modules = [HEAD_MODULES[described.kind](described) for described in spec.modules]
+    network.text_head = TextHead(TokenPooling(spec.poolings), modules, normalize=spec.normalize, dimensions=spec.dimensions).eval()
     return network
 
 
@@ -86,26 +211,37 @@ def head_of(network: nn.Module) -> TextHead:
 
 
 def backbone_of(network: nn.Module) -> nn.Module:
-    """Return what makes hidden states of token ids; the network itself where it is one of transformers' own."""
+    """Return the module that computes hidden states from token ids: the network's `backbone`, or a transformers network itself."""
     return getattr(network, "backbone", network)
 
 
 def vectors_of(
     network: nn.Module, ids: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor, *, traced: bool = False
 ) -> torch.Tensor:
-    """Embed a padded batch, int64 [texts, length] three times: float32 [texts, dimension]; see `TextHead.forward`."""
+    """Embed a padded batch.
+
+    Args:
+        network: a network with a `text_head`.
+        ids: int64 [texts, length].
+        tokens: see `TextHead.forward`.
+        pooled: see `TextHead.forward`.
+        traced: see `TextHead.forward`.
+
+    Returns:
+        float32 [texts, dimension].
+    """
     hidden = backbone_of(network)(input_ids=ids, attention_mask=tokens).last_hidden_state
     vectors: torch.Tensor = head_of(network)(hidden, tokens, pooled, traced=traced)
     return vectors
 
 
 class TracedNetwork(nn.Module):
-    """From token ids to vectors, as a graph is made of it."""
+    """A network from token ids to vectors, in the form that is traced for a graph."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pool_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed a batch: int64 [texts, length] each to float32 [texts, dimension]; without `pool_mask` every token is pooled."""
+        """Embed a batch: int64 [texts, length] to float32 [texts, dimension]. Without `pool_mask` all tokens are pooled."""
         return vectors_of(self.network, input_ids, attention_mask, attention_mask if pool_mask is None else pool_mask, traced=True)

@@ -1,8 +1,8 @@
-"""A network taken apart: embeddings, blocks, final norm, head. What a walk over a model goes through, one segment after another.
+"""Splits a network into segments: embeddings, blocks, final norm, head. A walk visits them one after another.
 
-A block is run by itself exactly as its network would run it: `begin` lets the network's own forward call every block once, with the
-blocks passing their input on, and keeps what each was given beside the hidden states (masks, rotary angles, whether attention is
-causal). So no architecture's argument list is written down here, and a bidirectional decoder stays bidirectional.
+A block runs by itself exactly as its network would run it. `begin` runs the network's own forward once, with each block replaced by
+a function that records its arguments (masks, rotary embeddings, whether attention is causal) and returns its input. So this module
+needs no argument list of any architecture, and a bidirectional decoder stays bidirectional.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from compress.common.errors import UserError
 from compress.models.network.pooling import backbone_of
 
 # What common architectures call the norm between the last block and the output.
+HEAD = "text_head"
+"""Name of the head of a network of transformers; see `compress.models.network.pooling.attach_head`."""
 FINAL_NORMS = ("norm", "final_norm", "ln_f", "final_layernorm", "final_layer_norm")
 
 Parts = dict[str, nn.Module]
-"""A segment's modules by their names in the network."""
+"""The modules of a segment, by their names in the network."""
 
 
 class Kind(StrEnum):
-    """What a segment is."""
+    """The kind of a segment."""
 
     EMBEDDINGS = "embeddings"
     BLOCK = "block"
@@ -37,43 +39,49 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a network: the names of its modules."""
+    """A part of a network that is loaded and run as a unit."""
 
     kind: Kind
+    """The kind of the segment."""
     paths: tuple[str, ...]
+    """Names of the segment's modules in the network."""
 
     @property
     def name(self) -> str:
-        """Name it for people."""
+        """The segment's name in messages."""
         return ", ".join(self.paths)
 
     def owns(self, tensor: str) -> bool:
-        """Whether a tensor of the network lies in this segment."""
+        """Whether the network's tensor of this name belongs to the segment."""
         return any(tensor.startswith(f"{path}.") for path in self.paths)
 
 
 @dataclass(frozen=True)
 class BlockArguments:
-    """What a block is called with beside the hidden states."""
+    """The arguments of a block's forward other than the hidden states."""
 
     positional: tuple[Any, ...]
+    """The positional arguments after the hidden states."""
     named: Mapping[str, Any]
+    """The keyword arguments."""
 
 
 def segments_of(network: nn.Module) -> list[Segment]:
-    """Take a network apart, in the order of its forward pass; segments without tensors are left out.
+    """Split a network into segments, in the order of its forward pass. Segments without tensors are left out.
 
     Raises:
-        UserError: its blocks are not a list of modules, or it has a tensor outside of every segment.
+        UserError: the blocks are not a list of modules, or a tensor belongs to no segment.
     """
     backbone = backbone_of(network)
     prefix = next(name for name, module in network.named_modules() if module is backbone)
     blocks_path = _blocks_path(backbone)
     steps = blocks_path.split(".")
+    # Go down from the backbone to the list of blocks and collect the siblings at each level. A sibling of the list with the name of
+    # a final norm is the norm; all others belong to the embeddings.
     before: list[str] = []
     owner, owner_path = backbone, ""
     for step in steps:
-        before += [f"{owner_path}{name}" for name, _ in owner.named_children() if name != step]
+        before += [f"{owner_path}{name}" for name, _ in owner.named_children() if name not in (step, HEAD)]
         owner, owner_path = owner.get_submodule(step), f"{owner_path}{step}."
     above = ".".join(steps[:-1])
     norms = [path for path in before if path.rpartition(".")[::2] in {(above, name) for name in FINAL_NORMS}]
@@ -81,8 +89,9 @@ def segments_of(network: nn.Module) -> list[Segment]:
         (Kind.EMBEDDINGS, [_join(prefix, path) for path in before if path not in norms]),
         *((Kind.BLOCK, [_join(prefix, f"{blocks_path}.{index}")]) for index in range(len(owner))),  # type: ignore[arg-type]
         (Kind.NORM, [_join(prefix, path) for path in norms]),
-        (Kind.HEAD, [name for name, module in network.named_children() if module is not backbone and backbone is not network]),
+        (Kind.HEAD, [name for name, _ in network.named_children() if name == HEAD or (prefix and name != prefix)]),
     ]
+    # Modules without tensors (rotary embeddings, dropout) need no loading. Every tensor must be in a segment, or it would be lost.
     segments = []
     for kind, paths in found:
         filled = tuple(path for path in paths if network.get_submodule(path).state_dict())
@@ -90,12 +99,12 @@ def segments_of(network: nn.Module) -> list[Segment]:
             segments.append(Segment(kind, filled))
     for tensor in network.state_dict():
         if not any(segment.owns(tensor) for segment in segments):
-            raise UserError(f"{type(backbone).__name__} cannot be walked block by block: {tensor} lies outside of its segments")
+            raise UserError(f"{type(backbone).__name__} cannot be walked block by block: {tensor} belongs to no segment")
     return segments
 
 
 def token_table(parts: Parts) -> str | None:
-    """Return the name of the token embedding table of a segment: of its tables the one with the most rows; None without any."""
+    """Return the name of a segment's token embedding table, which is its table with the most rows; None if it has no table."""
     tables = {
         (_join(path, inner) if inner else path): module.num_embeddings
         for path, part in parts.items()
@@ -106,7 +115,7 @@ def token_table(parts: Parts) -> str | None:
 
 
 def module_in(parts: Parts, name: str) -> nn.Module:
-    """Return the module of a segment that has a name in the network: one of its parts, or one inside a part."""
+    """Return a module of a segment by its name in the network: one of the parts, or a module inside one."""
     path = next(path for path in parts if f"{name}.".startswith(f"{path}."))
     return parts[path].get_submodule(name.removeprefix(path).removeprefix("."))
 
@@ -119,7 +128,7 @@ def blocks_of(network: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the name of a network's list of blocks, and the list.
 
     Raises:
-        UserError: its blocks are not a list of modules.
+        UserError: the blocks are not a list of modules.
     """
     backbone = backbone_of(network)
     prefix = next(name for name, module in network.named_modules() if module is backbone)
@@ -139,7 +148,7 @@ def _blocks_path(backbone: nn.Module) -> str:
 
 @contextmanager
 def replaced(network: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put other modules in the place of a network's own for a while."""
+    """Replace modules of a network within a `with` block."""
     own = {path: network.get_submodule(path) for path in parts}
     try:
         for path, module in parts.items():
@@ -151,40 +160,45 @@ def replaced(network: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 @contextmanager
-def _answering(modules: Mapping[nn.Module, Callable[..., torch.Tensor]]) -> Iterator[None]:
-    """Let functions answer in the place of modules' own forward for a while."""
+def _forward_replaced(modules: Mapping[nn.Module, Callable[..., torch.Tensor]]) -> Iterator[None]:
+    """Replace the forward functions of modules within a `with` block."""
     try:
         for module, function in modules.items():
             module.forward = function  # type: ignore[method-assign]
         yield
     finally:
         for module in modules:
-            del module.forward  # the instance's; the class's own shows again
+            del module.forward  # removes the instance's attribute, so that the class's forward applies again
 
 
 def begin(
     network: nn.Module, segments: list[Segment], embeddings: Parts, ids: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, list[BlockArguments]]:
-    """Run a batch as far as the first block.
+    """Run a batch up to the first block, and record the arguments of every block.
+
+    The backbone's own forward runs, with its embeddings loaded. It computes masks and rotary embeddings and passes them to each
+    block as it always does. The blocks are replaced by a function that records them, so no block needs weights.
 
     Args:
-        network: any of its parameters may be without values; they are not touched.
-        segments: what `segments_of` said of it.
+        network: the network; its parameters may be on the meta device and are not read.
+        segments: the result of `segments_of` for this network.
         embeddings: the modules of its embeddings, with values.
         ids: int64 [batch, length].
         mask: int64 [batch, length], 1 for tokens.
 
     Returns:
-        Hidden states [batch, length, width], and what each block is called with besides.
+        The hidden states that enter the first block, [batch, length, width], and the other arguments of each block.
 
     Raises:
-        UserError: the network does something between or after its blocks that this walk does not know.
+        UserError: the backbone does more than run its blocks and a final norm, one after another.
     """
     backbone, arguments, calls = backbone_of(network), [], []
     hidden: list[torch.Tensor] = []
 
     def block(*positional: Any, **named: Any) -> torch.Tensor:
         given: torch.Tensor = positional[0] if positional else named.pop("hidden_states")
+        # Each block returns its input, so the next one must get the very same tensor. If not, the backbone changes hidden states
+        # between blocks, which running the blocks one by one would miss.
         if hidden and given is not hidden[0]:
             raise UserError(f"{type(backbone).__name__} cannot be walked block by block: something happens between its blocks")
         hidden.append(given)
@@ -195,27 +209,29 @@ def begin(
         calls.append(given is hidden[0] if hidden else False)
         return given
 
+    # The final norm returns its input too. So the backbone's output must be the tensor that entered the first block.
     answers: dict[nn.Module, Callable[..., torch.Tensor]] = {}
     for segment in segments:
         if segment.kind in (Kind.BLOCK, Kind.NORM):
             answers |= {network.get_submodule(path): block if segment.kind is Kind.BLOCK else norm for path in segment.paths}
     norms = sum(len(segment.paths) for segment in segments if segment.kind is Kind.NORM)
-    with replaced(network, embeddings), _answering(answers):
+    with replaced(network, embeddings), _forward_replaced(answers):
         output = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+    # Each block and norm must have run exactly once, with nothing after them.
     if len(arguments) != len(answers) - norms or calls != [True] * norms or output is not hidden[0]:
         raise UserError(f"{type(backbone).__name__} cannot be walked block by block: it does more than run its blocks and a norm")
     return hidden[0], arguments
 
 
 def run_block(block: nn.Module, hidden: torch.Tensor, arguments: BlockArguments) -> torch.Tensor:
-    """Run a block as its network would: hidden states [batch, length, width] in and out."""
+    """Run a block as its network would: hidden states [batch, length, width] in, hidden states of the same shape out."""
     output = block(hidden, *arguments.positional, **arguments.named)
     result: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return result
 
 
 def replace_module(parts: Parts, name: str, module: nn.Module) -> None:
-    """Put a module in the place of a part of a segment, or of one inside a part."""
+    """Replace a module of a segment by its name in the network: one of the parts, or a module inside one."""
     if name in parts:
         parts[name] = module
         return

@@ -1,4 +1,4 @@
-"""Blocks, sublayers, heads and channels taken out of a network: what is left is what its architecture would be without them."""
+"""Removes blocks, sublayers, heads and channels from a network. The result is a network of the same architecture without them."""
 
 from __future__ import annotations
 
@@ -13,40 +13,47 @@ from compress.models.architectures import Anatomy, Sublayer, anatomy_of
 from compress.models.network.pooling import backbone_of
 from compress.models.network.segments import blocks_of
 
-# What attention modules call the numbers that follow from how many heads they have.
+# Attributes in which attention modules keep their numbers of query heads and of key/value heads.
 _COUNTS = ("num_attention_heads", "num_heads")
 _KEY_COUNTS = ("num_key_value_heads",)
 
 
 def block_anatomy(block: nn.Module) -> Anatomy:
-    """Return which of a block's layers do what.
+    """Return the roles of a block's layers.
 
     Raises:
-        ValueError: they are laid out like none of those that are known.
+        ValueError: the layout of the block is unknown.
     """
     return anatomy_of(block.state_dict())
 
 
 def signature(block: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return a block's tensors and their shapes; two blocks with the same can stand in each other's place."""
+    """Return the names and shapes of a block's tensors. Blocks with equal signatures can replace each other."""
     return tuple((name, tuple(tensor.shape)) for name, tensor in block.state_dict().items())
 
 
 def drop_blocks(network: nn.Module, kept: Sequence[int]) -> list[str] | None:
-    """Leave only some of a network's blocks, in their order; its config then says so.
+    """Keep only some of a network's blocks, and update its config.
+
+    Args:
+        network: the network.
+        kept: numbers of the blocks to keep, in ascending order.
 
     Returns:
-        The kind of each block that is left, where the architecture has several kinds: its config's `layer_types`.
+        The kinds of the kept blocks, if the architecture has several kinds (`layer_types` in the config); else None.
 
     Raises:
-        ValueError: a block would come to stand where the architecture has one with other tensors.
+        ValueError: a block would move to a position where the architecture has a block with other tensors.
     """
     path, blocks = blocks_of(network)
+    # When the smaller model is loaded, its architecture builds a block for each position: the tensors must fit that block. In
+    # ModernBERT, for example, the first block has no attention norm.
     for place, number in enumerate(kept):
         if signature(blocks[place]) != signature(blocks[number]):
-            raise ValueError(f"{path}.{place} has other tensors than {path}.{number}, which cannot stand in its place; keep it")
+            raise ValueError(f"{path}.{place} has other tensors than {path}.{number}, which cannot take its position; keep it")
     config = backbone_of(network).config
     types = getattr(config, "layer_types", None)
+    # Attention may be local or global by position; each block keeps its own kind.
     left = None if types is None else [types[number] for number in kept]
     network.set_submodule(path, nn.ModuleList([blocks[number] for number in kept]))
     config.num_hidden_layers = len(kept)  # type: ignore[union-attr]
@@ -56,27 +63,31 @@ def drop_blocks(network: nn.Module, kept: Sequence[int]) -> list[str] | None:
 
 
 def drop_sublayer(block: nn.Module, sublayer: Sublayer) -> None:
-    """Take the attention or the MLP out of a block.
+    """Remove the attention or the MLP from a block. Stand-ins without weights replace its modules.
 
     Raises:
-        ValueError: its layers are laid out like none of those that are known.
+        ValueError: the layout of the block is unknown.
     """
-    for name, stand_in in block_anatomy(block).without[sublayer].items():
+    for name, stand_in in block_anatomy(block).replacements[sublayer].items():
         block.set_submodule(name, STAND_INS[stand_in]())
 
 
 @contextmanager
 def without(block: nn.Module, sublayers: Sequence[Sublayer]) -> Iterator[nn.Module]:
-    """Run a block without some of its sublayers for a while."""
+    """Remove sublayers of a block within a `with` block.
+
+    Raises:
+        ValueError: the layout of the block is unknown.
+    """
     if not sublayers:
         yield block
         return
     anatomy = block_anatomy(block)
-    names = [name for sublayer in sublayers for name in anatomy.without[sublayer]]
+    names = [name for sublayer in sublayers for name in anatomy.replacements[sublayer]]
     own = {name: block.get_submodule(name) for name in names}
     try:
         for sublayer in sublayers:
-            for name, stand_in in anatomy.without[sublayer].items():
+            for name, stand_in in anatomy.replacements[sublayer].items():
                 block.set_submodule(name, STAND_INS[stand_in]())
         yield block
     finally:
@@ -85,7 +96,13 @@ def without(block: nn.Module, sublayers: Sequence[Sublayer]) -> Iterator[nn.Modu
 
 
 def take(linear: nn.Linear, *, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
-    """Leave only some of a layer's outputs (`rows`, int64) or inputs (`columns`)."""
+    """Keep only some outputs or inputs of a linear layer.
+
+    Args:
+        linear: the layer, which is changed in place.
+        rows: indices of the outputs to keep, int64; None keeps all.
+        columns: indices of the inputs to keep, int64; None keeps all.
+    """
     weight = linear.weight.data
     if rows is not None:
         weight = weight[rows]
@@ -98,14 +115,22 @@ def take(linear: nn.Linear, *, rows: torch.Tensor | None = None, columns: torch.
 
 
 def head_width(block: nn.Module, anatomy: Anatomy) -> int:
-    """Return how wide a head of a block's attention is."""
+    """Return the width of an attention head of a block."""
     attention = _attention(block, anatomy)
     found = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size")  # noqa: B009  not typed
     return int(found)
 
 
 def count_heads(block: nn.Module, anatomy: Anatomy, heads: int, key_heads: int) -> None:
-    """Tell a block's attention how many heads its layers have."""
+    """Set the numbers of heads of a block's attention, after its layers have been resized.
+
+    Args:
+        block: the block.
+        anatomy: the roles of the block's layers.
+        heads: number of query heads.
+        key_heads: number of key/value heads.
+    """
+    # Attention modules copy these numbers from the config, so each attribute that the module has is set.
     attention = _attention(block, anatomy)
     counts = dict.fromkeys(_COUNTS, heads) | dict.fromkeys(_KEY_COUNTS, key_heads)
     counts |= {"num_key_value_groups": heads // key_heads, "all_head_size": heads * head_width(block, anatomy)}
@@ -115,10 +140,21 @@ def count_heads(block: nn.Module, anatomy: Anatomy, heads: int, key_heads: int) 
 
 
 def keep_heads(network: nn.Module, heads: int) -> None:
-    """Make room for fewer heads in a network without values whose config cannot say how many there are."""
+    """Resize the attention of every block of an empty network to fewer heads.
+
+    This is for architectures whose config fixes the width of a head by the number of heads, so that it cannot say that heads are
+    missing.
+
+    Args:
+        network: a network with its parameters on the meta device.
+        heads: number of heads to keep in each block.
+
+    Raises:
+        ValueError: the layout of a block is unknown.
+    """
     for block in blocks_of(network)[1]:
         anatomy = block_anatomy(block)
-        if f"{anatomy.output}.weight" in block.state_dict():
+        if f"{anatomy.output}.weight" in block.state_dict():  # the attention of some blocks may have been dropped
             width = heads * head_width(block, anatomy)
             for name in anatomy.attention:
                 _resize(block, name, out_features=width)

@@ -1,8 +1,12 @@
-"""One walk over a network's segments: resident or streamed from its files, with or without texts carried along.
+"""Walks over a network's segments in order, either resident or streamed from its files, with or without texts.
 
-A streamed walk holds one segment in memory at a time and nothing else of the network, so it needs the memory of one block plus
-the hidden states of the texts, which can lie on disk. It gives the same numbers as a resident one, bit for bit: the same modules
-run with the same arguments (`compress.models.network.segments`), only their weights come and go.
+A resident walk uses a network that is in memory. A streamed walk loads one segment at a time, so it needs the memory of one block
+plus the hidden states of the texts, which can be on disk. Both give the same results, bit for bit: in both, the same modules run on
+the same batches with the same arguments, in the same order (see `compress.models.network.segments`). They differ only in when the
+weights are loaded.
+
+A `Carry` takes texts through the walk. Between two segments it holds the hidden states of every batch. For the whole walk it holds
+the other arguments of each block (masks, rotary embeddings), which the embeddings pass recorded once.
 """
 
 from __future__ import annotations
@@ -26,17 +30,18 @@ from compress.models.text.tokens import Batch
 
 
 class Source(Protocol):
-    """Where a walk gets segments from."""
+    """The source of a walk's segments."""
 
     network: nn.Module
+    """The network. A streamed one has its parameters on the meta device."""
 
     def load(self, segment: Segment) -> Parts:
-        """Return a segment's modules, with values and ready to run; changing them changes nothing else."""
+        """Return a segment's modules, with values and ready to run."""
         ...
 
 
 class Resident:
-    """A network that is in memory whole. What it hands out are its own modules."""
+    """A network that is in memory. `load` returns its own modules, so changes to them change the network."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -47,13 +52,16 @@ class Resident:
 
 
 class Streamed:
-    """A network whose weights are read from its files, segment by segment."""
+    """A network whose weights are read from its files, segment by segment. `load` returns copies; the network stays empty."""
 
     def __init__(self, network: nn.Module, weights: Weights, prepare: Callable[[nn.Module], nn.Module] | None = None) -> None:
-        """Take a network without values and the weights to fill it from.
+        """Combine an empty network with its stored weights.
 
-        `prepare`: brings a filled segment into the form that runs. Without it a segment has its weights as they are stored: mapped
-        from their files, so that they take no memory of the process until they are changed.
+        Args:
+            network: the network, with its parameters on the meta device.
+            weights: the stored weights.
+            prepare: converts a filled segment to the form that runs (device, dtype, packed weights). None keeps the weights as they
+                are stored and memory-mapped, so that they take no memory of the process until they are changed.
         """
         self.network = network
         self._weights = weights
@@ -66,38 +74,46 @@ class Streamed:
             self._weights.fill(module, path)
         if self._prepare is None:
             return parts
-        holder = nn.ModuleList(parts.values())  # what is prepared may be replaced, and so needs an owner
+        holder = nn.ModuleList(parts.values())  # `prepare` may replace a part, and can do so only in a parent module
         self._prepare(holder)
         return dict(zip(parts, holder, strict=True))
 
 
 class Carry:
-    """The texts of a walk on their way through the network, batch by batch.
+    """Carries texts through the network during a walk, as the hidden states of each batch.
 
-    Hidden states stay in memory, or lie in `folder`, one file a batch. There they outlive the process: a walk that was killed goes
-    on behind the last segment through which all batches had come. Masks and what else blocks are called with stay in memory.
+    Hidden states are kept in memory, or in a folder with one file per batch. In a folder they outlive the process: a walk that was
+    killed continues after the last segment that all batches had passed. The other arguments of the blocks are kept in memory, and
+    are recorded again when a walk continues.
     """
 
     STATE = "reached.json"
 
     def __init__(self, batches: Sequence[Batch], device: torch.device, folder: Path | None = None) -> None:
+        """Start with batches of texts.
+
+        Args:
+            batches: the padded batches.
+            device: device on which the segments run.
+            folder: folder for the hidden states, created if missing; None keeps them in memory.
+        """
         self.batches = batches
         self._device = device
         self._folder = folder
         self.network: nn.Module | None = None
-        """The network that the texts go through, once they have entered it."""
+        """The network of the walk; None before `enter`."""
         self._arguments: list[list[BlockArguments]] = []
         self._memory: dict[int, torch.Tensor] = {}
         self._block_number: dict[int, int] = {}
         self.passed = 0
-        """Segments that all batches have come through."""
+        """Number of segments that all batches have passed."""
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / self.STATE).exists():
                 self.passed = int(json.loads((folder / self.STATE).read_text(encoding="utf-8"))["passed"])
 
     def hidden(self, index: int) -> torch.Tensor:
-        """Return the hidden states of a batch where the walk stands: [texts, length, width]."""
+        """Return the hidden states of a batch at the walk's current position, [texts, length, width]."""
         if self._folder is None:
             return self._memory[index]
         with safe_open(self._file(self.passed, index), framework="pt", device=str(self._device)) as file:
@@ -105,7 +121,18 @@ class Carry:
         return found
 
     def enter(self, network: nn.Module, segments: list[Segment], embeddings: Parts) -> None:
-        """Run the embeddings: hidden states where no earlier walk left any, and each block's arguments in any case."""
+        """Run the embeddings on all batches and record the arguments of the blocks.
+
+        A walk that continues from a folder needs only the arguments: its hidden states are further on already.
+
+        Args:
+            network: the network of the walk.
+            segments: the network's segments.
+            embeddings: the modules of its embeddings segment, with values.
+
+        Raises:
+            UserError: see `begin`.
+        """
         self.network = network
         blocks = (index for index, segment in enumerate(segments) if segment.kind is Kind.BLOCK)
         self._block_number = {index: number for number, index in enumerate(blocks)}
@@ -118,7 +145,13 @@ class Carry:
             self._arrive(1)
 
     def through(self, index: int, parts: Parts, batch: int) -> torch.Tensor:
-        """Run a batch through a block or norm, segment number `index`, where the walk stands; the batch itself stays there."""
+        """Return the hidden states of one batch after a block or norm. The carry keeps its current position.
+
+        Args:
+            index: number of the segment, which must be the next one.
+            parts: the segment's modules.
+            batch: number of the batch.
+        """
         number = self._block_number.get(index)
         hidden = self.hidden(batch)
         for module in parts.values():
@@ -126,7 +159,12 @@ class Carry:
         return hidden
 
     def advance(self, index: int, parts: Parts) -> None:
-        """Take all batches through a block or norm, segment number `index`."""
+        """Run all batches through a block or norm, and move the carry's position after it.
+
+        Args:
+            index: number of the segment, which must be the next one.
+            parts: the segment's modules.
+        """
         for batch in range(len(self.batches)):
             self._put(index + 1, batch, self.through(index, parts, batch))
         self._arrive(index + 1)
@@ -144,7 +182,8 @@ class Carry:
             save_file({"hidden": hidden.contiguous()}, path)
 
     def _arrive(self, passed: int) -> None:
-        """Note that every batch is through; where they were before is no longer needed."""
+        """Record that all batches have passed `passed` segments, and delete the hidden states of the position before."""
+        # The state is written before the old files are deleted, so that a killed walk always finds a complete set.
         before, self.passed = self.passed, passed
         if self._folder is not None:
             write_text_atomic(self._folder / self.STATE, json.dumps({"passed": passed}))
@@ -152,22 +191,29 @@ class Carry:
 
 
 Visit = Callable[[int, Segment, Parts], None]
-"""What is done at each segment: its number, itself and its modules, which may be changed or replaced."""
+"""A function to call at each segment with its number, the segment and its modules, which it may change or replace."""
 
 
 @torch.no_grad()
 def walk(source: Source, visit: Visit, carry: Carry | None = None, start: int = 0) -> None:
-    """Visit the segments of a network in order, from number `start` on.
+    """Visit the segments of a network in order.
 
-    With `carry`, its batches run through each embeddings, block and norm segment after the visit, as the visit left it; a visit
-    sees them as they enter the segment. A carry that an earlier walk left on disk goes on where it was, whatever `start` says.
+    Each segment is loaded and visited. Then the batches of `carry` run through it with the visit's changes, so that a visit sees
+    the hidden states that enter its segment, computed by the changed segments before it.
+
+    Args:
+        source: the source of the segments.
+        visit: the function to call at each segment.
+        carry: texts to take along; None for a walk without texts. They stop before the head.
+        start: number of the first segment to visit. A carry that an earlier walk left on disk continues at its own position.
 
     Raises:
-        UserError: the network cannot be taken apart.
+        UserError: the network cannot be split into segments, or cannot run block by block.
     """
     segments = segments_of(source.network)
     start = start if carry is None else carry.passed
     for index, segment in enumerate(segments):
+        # A continued walk runs the embeddings again, without a visit, because the arguments of the blocks are not stored.
         entering = carry is not None and segment.kind is Kind.EMBEDDINGS
         if index < start and not entering:
             continue
@@ -178,4 +224,4 @@ def walk(source: Source, visit: Visit, carry: Carry | None = None, start: int = 
             carry.enter(source.network, segments, parts)
         elif carry is not None and segment.kind is not Kind.HEAD:
             carry.advance(index, parts)
-        del parts  # or it would live until the next segment is loaded, and there would be two
+        del parts  # frees the segment before the next one is loaded; otherwise two would be in memory

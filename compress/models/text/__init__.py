@@ -1,1 +1,1 @@
-"""Texts to token ids: what a model's files say about texts, its tokenizer, and smaller vocabularies. No torch."""
+"""From texts to token ids: how a model takes texts, its tokenizer, and trimmed vocabularies. No torch."""

@@ -1,4 +1,4 @@
-"""NV-Embed's conventions for texts, and what its `config.json` says. No torch here.
+"""How NV-Embed takes texts, and how its `config.json` is read. No torch here.
 
 Lee et al. 2024, "NV-Embed", arXiv 2405.17428. The network is in `compress.models.network.nv_embed`.
 """
@@ -18,7 +18,7 @@ from compress.models.text.spec import EmbedderSpec, Pooling
 MODEL_TYPE = "nvembed"
 EOS = "</s>"
 PREFIX = "Instruct: {instruction}\nQuery: "
-# The published config.json gives only the type of the latent part; these are the defaults of the original code.
+# Defaults of the original code. The published config.json gives only the type of the latent-attention head.
 LATENT_DEFAULTS = {
     "num_latents_value": 512,
     "num_cross_heads": 8,
@@ -28,7 +28,7 @@ LATENT_DEFAULTS = {
     "output_normalize": True,
 }
 MISTRAL_POSITIONS = 131_072
-"""Positions of a Mistral whose config names none (transformers' default)."""
+"""Number of positions of a Mistral whose config does not say (transformers' default)."""
 
 
 def latent_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def backbone_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the backbone's settings as keyword arguments of transformers' MistralConfig."""
     skipped = ("model_type", "architectures", "_name_or_path")
     text = {key: value for key, value in config["text_config"].items() if key not in skipped}
-    # The file names a sliding window that the original code does not apply.
+    # The file sets a sliding window, but the original code does not apply it.
     return {**text, "sliding_window": None, "use_cache": False}
 
 
@@ -55,17 +55,17 @@ def read_config(folder: Path) -> Any:
 
 
 def read_spec(folder: Path) -> EmbedderSpec:
-    """Return how NV-Embed takes texts: EOS as text, the instruction not pooled, its instruction for each MTEB task.
+    """Return how NV-Embed takes texts: EOS appended as text, instructions not pooled, an instruction for each MTEB task.
 
-    Version 1 has the same keys and the same config, so it loads too; its weights were never tried.
+    NV-Embed-v1 has the same config and tensor names, so it loads too, but its weights have not been tested.
 
     Raises:
-        UserError: the config asks for what neither version does.
+        UserError: the config has a setting that neither version of the model uses.
     """
     config = read_json(folder / "config.json")
     for key, only in (("mask_type", "b"), ("padding_side", "right")):
         if config.get(key, only) != only:
-            raise UserError(f"{folder / 'config.json'}: {key} {config[key]!r} is not supported, {only!r} is")
+            raise UserError(f"{folder / 'config.json'}: {key} {config[key]!r} is not supported, only {only!r}")
     settings = folder / "sentence_bert_config.json"
     longest = read_json(settings).get("max_seq_length") if settings.exists() else None
     positions = int(config["text_config"].get("max_position_embeddings", MISTRAL_POSITIONS))
@@ -81,10 +81,10 @@ def read_spec(folder: Path) -> EmbedderSpec:
 
 
 def instruction_prompts() -> dict[str, str]:
-    """Return the prefix for each MTEB task, by task name or by `<task>-query` and `<task>-document`.
+    """Return the prompt for each MTEB task, by task name or by `<task>-query` and `<task>-document`.
 
-    The instructions are those of the model's own `instructions.json`, and mteb's defaults where that has none. Documents of
-    asymmetric retrieval get an explicitly empty prefix.
+    The instructions come from the model's own `instructions.json`; tasks that are missing there get mteb's default. Documents in
+    asymmetric retrieval get an explicitly empty prompt.
     """
     listing = json.loads((resources.files("compress.data") / "nv_embed_instructions.json").read_text(encoding="utf-8"))
     prompts = {}

@@ -1,4 +1,4 @@
-"""Texts to token ids, and token ids to batches. No torch and no transformers here: the Rust tokenizer alone."""
+"""From texts to token ids, and from token ids to batches. No torch or transformers here, only the Rust tokenizer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from compress.models.text.spec import EmbedderSpec
 
 Ids = npt.NDArray[np.int64]
 
-# Tokens. Above this a text is not padded, nor are others padded to it.
+# In tokens. Longer texts are batched only with texts of equal length, so no padding is needed.
 LONGEST_PADDED = 2_048
-# What puts no special token anywhere, as `tokenizer.json` has it.
-ALONE: dict[str, Any] = {
+# A post-processor of `tokenizer.json` that adds no special tokens.
+NO_SPECIAL_TOKENS: dict[str, Any] = {
     "type": "TemplateProcessing",
     "single": [{"Sequence": {"id": "A", "type_id": 0}}],
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
@@ -33,7 +33,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     """Open a folder's `tokenizer.json`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
@@ -42,17 +42,26 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 
 class TextTokenizer:
-    """The model's own tokenizer, cut to its longest input and never padding (a batch pads itself)."""
+    """The model's own tokenizer. It truncates to the model's maximum length and does not pad; `pad_batch` does."""
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int, spec: EmbedderSpec) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_length: int, spec: EmbedderSpec, positions: int | None = None) -> None:
+        """Set a tokenizer up for a model.
+
+        Args:
+            tokenizer: the model's; it is changed.
+            max_length: longest input in tokens, special tokens counted; longer texts are cut.
+            spec: how the model takes texts.
+            positions: how many tokens the network has positions for; None: any number.
+        """
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length=max_length)
+        self._tokenizer.enable_truncation(max_length=max_length, direction=spec.truncation_side)
         self._spec = spec
         self.max_length = max_length
+        self.positions = positions
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text, special tokens included, at most `max_length` of them."""
+        """Return the ids of each text, including special tokens: int64 [length], at most `max_length` of them."""
         if self._spec.lowercase:
             texts = [text.lower() for text in texts]
         if self._spec.suffix:
@@ -60,21 +69,22 @@ class TextTokenizer:
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Return how many tokens each text has, special ones included, before anything is cut off."""
-        return [len(encoding.ids) for encoding in self._uncut.encode_batch_fast(list(texts))]
+        """Return the number of tokens of each text, including special tokens, before truncation."""
+        return [len(encoding.ids) for encoding in self._untruncated.encode_batch_fast(list(texts))]
 
     @cached_property
-    def _uncut(self) -> Tokenizer:
-        """A copy that cuts nothing off; one tokenizer may be asked by several threads, so its own setting stays."""
+    def _untruncated(self) -> Tokenizer:
+        """A copy that does not truncate. Several threads may use this tokenizer at once, so its own setting must not change."""
         tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
         tokenizer.no_truncation()
         return tokenizer
 
     def prompt_length(self, prompt: str) -> int:
-        """Return how many leading tokens a prompt takes, counted as the model was trained.
+        """Return the number of leading tokens of a text that count as its prompt, as the model was trained.
 
-        Tokenized alone, less the special token that ends it (sentence-transformers), or without any special token (NV-Embed: the
-        prompt's last piece merges with the text's first word, so that this count covers the leading special token instead).
+        sentence-transformers tokenizes the prompt by itself and leaves out the special token at its end. NV-Embed tokenizes it
+        without any special token. There the prompt's last token merges with the text's first word, so the count still covers the
+        special token at the start.
         """
         prompt = prompt.lower() if self._spec.lowercase else prompt
         encoding = self._tokenizer.encode(prompt, add_special_tokens=self._spec.prompt_specials)
@@ -82,39 +92,43 @@ class TextTokenizer:
         return len(encoding.ids) - int(ends_special)
 
     def definition(self) -> dict[str, Any]:
-        """Return what `tokenizer.json` would hold."""
+        """Return the content of `tokenizer.json` for this tokenizer."""
         content: dict[str, Any] = json.loads(self._tokenizer.to_str())
         return content
 
     def ending_itself(self) -> TextTokenizer:
-        """Return one that puts the spec's suffix behind every text as a special token, as other libraries' tokenizers do.
+        """Return a tokenizer that adds the spec's suffix after every text as a special token, as tokenizers elsewhere do.
 
-        Ids are the same but where a text is cut: this one then cuts the text and not its end. Prompts' tokens count with the
-        special ones before them.
+        Its ids are the same, except for texts that are truncated: it then keeps the suffix and removes the end of the text. The
+        special tokens before a prompt count as part of the prompt.
 
         Raises:
-            ValueError: the suffix is no special token, or `tokenizer.json` puts special tokens elsewhere than in a template.
+            ValueError: the suffix is not a special token, or `tokenizer.json` does not add special tokens by a template.
         """
         definition, suffix = self.definition(), self._spec.suffix
         spec = self._spec.model_copy(update={"suffix": "", "prompt_specials": True})
         if suffix:
-            template = definition["post_processor"] or deepcopy(ALONE)
+            template = definition["post_processor"] or deepcopy(NO_SPECIAL_TOKENS)
             number = next((token["id"] for token in definition["added_tokens"] if token["content"] == suffix), None)
             if number is None or template["type"] != "TemplateProcessing":
-                raise ValueError(f"its tokenizer cannot put {suffix!r} behind texts by itself")
+                raise ValueError(f"its tokenizer cannot add {suffix!r} after texts by itself")
             template["single"].append({"SpecialToken": {"id": suffix, "type_id": 0}})
             template["special_tokens"][suffix] = {"id": suffix, "ids": [number], "tokens": [suffix]}
             definition["post_processor"] = template
-        return TextTokenizer(Tokenizer.from_str(json.dumps(definition)), self.max_length, spec)
+        return TextTokenizer(Tokenizer.from_str(json.dumps(definition)), self.max_length, spec, self.positions)
 
     @property
     def spec(self) -> EmbedderSpec:
-        """How it takes texts."""
+        """How the model takes texts."""
         return self._spec
 
     def redefined(self, definition: dict[str, Any]) -> TextTokenizer:
-        """Return a tokenizer of another definition that takes texts as this one does."""
-        return TextTokenizer(Tokenizer.from_str(json.dumps(definition)), self.max_length, self._spec)
+        """Return a tokenizer with another definition and the same spec and maximum length.
+
+        Args:
+            definition: the content of its `tokenizer.json`.
+        """
+        return TextTokenizer(Tokenizer.from_str(json.dumps(definition)), self.max_length, self._spec, self.positions)
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`."""
@@ -122,11 +136,11 @@ class TextTokenizer:
 
 
 def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[npt.NDArray[np.intp]]:
-    """Yield index arrays that cover `lengths` once, longest first, each of at most `batch_tokens` tokens after padding.
+    """Yield batches as arrays of indices into `lengths`, each of at most `batch_tokens` tokens after padding.
 
-    Sorting puts equal lengths side by side, so little is padded; longest first, because what does not fit in memory should fail at
-    once. A text longer than the budget gets a batch of its own. Texts above `LONGEST_PADDED` are batched with equally long ones
-    alone: padding wants a mask, and a mask grows with the square of the length.
+    Every index is yielded once. Texts are sorted by length, so batches need little padding, and the longest come first, so that a
+    batch that does not fit in memory fails at once. A text longer than the budget is a batch of its own. Texts longer than
+    `LONGEST_PADDED` are batched only with texts of equal length: padding needs a mask, which grows with the square of the length.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     start = 0
@@ -140,7 +154,10 @@ def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[npt
 
 
 def pad_batch(rows: Sequence[Ids]) -> tuple[Ids, Ids]:
-    """Return right-padded ids and their mask, both int64 [len(rows), longest]. The pad id is 0: masked, so any id would do."""
+    """Return right-padded ids and their mask (1 for tokens), both int64 [len(rows), longest].
+
+    The pad id is 0 for every model: padding is masked, so its id has no effect.
+    """
     ids = np.zeros((len(rows), max(1, max(map(len, rows)))), dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, tokens in enumerate(rows):
@@ -150,4 +167,4 @@ def pad_batch(rows: Sequence[Ids]) -> tuple[Ids, Ids]:
 
 
 Batch = tuple[Ids, Ids]
-"""Padded ids and their mask, both int64 [texts, length]."""
+"""A padded batch: ids and mask (1 for tokens), both int64 [texts, length]."""

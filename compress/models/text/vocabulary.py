@@ -1,4 +1,4 @@
-"""A tokenizer with fewer tokens: the same ids but for their numbers, for every text that needs no other token. No torch here."""
+"""Trims a tokenizer's vocabulary. A text that needs only kept tokens is split into the same tokens, renumbered. No torch here."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 from compress.common.errors import UserError
 
-# How tokenizers write bytes for what they have no piece for.
+# How tokenizers name the tokens for single bytes, which they fall back to for unknown characters.
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def kept_tokens(tokenizer: dict[str, Any], seen: Iterable[int]) -> list[int]:
-    """Return which tokens a smaller tokenizer has to have.
+    """Return the tokens that a trimmed tokenizer must keep.
 
-    Those that were seen; special and added ones; single characters and bytes, so that any text that could be written still can; and
-    of pairs that were merged into one of these, the halves.
+    These are the tokens that were seen; special and added tokens; single characters and bytes, so that every text that could be
+    tokenized still can; and for BPE the two parts of each kept token, which its merges need.
 
     Args:
         tokenizer: the content of `tokenizer.json`.
-        seen: ids.
+        seen: ids of the tokens that were seen.
 
     Returns:
-        Their ids, ascending.
+        The ids of the kept tokens, in ascending order.
 
     Raises:
-        UserError: the tokenizer is of a kind that is not known here.
+        UserError: the tokenizer is not a WordPiece, BPE or Unigram tokenizer.
     """
     model = tokenizer["model"]
     vocabulary = _vocabulary(model)
@@ -39,6 +39,7 @@ def kept_tokens(tokenizer: dict[str, Any], seen: Iterable[int]) -> list[int]:
         made_of: dict[str, tuple[str, str]] = {}
         for left, right in _merges(model):
             made_of.setdefault(left + right, (left, right))
+        # A kept token can only be built if both parts of its merge are kept, and so on down to single characters.
         waiting = [names[number] for number in kept]
         while waiting:
             for half in made_of.get(waiting.pop(), ()):
@@ -49,7 +50,15 @@ def kept_tokens(tokenizer: dict[str, Any], seen: Iterable[int]) -> list[int]:
 
 
 def with_tokens(tokenizer: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """Return the content of `tokenizer.json` with only these tokens, numbered anew in their order."""
+    """Return the content of a `tokenizer.json` with only the kept tokens, renumbered from 0 in the given order.
+
+    Args:
+        tokenizer: the content of the model's `tokenizer.json`.
+        kept: ids of the tokens to keep, from `kept_tokens`.
+
+    Raises:
+        UserError: the tokenizer is not a WordPiece, BPE or Unigram tokenizer.
+    """
     number_of = {old: new for new, old in enumerate(kept)}
     model = dict(tokenizer["model"])
     vocabulary = _vocabulary(model)
@@ -83,12 +92,12 @@ def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _is_basic(token: str, model: dict[str, Any]) -> bool:
-    """Whether a token is a single character, in the middle of a word too, or a byte."""
+    """Whether a token is a byte or a single character, at the start of a word or inside one."""
     return len(token.removeprefix(model.get("continuing_subword_prefix") or "")) == 1 or _BYTE.fullmatch(token) is not None
 
 
 def _special(tokenizer: dict[str, Any]) -> list[str]:
-    """Return tokens that the tokenizer puts in by itself."""
+    """Return the tokens that the tokenizer adds by itself: added tokens and the unknown token."""
     found = [entry["content"] for entry in tokenizer.get("added_tokens", [])]
     unknown = tokenizer["model"].get("unk_token")
     if unknown is not None:
@@ -99,7 +108,7 @@ def _special(tokenizer: dict[str, Any]) -> list[str]:
 
 
 def _renumbered(post: Any, number_of: dict[int, int]) -> Any:
-    """Return a post-processor that puts in the same special tokens under their new numbers."""
+    """Return a post-processor that adds the same special tokens with their new ids."""
     if post is None:
         return None
     made = dict(post)

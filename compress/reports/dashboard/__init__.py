@@ -1,4 +1,4 @@
-"""Records in, one page out that needs nothing else: no network, no server, no file beside it."""
+"""The dashboard: one self-contained HTML page made from records. It needs no network, no server and no other file."""
 
 from compress.reports.dashboard.page import render, serve
 

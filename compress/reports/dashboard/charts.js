@@ -1,12 +1,12 @@
-// Charts: each takes the runs that are shown and draws into its element. Nothing here knows of filters.
+// Charts: each function draws the given runs into its element. Filters are applied before.
 "use strict";
 
-// Okabe and Ito's colours, which people with any colour vision tell apart; shapes say the runtime besides.
+// Okabe and Ito's palette, which people with any colour vision can tell apart; marker shapes show the runtime.
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#A6761D"];
 const SHAPES = { torch: "circle", onnxruntime: "square", openvino: "diamond" };
 const AXES = {
-  speedup: { title: "throughput over the baseline's", better: 1 },
-  bytes: { title: "bytes of the weights", better: -1 },
+  speedup: { title: "throughput relative to the baseline", better: 1 },
+  bytes: { title: "size of the weights, bytes", better: -1 },
   peak_bytes: { title: "peak memory, bytes", better: -1 },
   latency_ms: { title: "median latency of one text, ms", better: -1 },
 };
@@ -28,7 +28,7 @@ function layout(extra) {
   };
 }
 
-// Watches the elements and not the window: what a chart lies in changes its width for other reasons too.
+// Observe the elements, not the window: their width changes for other reasons too.
 const sizes = new ResizeObserver((entries) => {
   for (const { target } of entries) if (target.isConnected && target.classList.contains("js-plotly-plot")) Plotly.Plots.resize(target);
 });
@@ -42,7 +42,7 @@ function draw(id, traces, extra) {
     return;
   }
   if (!element.classList.contains("js-plotly-plot")) element.textContent = "";
-  element.style.height = `${extra.height}px`; // resizing asks the element, not the layout
+  element.style.height = `${extra.height}px`; // resizing uses the element's height, not the layout's
   Plotly.react(element, traces, layout(extra), { displaylogo: false, displayModeBar: false });
   sizes.observe(element);
 }
@@ -55,7 +55,7 @@ function rowsHeight(count) {
   return Math.max(300, 130 + 22 * count);
 }
 
-// The runs that no other beats in what is kept and along the axis, best along the axis last.
+// The Pareto-optimal runs in retained score and the axis, sorted by the axis.
 function front(runs, axis) {
   const better = AXES[axis].better;
   const known = runs.filter((run) => run.kept !== null && run[axis] !== null);
@@ -87,7 +87,7 @@ function scatter(runs, axis, families, open) {
       x: own.map((run) => run[axis]), y: own.map((run) => 100 * run.kept), mode: "markers", name: family,
       customdata: own.map((run) => run.run),
       text: own.map((run) => `<b>${run.recipe}</b><br>${run.weights} x ${run.activations}, ${run.runtime}<br>` +
-        `${percent(run.kept)} kept (${interval(run)})<br>${bytes(run.bytes)}, ${times(run.speedup)}<br>${run.model}`),
+        `${percent(run.kept)} of the score kept (${interval(run)})<br>${bytes(run.bytes)}, ${times(run.speedup)}<br>${run.model}`),
       hovertemplate: "%{text}<extra></extra>",
       error_y: {
         type: "data", symmetric: false, thickness: 1, width: 0, color: COLOURS[number % COLOURS.length],
@@ -129,7 +129,7 @@ function tasks(runs) {
   draw("tasks", scored.length ? [trace] : [], { height: rowsHeight(scored.length), yaxis: { autorange: "reversed" }, xaxis: { side: "top" }, margin: { l: 50, r: 10, t: 60, b: 10 } });
 }
 
-// Two runs may share a name; a plot's categories may not.
+// Two runs may have the same name; categories of a plot must differ.
 function labels(runs) {
   const seen = new Map();
   return runs.map((run) => {
@@ -146,7 +146,7 @@ function fidelity(runs) {
   const trace = {
     type: "scatter", mode: "markers", x: mean, y: labels(known), marker: { color: COLOURS[0], size: 8 }, name: "mean",
     error_x: { type: "data", symmetric: false, array: known.map(() => 0), arrayminus: of("cosine_min").map((least, row) => mean[row] - least), color: css("--soft"), thickness: 1.2, width: 3 },
-    text: known.map((run, row) => `mean ${mean[row].toFixed(5)}, worst of a hundred ${of("cosine_p1")[row].toFixed(4)}, worst ${of("cosine_min")[row].toFixed(4)}`),
+    text: known.map((run, row) => `mean ${mean[row].toFixed(5)}, 1st percentile ${of("cosine_p1")[row].toFixed(4)}, worst ${of("cosine_min")[row].toFixed(4)}`),
     hovertemplate: "%{y}<br>%{text}<extra></extra>",
   };
   draw("fidelity", known.length ? [trace] : [], { height: rowsHeight(known.length), yaxis: { autorange: "reversed" }, xaxis: { title: { text: "cosine" } } });

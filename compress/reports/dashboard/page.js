@@ -1,4 +1,4 @@
-// The page: what is filtered, sorted and picked, and everything drawn again when that changes.
+// The page: filters, sorting and selection; everything is drawn again when they change.
 "use strict";
 
 const data = JSON.parse(document.getElementById("payload").textContent);
@@ -14,8 +14,8 @@ const FILTERS = {
   "filter-runtime": (run) => [run.runtime],
 };
 
-// Charts further down are drawn when they come into sight, or are to be printed: the first is there sooner.
-const LATENCY = [{ name: "median", of: (run) => run.latency_ms }, { name: "slowest of a hundred", of: (run) => run.p99_ms }];
+// Charts further down are drawn when they become visible or are printed, so that the first chart appears sooner.
+const LATENCY = [{ name: "median", of: (run) => run.latency_ms }, { name: "99th percentile", of: (run) => run.p99_ms }];
 const MEMORY = [{ name: "on disk", of: (run) => run.bytes }, { name: "loaded", of: (run) => run.loaded_bytes }, { name: "peak", of: (run) => run.peak_bytes }];
 const BELOW = {
   tasks,
@@ -85,8 +85,8 @@ function refresh() {
   const axis = document.getElementById("axis").value;
   const drawn = scatter(runs, axis, families, open);
   const notes = [];
-  if (drawn < runs.length) notes.push(`${runs.length - drawn} of these runs have no score or did not measure this.`);
-  if (groups.size > 1) notes.push(`They are of ${groups.size} kinds that are not comparable (model, tasks, machine or packages differ); each has a line of its own.`);
+  if (drawn < runs.length) notes.push(`${runs.length - drawn} of these runs have no score or no value on this axis.`);
+  if (groups.size > 1) notes.push(`These runs form ${groups.size} sets that are not comparable (model, tasks, machine or packages differ); each set has its own line.`);
   document.getElementById("scatter-note").textContent = notes.join(" ");
   for (const id of Object.keys(BELOW)) stale.add(id);
   drawSeen();
@@ -103,7 +103,7 @@ function start() {
   document.documentElement.dataset.theme = dark.matches ? "dark" : "light";
   const models = new Set(data.runs.map((run) => run.model));
   document.getElementById("summary").textContent = `${data.runs.length} runs of ${models.size} model${models.size === 1 ? "" : "s"}, ${data.groups.length} comparable set${data.groups.length === 1 ? "" : "s"}`;
-  document.getElementById("footer").textContent = `Made ${data.generated} by compress dashboard.`;
+  document.getElementById("footer").textContent = `Made by compress dashboard, ${data.generated}.`;
   const reasons = Object.entries(data.broken);
   document.getElementById("broken-section").hidden = !reasons.length;
   document.getElementById("broken").replaceChildren(...reasons.map(([place, reason]) => made("li", {}, `${place}: ${reason}`)));

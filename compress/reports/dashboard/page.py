@@ -1,4 +1,4 @@
-"""The page, put together from its parts, written once or served and made anew when a record changes."""
+"""Rendering the page from its parts, and serving it so that it reloads when a record changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compress.reports.compare import find_runs
 from compress.reports.dashboard.payload import payload
 
 PARTS = resources.files("compress.reports.dashboard")
-# Asked by a served page, which loads itself again when the answer changes.
+# A served page polls this path and reloads when the answer changes.
 STATE_PATH = "/state"
 
 
@@ -33,16 +33,16 @@ def _plotly() -> str:
 
 
 def render(places: Sequence[Path], *, watched: str = "") -> str:
-    """Return the page, HTML with everything inside.
+    """Return the page as one HTML document.
 
     Args:
-        places: folders of runs, or folders that hold these.
-        watched: the state that a served page compares; empty for a page that stays as it is.
+        places: folders of runs, or folders that contain such folders.
+        watched: state that a served page compares with; empty for a page that does not reload.
 
     Raises:
-        UserError: there is no readable record, or plotly is not installed.
+        UserError: no record can be read, or plotly is not installed.
     """
-    # `</` would end the script that the data lies in, wherever it stands in them.
+    # `</` anywhere in the data would end the script element around it.
     data = json.dumps(payload(places), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
     parts = {
         "CSS": _part("page.css"),
@@ -54,7 +54,7 @@ def render(places: Sequence[Path], *, watched: str = "") -> str:
     made = _part("page.html")
     before, *rest = made.split("{{")
     pieces = [before]
-    for piece in rest:  # not by replacing one after another: data may hold what looks like a part's name
+    for piece in rest:  # not by repeated replacing: the data may contain text that looks like a part's name
         name, _, after = piece.partition("}}")
         pieces += [parts[name.strip()], after]
     return "".join(pieces)
@@ -65,25 +65,25 @@ def _part(name: str) -> str:
 
 
 def state_of(places: Sequence[Path]) -> str:
-    """Return what changes when a record comes, goes or is written anew."""
+    """Return a string that changes when a record is added, removed or rewritten."""
     folders, broken = find_runs(places)
     times = [(str(folder), (folder / RECORD_FILE).stat().st_mtime_ns) for folder in folders]
     return f"{hash((tuple(times), tuple(broken))):x}"
 
 
 def serve(places: Sequence[Path], port: int, say: Callable[[str], None], *, browser: bool = True) -> None:
-    """Serve the page on this machine until interrupted; it is loaded again whenever a record changes.
+    """Serve the page on this machine until interrupted; it reloads when a record changes.
 
     Raises:
-        UserError: the port is taken, or the page cannot be made.
+        UserError: the port is in use, or the page cannot be rendered.
     """
     render(places)
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), handler(places))
     except OSError as error:
-        raise UserError(f"port {port}: {error.strerror}", "give another one: --port") from error
+        raise UserError(f"port {port}: {error.strerror}", "choose another one: --port") from error
     address = f"http://127.0.0.1:{server.server_port}/"
-    say(f"{address}, until Ctrl-C")
+    say(f"{address} (stop with Ctrl-C)")
     if browser:
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
     with server:
@@ -91,7 +91,7 @@ def serve(places: Sequence[Path], port: int, say: Callable[[str], None], *, brow
 
 
 def handler(places: Sequence[Path]) -> type[BaseHTTPRequestHandler]:
-    """Return what answers requests for the page and its state."""
+    """Return the request handler for the page and its state."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -100,7 +100,7 @@ def handler(places: Sequence[Path]) -> type[BaseHTTPRequestHandler]:
             elif self.path == "/":
                 try:
                     self._answer(render(places, watched=state_of(places)), "text/html")
-                except UserError as error:  # the folder was emptied while it was watched
+                except UserError as error:  # the folder was emptied while the page was being served
                     self._answer(f"<p>{html.escape(error.message)}</p>", "text/html")
             else:
                 self.send_error(404)
@@ -114,6 +114,6 @@ def handler(places: Sequence[Path]) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
-            """Say nothing of each request."""
+            """Do not log requests."""
 
     return Handler

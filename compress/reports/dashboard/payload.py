@@ -1,4 +1,4 @@
-"""What the page is told of runs: the comparison's lines, and what of each record its charts show."""
+"""The data of the dashboard's page: the lines of the comparison, and the parts of each record that its charts show."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 
 from compress.common.machine import now
 from compress.measure.record import Record
+from compress.methods import method_class, method_names
+from compress.methods.base import FAMILIES, UNCHANGED
 from compress.reports.compare import Group, grouped, read_records
-
-# What a step does to a model, by its method; a run's family is what its steps do, in this order.
-FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "smaller": ("depth", "width", "vocabulary", "latents", "mean_pooling"),
-    "sparse": ("magnitude", "wanda", "sparsegpt"),
-    "distilled": ("distill",),
-    "quantized": ("rtn", "gptq", "awq", "smoothquant", "fp8", "bitsandbytes", "embeddings"),
-}
 
 
 def family(methods: Sequence[str]) -> str:
-    """Say what a run's steps did, in few words; `as it was` where they changed no number (the fold, or nothing)."""
-    found = [name for name, members in FAMILIES.items() if any(method in members for method in methods)]
-    return " + ".join(found) or "as it was"
+    """Say in a few words what a run's steps did; `as it was` where no step changed what the model computes (the fold, or no step).
+
+    Each method says its family itself. A method of a package that is not installed here is shown by its own name.
+    """
+    known = set(method_names())
+    found = {method_class(name).family if name in known else name for name in methods} - {UNCHANGED}
+    return (
+        " + ".join(sorted(found, key=lambda name: (FAMILIES.index(name) if name in FAMILIES else len(FAMILIES), name))) or UNCHANGED
+    )
 
 
 def payload(places: Sequence[Path]) -> dict[str, Any]:
-    """Read records and return what the page shows of them; what cannot be read is listed with its reason.
+    """Read records and return what the page shows of them; what cannot be read is listed with the reason.
 
     Raises:
-        UserError: there is not one readable record.
+        UserError: no record can be read.
     """
     records, broken = read_records(places)
     found = grouped(records.values())
@@ -49,13 +49,13 @@ def _runs(groups: Sequence[Group], records: Mapping[str, Record]) -> list[dict[s
 
 def _details(record: Record) -> dict[str, Any]:
     methods = [str(step.config["method"]) for step in record.steps]
-    speed = record.row("variant").speed or {}
+    speed = record.row("variant").speed
     return {
         "model": record.model.name,
         "machine": record.machine.gpu or f"{record.machine.cores} cores of {record.machine.cpu}",
         "methods": methods,
         "family": family(methods),
-        "p99_ms": speed.get("latency_p99_ms"),
-        "loaded_bytes": speed.get("loaded_bytes"),
+        "p99_ms": speed.latency_p99_ms if speed else None,
+        "loaded_bytes": speed.loaded_bytes if speed else None,
         "record": record.model_dump(mode="json"),
     }

@@ -1,4 +1,4 @@
-// Words and tables: numbers for people, the list of runs, a run's whole record, two runs side by side.
+// Tables and number formats: the list of runs, the record of a run, the comparison of two runs.
 "use strict";
 
 const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(2)} %`);
@@ -12,7 +12,7 @@ function bytes(count) {
   return count >= 1e9 ? `${(count / 1e9).toFixed(2)} GB` : `${(count / 1e6).toFixed(1)} MB`;
 }
 
-// An element with text or children; text is never read as HTML, whatever a record holds.
+// Make an element with text or children. Text is never parsed as HTML, whatever a record contains.
 function made(tag, attributes, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes || {})) {
@@ -46,7 +46,7 @@ function listRuns(runs, state, changed, open) {
     if (x === null || y === null) return (x === null) - (y === null);
     return (x < y ? -1 : x > y ? 1 : 0) * (state.descending ? -1 : 1);
   });
-  const head = made("tr", {}, made("th", { scope: "col" }, made("span", { class: "hidden" }, "side by side")), ...COLUMNS.map((one) => {
+  const head = made("tr", {}, made("th", { scope: "col" }, made("span", { class: "hidden" }, "compare")), ...COLUMNS.map((one) => {
     const own = one.name === column.name;
     const sort = () => changed({ sorted: one.name, descending: own ? !state.descending : !one.left });
     return made("th", { scope: "col", class: one.left ? "left" : null, "aria-sort": own ? (state.descending ? "descending" : "ascending") : null },
@@ -54,17 +54,17 @@ function listRuns(runs, state, changed, open) {
   }));
   document.querySelector("#table thead").replaceChildren(head);
   document.querySelector("#table tbody").replaceChildren(...order.map((run) => {
-    const tick = made("input", { type: "checkbox", "aria-label": `${run.run} side by side`, onchange: () => changed({ picked: picked(state.picked, run.run) }) });
+    const tick = made("input", { type: "checkbox", "aria-label": `compare ${run.run}`, onchange: () => changed({ picked: picked(state.picked, run.run) }) });
     tick.checked = state.picked.includes(run.run);
     return made("tr", {}, made("td", {}, tick), ...COLUMNS.map((one) => {
       if (one.name !== "recipe") return made("td", { class: one.left ? "left" : null }, one.show ? one.show(run) : String(one.of(run)));
-      const star = run.optimal ? made("span", { class: "star", title: "no other run beats it" }, " ★") : null;
+      const star = run.optimal ? made("span", { class: "star", title: "Pareto-optimal among comparable runs" }, " ★") : null;
       return made("td", { class: "left" }, made("button", { type: "button", "data-run": run.run, onclick: () => open(run.run) }, run.recipe), star);
     }));
   }));
 }
 
-// The two that were ticked last.
+// The two runs that were ticked last.
 function picked(before, name) {
   return before.includes(name) ? before.filter((other) => other !== name) : [...before, name].slice(-2);
 }
@@ -97,7 +97,7 @@ function openRun(run) {
   const record = run.record;
   document.getElementById("run-title").textContent = run.run;
   const facts = {
-    verdict: record.verdict, model: `${record.model.name}, ${(record.model.parameters / 1e6).toFixed(1)} M parameters, licence ${record.model.licence || "not named"}`,
+    verdict: record.verdict, model: `${record.model.name}, ${(record.model.parameters / 1e6).toFixed(1)} M parameters, licence ${record.model.licence || "unknown"}`,
     baseline: record.baseline, "measured on": record.measured_on, made: record.created, command: record.command,
     machine: `${record.machine.gpu || record.machine.cpu}, ${record.machine.cores} cores, ${record.machine.instructions.join(" ")}`,
     packages: Object.entries(record.versions).map(([name, version]) => `${name} ${version}`).join(", "),
@@ -109,7 +109,7 @@ function openRun(run) {
     made("h3", {}, "Tasks"), table(["task", "metric", "baseline", "variant", "difference", "95 % interval", "verdict"], record.tasks.map(taskRow)),
     made("h3", {}, "Embedders"), table(["", "on disk", "texts/s", "p50 ms", "p99 ms", "peak memory"], record.rows.map(embedderRow)),
     ...charts(record),
-    made("details", {}, made("summary", {}, "The record as it is"), made("pre", { tabindex: "0" }, JSON.stringify(record, null, 1))),
+    made("details", {}, made("summary", {}, "The record as JSON"), made("pre", { tabindex: "0" }, JSON.stringify(record, null, 1))),
   );
   for (const cell of body.querySelectorAll("td:last-child")) if (cell.textContent.length > 60) cell.className = "wrap";
   document.getElementById("run").showModal();
@@ -129,12 +129,12 @@ function embedderRow(row) {
   return [name, bytes(row.size_bytes), speed.texts_per_second.toFixed(0), number(speed.latency_p50_ms, 1), number(speed.latency_p99_ms, 1), bytes(peak)];
 }
 
-// Places for a run's own charts, where it has what they show.
+// Elements for a run's own charts, where the record has their data.
 function charts(record) {
   const wanted = [
-    ["run-cosines", "Cosines to the baseline's vectors", (record.fidelity && record.fidelity.cosines || []).length],
-    ["run-curve", "Learning", curves(record).length],
-    ["run-cells", "Throughput by batch and length, texts a second", cells(record).length],
+    ["run-cosines", "Cosine to the baseline's vectors", (record.fidelity && record.fidelity.cosines || []).length],
+    ["run-curve", "Training", curves(record).length],
+    ["run-cells", "Throughput by batch size and length, texts per second", cells(record).length],
   ];
   return wanted.filter(([, , any]) => any).flatMap(([id, title]) => [made("h3", {}, title), made("div", { id, class: "chart" })]);
 }
@@ -163,6 +163,6 @@ function plotRun(record) {
         line: { color: COLOURS[place % COLOURS.length], dash: ["solid", "dash", "dot", "dashdot"][turn % 4] },
       };
     }));
-    draw("run-cells", traces, { height: 360, xaxis: { title: { text: "texts a batch" }, type: "log" }, yaxis: { title: { text: "texts a second" }, type: "log" } });
+    draw("run-cells", traces, { height: 360, xaxis: { title: { text: "texts per batch" }, type: "log" }, yaxis: { title: { text: "texts per second" }, type: "log" } });
   }
 }

@@ -33,6 +33,7 @@ from compress.recipe import Recipe, parse_recipe, read_recipe
 from compress.texts import suite_texts
 from pydantic import BaseModel
 from safetensors.numpy import save_file
+from tests_support import folder_of
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
@@ -181,7 +182,7 @@ def make_nv_embed(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     generator = np.random.default_rng(7)
     weights = {}
-    for name, tensor in empty_network(folder).state_dict().items():
+    for name, tensor in empty_network(folder_of(folder)).state_dict().items():
         values = generator.standard_normal(tuple(tensor.shape))
         if "norm" in name:
             values = 1 + 0.2 * values if name.endswith("weight") else 0.1 * values

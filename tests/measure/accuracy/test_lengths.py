@@ -9,7 +9,7 @@ import pytest
 
 import compress
 from compress.measure.accuracy.lengths import by_length
-from compress.measure.accuracy.score import evaluate
+from compress.measure.accuracy.score import score_task
 from compress.measure.accuracy.tasks import find_tasks
 from compress.models.source import find
 
@@ -17,7 +17,7 @@ from compress.models.source import find
 def test_buckets_add_up_and_go_by_the_relevant_document(minilm: Path) -> None:
     task = find_tasks(["MiniRetrieval"], None)[0]
     tokenizer = find("minilm").tokenizer
-    score = evaluate(compress.load("minilm", device="cpu"), task)
+    score = score_task(compress.load("minilm", device="cpu"), task)
     buckets = by_length(task, score, tokenizer, edges=(35, 45))
     assert [bucket.up_to for bucket in buckets] == [35, 45, None]
     assert sum(bucket.queries for bucket in buckets) == score.examples.count

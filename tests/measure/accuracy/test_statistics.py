@@ -15,9 +15,9 @@ from compress.measure.accuracy.statistics import (
     Interval,
     Mean,
     Spearman,
-    Statistic,
     Verdict,
     VMeasure,
+    WeightedScore,
     differences,
     interval,
     score,
@@ -98,20 +98,20 @@ def test_different_examples_are_refused() -> None:
         differences(Mean(np.zeros(3)), Mean(np.zeros(4)))
 
 
-def spearman_pair(generator: np.random.Generator) -> tuple[Statistic, Statistic]:
+def spearman_pair(generator: np.random.Generator) -> tuple[WeightedScore, WeightedScore]:
     gold, noise, other = generator.standard_normal((3, 250))
     mixed = 0.9 * noise + np.sqrt(1 - 0.81) * other
     return Spearman(gold, 0.8 * gold + 0.6 * noise), Spearman(gold, 0.77 * gold + np.sqrt(1 - 0.77**2) * mixed)
 
 
-def precision_pair(generator: np.random.Generator) -> tuple[Statistic, Statistic]:
+def precision_pair(generator: np.random.Generator) -> tuple[WeightedScore, WeightedScore]:
     labels = (generator.random(400) < 0.4).astype(np.int64)
     noise, other = generator.standard_normal((2, 400))
     mixed = 0.9 * noise + np.sqrt(1 - 0.81) * other
     return AveragePrecision(labels, 1.5 * labels + noise), AveragePrecision(labels, 1.35 * labels + mixed)
 
 
-def accuracy_pair(generator: np.random.Generator) -> tuple[Statistic, Statistic]:
+def accuracy_pair(generator: np.random.Generator) -> tuple[WeightedScore, WeightedScore]:
     """Ten classifiers' decisions on each text, as mteb trains ten."""
     ease = generator.normal(1, 1.5, 250)[:, None]
     noise, other = generator.standard_normal((2, 250, 10))
@@ -119,7 +119,7 @@ def accuracy_pair(generator: np.random.Generator) -> tuple[Statistic, Statistic]
     return Mean((noise < ease).mean(axis=1)), Mean((mixed < ease - 0.1).mean(axis=1))
 
 
-def ndcg_pair(generator: np.random.Generator) -> tuple[Statistic, Statistic]:
+def ndcg_pair(generator: np.random.Generator) -> tuple[WeightedScore, WeightedScore]:
     """One relevant document a query; the variant loses a rank in one query of five."""
     rank = generator.geometric(0.5, 250)
     worse = rank + (generator.random(250) < 0.2)

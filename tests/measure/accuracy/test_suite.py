@@ -12,7 +12,7 @@ import pytest
 
 import compress
 from compress.data.texts import SUITE, mixed_texts, read_jsonl, suite_texts
-from compress.measure.accuracy.score import evaluate
+from compress.measure.accuracy.score import score_task
 from compress.measure.accuracy.tasks import EMBEDDED, find_tasks
 from compress.models.text.spec import EmbedderSpec
 
@@ -83,7 +83,7 @@ def test_sizes_of_the_later_tasks() -> None:
 def test_it_tells_a_good_embedder_from_words_and_words_from_chance(minilm: Path, name: str) -> None:
     task = find_tasks([name], None)[0]
     good, words, chance = (
-        evaluate(embedder, task).score for embedder in (compress.load("minilm", device="cpu"), BagOfWords(), RandomVectors())
+        score_task(embedder, task).score for embedder in (compress.load("minilm", device="cpu"), BagOfWords(), RandomVectors())
     )
     assert good < 0.9, "saturated"
     assert good > words + 0.15

@@ -11,7 +11,7 @@ import pytest
 
 import compress
 from compress.common.errors import UserError
-from compress.measure.accuracy.score import MtebEncoder, evaluate
+from compress.measure.accuracy.score import MtebEncoder, score_task
 from compress.measure.accuracy.tasks import find_tasks
 from compress.models.text.spec import EmbedderSpec
 
@@ -45,7 +45,7 @@ def data(tmp_path: Path) -> Path:
 def test_the_folder_s_tasks_are_scored(bert: Path, data: Path) -> None:
     embedder = compress.load(str(bert), device="cpu")
     tasks = find_tasks(["STSBenchmark", "SciFact", "AmazonCounterfactualClassification"], data)
-    scores = {score.task: score for score in (evaluate(embedder, task) for task in tasks)}
+    scores = {score.task: score for score in (score_task(embedder, task) for task in tasks)}
     assert [score.metric for score in scores.values()] == ["cosine_spearman", "ndcg_at_10", "accuracy"]
     assert all(-1 <= score.score <= 1 for score in scores.values())
     assert set(scores["SciFact"].prompts) == {"query", "document"}
@@ -63,7 +63,7 @@ def test_the_score_of_sts_is_the_rank_correlation_of_cosines(bert: Path, data: P
         embedder.encode([f"parcel {i * i + 20}" for i in range(12)]),
     )
     expected = spearmanr((first * second).sum(axis=1), [i % 6 for i in range(12)]).statistic
-    assert evaluate(embedder, find_tasks(["STSBenchmark"], data)[0]).score == pytest.approx(expected, abs=1e-6)
+    assert score_task(embedder, find_tasks(["STSBenchmark"], data)[0]).score == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,18 @@ def test_the_score_of_sts_is_the_rank_correlation_of_cosines(bert: Path, data: P
             "test.jsonl, line 2: not JSON",
         ),
         ("STSBenchmark/test.jsonl", '{"sentence1": "a", "score": 1}\n', "line 1: lacks 'sentence2'; it has score, sentence1"),
-        ("STSBenchmark/test.jsonl", "[1]\n", "line 1: a JSON object is wanted, this is list"),
-        ("STSBenchmark/test.jsonl", "\n", "holds no rows"),
+        ("STSBenchmark/test.jsonl", "[1]\n", "line 1: expected a JSON object, got list"),
+        ("STSBenchmark/test.jsonl", "\n", "has no rows"),
         ("STSBenchmark/test.jsonl", b"\xff\xfe", "not UTF-8"),
         ("STSBenchmark/test.jsonl.gz", b"\x1f\x8b\x08\x00broken", "cannot be read"),
         ("SciFact/corpus.jsonl", '{"_id": "d1"}\n', "corpus.jsonl, line 1: lacks 'text'"),
-        ("SciFact/qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\n", "test.tsv, line 2: 'query-id<TAB>corpus-id<TAB>score'"),
-        ("SciFact/qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td9\t1\n", "test.tsv, line 2: document 'd9' is in no row"),
-        ("SciFact/qrels/test.tsv", "q9\td1\t1\n", "test.tsv, line 1: query 'q9' is in no row"),
+        (
+            "SciFact/qrels/test.tsv",
+            "query-id\tcorpus-id\tscore\nq1\td1\n",
+            "test.tsv, line 2: expected 'query-id<TAB>corpus-id<TAB>score', got",
+        ),
+        ("SciFact/qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td9\t1\n", "test.tsv, line 2: document 'd9' is not in its file"),
+        ("SciFact/qrels/test.tsv", "q9\td1\t1\n", "test.tsv, line 1: query 'q9' is not in its file"),
     ],
 )
 def test_broken_files_are_named_with_their_line(data: Path, file: str, content: str | bytes, message: str) -> None:
@@ -112,7 +116,7 @@ def test_a_folder_without_the_task_s_subset_or_split_is_refused(data: Path) -> N
     with pytest.raises(UserError, match="has none of the subsets"):
         find_tasks(["AmazonCounterfactualClassification"], data)
     (data / "SciFact" / "qrels" / "test.tsv").rename(data / "SciFact" / "qrels" / "train.tsv")
-    with pytest.raises(UserError, match="has none of the splits SciFact is scored on: test"):
+    with pytest.raises(UserError, match="has none of the splits that SciFact is scored on: test"):
         find_tasks(["SciFact"], data)
 
 
@@ -148,7 +152,7 @@ def test_each_text_is_embedded_once_and_put_back_where_it_was(data: Path) -> Non
 
 def test_queries_and_documents_get_the_model_s_own_prompts(data: Path) -> None:
     embedder = Listening(prompts={"query": "Q: ", "document": "D: "}, normalize=True)
-    score = evaluate(embedder, find_tasks(["SciFact"], data)[0])
+    score = score_task(embedder, find_tasks(["SciFact"], data)[0])
     assert score.prompts == {"query": "Q: ", "document": "D: "}
     assert {prompt for _, prompt in embedder.heard} == {"Q: ", "D: "}
 
@@ -173,7 +177,7 @@ FROM_THESE_FILES = {
 @pytest.mark.parametrize("name", FROM_THESE_FILES)
 def test_minilm_scores_what_mteb_says(minilm: Path, shared_mteb: Path, name: str) -> None:
     embedder = compress.load("minilm", device="cpu", dtype="float32")
-    score = evaluate(embedder, find_tasks([name], shared_mteb)[0])
+    score = score_task(embedder, find_tasks([name], shared_mteb)[0])
     (split,) = score.mteb["scores"].values()
     scores = {row["hf_subset"]: 100 * row["main_score"] for row in split}
     assert scores == pytest.approx(FROM_THESE_FILES[name], abs=0.05)

@@ -7,8 +7,8 @@ import pytest
 
 import compress
 from compress.common.errors import UserError
-from compress.measure.evaluate import evaluate
-from compress.measure.vectors.codec import OutputCodec, OutputScheme, rotation, unit
+from compress.measure.evaluate import EvaluationOptions, evaluate
+from compress.measure.vectors.codec import VectorCodec, VectorFormat, rotation, unit
 from compress.reports.terminal import print_evaluation
 
 GENERATOR = np.random.default_rng(0)
@@ -17,8 +17,8 @@ VECTORS = unit((GENERATOR.standard_normal((600, 64)) * GENERATOR.permutation(np.
 CALIBRATION, DOCUMENTS, QUERIES = VECTORS[:300], VECTORS[300:], unit(VECTORS[300:350] + 0.02 * VECTORS[250:300])
 
 
-def codec(name: str) -> OutputCodec:
-    return OutputCodec(OutputScheme.parse(name), CALIBRATION)
+def codec(name: str) -> VectorCodec:
+    return VectorCodec(VectorFormat.parse(name), CALIBRATION)
 
 
 @pytest.mark.parametrize(
@@ -33,24 +33,24 @@ def codec(name: str) -> OutputCodec:
     ],
 )
 def test_names_and_sizes(name: str, expected: tuple[object, ...], size: int) -> None:
-    scheme = OutputScheme.parse(name)
+    scheme = VectorFormat.parse(name)
     assert (scheme.reduction, scheme.dimensions, scheme.store, scheme.rescore) == expected
     assert scheme.bytes_per_vector(64) == size
-    assert OutputCodec(scheme, CALIBRATION).encode(DOCUMENTS).nbytes == size * len(DOCUMENTS)
-    assert OutputScheme.parse(scheme.name) == scheme
+    assert VectorCodec(scheme, CALIBRATION).encode(DOCUMENTS).nbytes == size * len(DOCUMENTS)
+    assert VectorFormat.parse(scheme.name) == scheme
 
 
 @pytest.mark.parametrize("name", ["", "int4", "pca", "int8+rescore", "truncate-x", "binary+"])
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match="output "):
-        OutputScheme.parse(name)
+    with pytest.raises(UserError, match="vector format "):
+        VectorFormat.parse(name)
 
 
 def test_more_dimensions_than_there_are_is_refused() -> None:
     with pytest.raises(UserError, match="keeps 65 dimensions of a model with 64"):
         codec("truncate-65")
     with pytest.raises(UserError, match="and 10 calibration texts"):
-        OutputCodec(OutputScheme.parse("pca-16"), CALIBRATION[:10])
+        VectorCodec(VectorFormat.parse("pca-16"), CALIBRATION[:10])
 
 
 def test_int8_is_within_half_a_step() -> None:
@@ -107,11 +107,10 @@ def test_a_rotation_between_two_spaces_is_found() -> None:
     np.testing.assert_allclose(rotation(CALIBRATION[:5], CALIBRATION[:5]), np.eye(64), atol=1e-5)  # too few texts to say more
 
 
-def test_a_table_of_outputs(minilm) -> None:
-    found = evaluate(
-        "minilm", ["MiniRetrieval", "MiniSTS"], device="cpu", outputs=["float32", "int8", "binary"], say=lambda _: None
-    )
-    rows = {row.output: row for row in found.outputs}
+def test_a_table_of_vector_formats(minilm) -> None:
+    options = EvaluationOptions(device="cpu", vector_formats=["float32", "int8", "binary"])
+    found = evaluate("minilm", ["MiniRetrieval", "MiniSTS"], options, say=lambda _: None)
+    rows = {row.format: row for row in found.vector_formats}
     whole = {task.task: task.variant for task in found.tasks}["MiniRetrieval"]
     assert rows["float32"].scores == {"MiniRetrieval": pytest.approx(whole, abs=1e-5)}
     assert rows["float32"].intervals["MiniRetrieval"].high == pytest.approx(0, abs=1e-9)
@@ -121,10 +120,11 @@ def test_a_table_of_outputs(minilm) -> None:
 
 
 @pytest.mark.parametrize("against", [None, "minilm"])
-def test_the_table_of_outputs_is_printed_alone_and_in_pairs(
+def test_the_table_of_vector_formats_is_printed_alone_and_in_pairs(
     minilm, capsys: pytest.CaptureFixture[str], against: str | None
 ) -> None:
-    found = evaluate("minilm", ["MiniRetrieval"], against=against, device="cpu", outputs=["int8"], say=lambda _: None)
+    options = EvaluationOptions(device="cpu", vector_formats=["int8"])
+    found = evaluate("minilm", ["MiniRetrieval"], options, against=against, say=lambda _: None)
     print_evaluation(found)
     printed = capsys.readouterr().out
     assert "vectors of minilm stored in fewer bytes" in printed
@@ -133,11 +133,11 @@ def test_the_table_of_outputs_is_printed_alone_and_in_pairs(
 
 def test_evaluate_compares_in_pairs_and_refuses_random_weights(minilm) -> None:
     said: list[str] = []
-    found = evaluate("minilm", ["MiniSTS"], against="minilm", device="cpu", say=said.append)
+    found = evaluate("minilm", ["MiniSTS"], EvaluationOptions(device="cpu"), against="minilm", say=said.append)
     assert found.overall is not None
     assert (found.overall.low, found.overall.high, found.overall.verdict) == (0, 0, "kept")
     assert len(said) == 2
     assert found.mteb["MiniSTS"]["task_name"] == "MiniSTS"
     assert compress.load is not None
     with pytest.raises(UserError, match="cannot be measured on random weights"):
-        evaluate("random:minilm,num_hidden_layers=1", ["MiniSTS"], device="cpu")
+        evaluate("random:minilm,num_hidden_layers=1", ["MiniSTS"], EvaluationOptions(device="cpu"))

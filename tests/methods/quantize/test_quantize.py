@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests_support import apply_in_memory, compress_to, folder_of, text_side
+from tests_support import apply_in_memory, compress_to, folder_of
 
 import compress
 from compress.common.errors import UserError
-from compress.layers.quantized_embedding import QuantizedEmbedding
-from compress.layers.quantized_linear import QuantizedLinear
-from compress.layers.scheme import ActivationScheme
 from compress.methods.base import Method
 from compress.methods.nv_embed.fold import Fold
 from compress.methods.quantize.awq import AWQ
@@ -29,6 +26,8 @@ from compress.models.network.build import load_network
 from compress.pipeline.recipe_file import parse_recipe
 
 GROUPS = {"bits": 4, "group_size": 16}
+
+
 METHODS: list[Method] = [
     RTN(activations="none", symmetric=False, **GROUPS),
     GPTQ(**GROUPS),
@@ -142,36 +141,6 @@ def test_inputs_that_are_not_finite_are_refused_by_name(bert: Path, copy_of, tmp
         UserError, match=r"encoder\.layer\.0\.output\.LayerNorm\.weight is not finite|the input of encoder\.layer\.1"
     ):
         compress_to(folder, tmp_path / "variant", GPTQ(**GROUPS))
-
-
-def test_a_static_scale_is_where_the_calibration_texts_end(bert: Path, tmp_path: Path) -> None:
-    compress_to(bert, tmp_path / "variant", SmoothQuant(alpha=0.0, activations="static_per_tensor", range="minmax"))
-    embedder = compress.load(str(tmp_path / "variant"), device="cpu")
-    layers = {name: layer for name, layer in embedder.model.named_modules() if isinstance(layer, QuantizedLinear)}
-    assert {layer.scheme for layer in layers.values()} == {ActivationScheme.STATIC_PER_TENSOR}
-    first = layers["encoder.layer.0.attention.self.query"]
-    assert torch.equal(first.input_scale, layers["encoder.layer.0.attention.self.key"].input_scale)
-    # Found again: the embeddings' largest output on the same texts.
-    from compress.calibration.texts import CalibrationSource
-    from compress.data.texts import calibration_texts
-
-    spec, tokenizer = text_side(bert)
-    batches = CalibrationSource(calibration_texts()[:24], None, 120).batches(tokenizer, spec).batches
-    embeddings = load_network(folder_of(bert), torch.float32).embeddings
-    with torch.inference_mode():
-        largest = max(float(embeddings(torch.from_numpy(ids))[torch.from_numpy(mask) == 1].abs().max()) for ids, mask in batches)
-    assert float(first.input_scale) == pytest.approx(largest / 127, rel=1e-5)
-
-
-def test_the_token_table_and_no_other(bert: Path) -> None:
-    network = load_network(folder_of(bert), torch.float32)
-    before = network.embeddings.word_embeddings.weight.detach().clone()
-    assert set(apply_in_memory(network, Embeddings())) == {"embeddings.word_embeddings"}
-    table = network.embeddings.word_embeddings
-    assert isinstance(table, QuantizedEmbedding)
-    assert type(network.embeddings.position_embeddings) is torch.nn.Embedding
-    error = (table(torch.arange(600)) - before).abs()
-    assert (error <= before.abs().amax(dim=1, keepdim=True) / 127).all()
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_tokenizer_may_end_texts_itself(nv_embed: Path) -> None:
 def test_a_tokenizer_without_that_token_cannot() -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(ValueError, match="cannot put '</s>' behind texts"):
+    with pytest.raises(ValueError, match="cannot add '</s>' after texts"):
         TextTokenizer(tokenizer, 16, EmbedderSpec(suffix="</s>")).ending_itself()
     tokenizer.add_special_tokens(["</s>"])
     assert TextTokenizer(tokenizer, 16, EmbedderSpec(suffix="</s>")).ending_itself()(["a a"])[0].tolist() == [0, 0, 2]

@@ -17,8 +17,9 @@ import pytest
 
 from compress.common.errors import UserError
 from compress.measure.record import Record
+from compress.methods import METHODS, method_class
 from compress.reports.dashboard.page import STATE_PATH, handler, render, state_of
-from compress.reports.dashboard.payload import family, payload
+from compress.reports.dashboard.payload import ORDER, family, payload
 
 pytest.importorskip("plotly", reason="the extra `dashboard` is not installed")
 RESULTS = Path(__file__).parents[3] / "results"
@@ -52,7 +53,12 @@ def results(tmp_path: Path) -> Path:
 def test_what_steps_do_is_said_in_few_words() -> None:
     assert family(["fold"]) == family([]) == "as it was"
     assert family(["depth", "distill", "gptq"]) == "smaller + distilled + quantized"
-    assert family(["sparsegpt"]) == "sparse"
+    assert family(["gptq", "sparsegpt"]) == "sparse + quantized"
+    assert family(["rtn", "of-another-package"]) == "quantized + of-another-package"  # never left out
+
+
+def test_every_method_has_a_family_that_the_page_orders() -> None:
+    assert {method_class(name).family for name in METHODS} == {"", *ORDER}
 
 
 def test_the_page_holds_every_run_and_what_was_not_read(results: Path) -> None:

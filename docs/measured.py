@@ -1,0 +1,441 @@
+"""Keeps the numbers in README and docs/ equal to the records under results/.
+
+    python docs/measured.py            # writes every generated block anew
+    python docs/measured.py --check    # lists what differs or has no source; exit code 1 if anything does
+
+Three conventions, all of them HTML comments that a rendered page does not show:
+
+- `<!-- table: NAME -->` ... `<!-- end -->`: a block that this script writes; `BLOCKS` says from which records.
+- `1.51 times<!-- faster: int8-minilm -->`: a number and the record that it comes from; `VALUES` lists the keys. A run is named
+  by its folder under results/, or by that name without the hash where this is unique.
+- `<!-- by: python benchmarks/nv_head.py -->`: the command that measured the table below, or the paragraph that it stands in.
+
+Every number with a unit in a table or a sentence needs one of the three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from recipe_keys import recipe_keys
+from rich.console import Console
+
+from compress.measure.record import Record
+from compress.reports.compare import Line, line_of
+from compress.reports.formats import COLUMNS
+from compress.reports.terminal import WIDTH, print_record
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+HASH = re.compile(r"-[0-9a-f]{8}$")
+
+
+class StaleError(Exception):
+    """A mark that names no record, no key, or another number."""
+
+
+# Records
+
+
+def run_folder(name: str) -> Path:
+    """Return a run's folder by its whole name, or by the name without the hash where one run alone has it."""
+    if (RESULTS / name / "record.json").exists():
+        return RESULTS / name
+    found = [path.parent for path in RESULTS.glob(f"{name}-*/record.json") if HASH.sub("", path.parent.name) == name]
+    if len(found) != 1:
+        raise StaleError(f"{name!r} names {len(found)} runs under results/")
+    return found[0]
+
+
+@cache
+def raw(name: str) -> dict[str, Any]:
+    """Return a run's record as plain JSON."""
+    data: dict[str, Any] = json.loads((run_folder(name) / "record.json").read_text(encoding="utf-8"))
+    return data
+
+
+@cache
+def line(name: str) -> Line:
+    """Return a run as `compress compare` shows it."""
+    return line_of(Record.read(run_folder(name)))
+
+
+@cache
+def peers(file: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of a comparison with other libraries, by name, slowest first."""
+    rows = json.loads((RESULTS / "peers-cpu" / file).read_text(encoding="utf-8"))["rows"]
+    return {row["name"]: row for row in sorted(rows, key=lambda row: row["ratio"])}
+
+
+def present(value: float | None) -> float:
+    """Return a value that the record has to hold."""
+    if value is None:
+        raise StaleError("the record does not hold this value")
+    return value
+
+
+def training_minutes(name: str) -> float:
+    """Return how long distillation took, in minutes, summed over its stages and continuations."""
+    stages = [step for step in raw(name)["steps"] if step["config"]["method"] == "distill"]
+    return sum(stage["found"]["curve"][-1]["seconds"] for stage in stages) / 60
+
+
+def recovered(healed: str, pruned: str) -> float:
+    """Return which share of the loss of `pruned` training has given back, in percent."""
+    after, before = present(line(healed).kept), present(line(pruned).kept)
+    return 100 * (after - before) / (1 - before)
+
+
+def index_score(run: str, task: str, way: str) -> float:
+    """Return the score where one model's queries search the other's documents, such as `variant queries on baseline documents`."""
+    return next(100 * row["index"][way.replace(" on ", ", ")] for row in raw(run)["tasks"] if row["task"] == task)
+
+
+def peer_ratio(key: str, file: str = "peers.json") -> Callable[[str, str], float]:
+    """Return a function that divides one row's value by another's."""
+    return lambda ours, theirs: peers(file)[ours][key] / peers(file)[theirs][key]
+
+
+VALUES: Mapping[str, Callable[..., float | str]] = {
+    "kept": lambda run: 100 * present(line(run).kept),
+    "loss": lambda run: 100 - 100 * present(line(run).kept),
+    "interval": lambda run: COLUMNS["95 % interval"](line(run)),
+    "faster": lambda run: present(line(run).speedup),
+    "file": lambda run: line(run).bytes / 1e6,
+    "cosine": lambda run: present(line(run).cosine),
+    "cosine loss": lambda run: 1 - present(line(run).cosine),
+    "p50": lambda run: present(line(run).latency_ms),
+    "p50 of float32": lambda run: next(r for r in raw(run)["rows"] if r["name"] == "float32")["speed"]["latency_p50_ms"],
+    "minutes": training_minutes,
+    "recovered": recovered,
+    "smaller than float32": lambda run: 4 * raw(run)["model"]["parameters"] / line(run).bytes,
+    "baseline": lambda run: 100 * mean(task["baseline"] for task in raw(run)["tasks"]),
+    "score": lambda run, task: next(100 * t["variant"] for t in raw(run)["tasks"] if t["task"] == task),
+    "index": lambda run, task, way: next(
+        100 * t["index"][way.replace(" on ", ", ")] for t in raw(run)["tasks"] if t["task"] == task
+    ),
+    "peers": peer_ratio("ratio"),
+    "peers memory": lambda ours, theirs: 100 * peer_ratio("peak_bytes")(ours, theirs),
+}
+"""What a mark may name: percent, MB, ms, minutes or a ratio, as the key says."""
+
+
+# Generated blocks
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a Markdown table; columns of numbers are aligned to the right."""
+    numeric = [all(re.match(r"[\d.,]*\d|$|-", row[i]) for row in rows) for i in range(len(headings))]
+    rule = ["---:" if right and i else "---" for i, right in enumerate(numeric)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows))
+
+
+def shown(run: str, *columns: str) -> list[str]:
+    """Return a run's cells as `compress compare` writes them."""
+    return [COLUMNS[column](line(run)) for column in columns]
+
+
+def best_first(runs: Mapping[str, Sequence[str]]) -> list[tuple[str, Sequence[str]]]:
+    """Sort runs by what they keep."""
+    return sorted(runs.items(), key=lambda item: -present(line(item[0]).kept))
+
+
+TAKE = {
+    "int8-openvino-minilm": ("the same scores, faster on a CPU", "`int8-openvino`"),
+    "bf16-openvino-minilm": ("the same scores, nothing to calibrate", "`bf16-openvino`"),
+    "int8-onnx-minilm": ("the same scores, in ONNX Runtime", "`int8-onnx`"),
+    "int4-gptq-minilm": ("a small file, nearly the same scores", "`int4-gptq`"),
+    "int4-gptq-t4-minilm": ("a smaller file", "`int4-gptq` with `embeddings: {bits: 4}`"),
+    "heal-int4-table-minilm": ("the same size, vectors closer to the model's", "`heal-int4-table` (trains)"),
+    "slim-minilm": ("the smallest and fastest on a CPU", "`slim` (trains)"),
+    "heal-width-25-minilm": ("a faster model in any runtime", "`heal-width-25` (trains)"),
+    "width-25-minilm": ("the same, no texts to train on", "`width-25`"),
+    "heal-depth-50-minilm": ("a much faster model in any runtime", "`heal-depth-50` (trains)"),
+}
+README_TAKES = ("int8-openvino-minilm", "bf16-openvino-minilm", "int8-onnx-minilm", "int4-gptq-minilm", "slim-minilm")
+
+
+def take(runs: Sequence[str], columns: Sequence[str] = ("kept", "95 % interval", "file", "faster")) -> str:
+    """Write which recipe to take for which need."""
+    return table(("you need", "take", *columns), [[*TAKE[run], *shown(run, *columns)] for run in runs])
+
+
+AS_THEY_ARE = (
+    *("int8-openvino", "bf16-openvino", "int8-weights", "llm-int8", "int8-onnx", "int8", "int8-static", "fp8"),
+    *("int4-gptq", "int4-onnx", "int4-awq", "nf4", "int4-rtn", "int3-gptq"),
+)
+QUANTIZED = {
+    **{f"{name}-minilm": f"`{name}`" for name in AS_THEY_ARE},
+    "int4-gptq-sym-minilm": "`int4-gptq`, symmetric, token table in float16",
+    "int4-gptq-only-minilm": "`int4-gptq`, token table in float16",
+    "int4-gptq-t4-minilm": "`int4-gptq`, token table in int4",
+    "int4-rtn-asym-minilm": "`int4-rtn` with zero points and searched scales",
+}
+BITS = re.compile(r"([\d.]+) bits a weight")
+
+
+def layer_bits(run: str) -> str:
+    """Return the bits per weight of the linear layers, scales and zero points included, as the steps' notes say."""
+    return ", ".join(found.group(1) for step in raw(run)["steps"] if (found := BITS.search(step["note"])))
+
+
+def quantization() -> str:
+    """Write what each quantized variant keeps and takes."""
+    columns = ("file", "kept", "95 % interval", "verdict", "tasks regressed", "cosine", "faster")
+    rows = []
+    for run, label in best_first({run: [label] for run, label in QUANTIZED.items()}):
+        bits = f"{8 * line(run).bytes / raw(run)['model']['parameters']:.2f}"
+        rows.append([*label, *shown(run, "weights x activations"), layer_bits(run), bits, *shown(run, *columns)])
+    return table(("recipe", "weights x activations", "bits, linear layers", "bits, whole model", *columns), rows)
+
+
+def single_weights() -> str:
+    """Write what pruning single weights keeps."""
+    columns = ("file", "kept", "95 % interval", "verdict", "cosine")
+    names = [f"{method}-{share}-minilm" for method in ("sparsegpt", "wanda", "magnitude") for share in ("50", "4of8", "2of4")]
+    rows = []
+    for run, _ in best_first(dict.fromkeys(names, ())):
+        config = raw(run)["steps"][0]["config"]
+        zeros = config.get("pattern") or f"{config['sparsity']:.0%}".replace("%", " %")
+        rows.append([f"`{config['method']}`", zeros, layer_bits(run), *shown(run, *columns)])
+    return table(("method", "zeros", "bits, linear layers", *columns), rows)
+
+
+PRUNED = (
+    *(f"channels-{share}{kind}-minilm" for share in (25, 50) for kind in ("", "-activation", "-magnitude", "-plain")),
+    *(f"width-{share}-error{kind}-minilm" for share in (25, 50) for kind in ("", "-plain")),
+    *("attention-2-minilm", "mlp-2-minilm", "depth-1-minilm", "depth-2-minilm", "depth-2-angular-minilm", "depth-3-minilm"),
+)
+
+
+def pruned_as(run: str) -> str:
+    """Say in words what a run pruned."""
+    (step,) = raw(run)["steps"]
+    config = step["config"]
+    if config["method"] == "depth":
+        dropped = ", ".join(map(str, config["drop"]))
+        return f"{config['what']} {dropped} dropped (`{config['criterion']}`)"
+    shares = " and ".join(f"{config[key]:.3g} of the {key}" for key in ("heads", "channels") if config[key] < 1)
+    return f"{shares} kept (`{config['criterion']}`{'' if config['refit'] else ', no refit'})"
+
+
+def pruned() -> str:
+    """Write what dropping blocks, sublayers, heads and channels keeps."""
+    columns = ("file", "kept", "95 % interval", "verdict", "cosine")
+    rows = [[pruned_as(run), *shown(run, *columns)] for run, _ in best_first(dict.fromkeys(PRUNED, ()))]
+    return table(("pruned", *columns), rows)
+
+
+HEALED = {
+    "heal-width-25-minilm": ("five eighths of the channels kept", "width-25-minilm"),
+    "heal-depth-25-minilm": ("one of six blocks dropped", "depth-25-minilm"),
+    "heal-depth-50-minilm": ("three of six blocks dropped", "depth-50-minilm"),
+    "heal-2of4-minilm": ("two of every four weights zero (SparseGPT)", "sparsegpt-2of4-minilm"),
+    "heal-int3-minilm": ("three bits (GPTQ), integers trained", "int3-gptq-minilm"),
+    "heal-int4-table-minilm": ("four bits (GPTQ), token table too, integers trained", "int4-gptq-t4-minilm"),
+    "slim-minilm": ("half the blocks, 3/4 of the channels, int4 table, static int8 in OpenVINO", None),
+}
+HEALED_NANO = {
+    "heal-int4-table-nano": ("four bits, token table too, integers trained", None),
+    "heal-int3-nano": ("three bits, integers trained", "int3-gptq-nano"),
+    "heal-width-25-nano": ("five eighths of the channels kept", "width-25-nano"),
+    "heal-depth-50-nano": ("two of four blocks dropped", "depth-50-nano"),
+    "slim-nano": ("half the blocks, 3/4 of the channels, int4 table, static int8 in OpenVINO", None),
+}
+
+
+def healed(runs: Mapping[str, tuple[str, str | None]]) -> str:
+    """Write what training gives back after pruning or quantizing."""
+    rows = []
+    for run, (what, before) in runs.items():
+        start = shown(before, "kept")[0] if before else ""
+        cells = shown(run, "kept", "95 % interval", "cosine", "faster")
+        rows.append([f"`{line(run).recipe}`", what, *shown(run, "file"), start, *cells, f"{training_minutes(run):.1f} min"])
+    columns = ("file", "kept before", "kept after", "95 % interval", "cosine", "faster", "training")
+    return table(("recipe", "what is smaller", *columns), rows)
+
+
+def peers_table(file: str) -> str:
+    """Write our runs and other libraries side by side, slowest first."""
+    from compress.common.memory import gigabytes
+
+    rows = []
+    for name, row in peers(file).items():
+        kept = [] if row["kept"] is None else [f"{row['kept']:.2f} %"]
+        digits = 1 if row["texts_per_second"] < 10 else 0
+        sizes = (gigabytes(row["peak_bytes"]), gigabytes(row["weights_bytes"]))
+        cells = [f"{row['texts_per_second']:.{digits}f}", f"{row['ratio']:.2f}x", f"{row['cosine_mean']:.5f}", *sizes]
+        rows.append([name, *cells, *kept])
+    columns = ["", "texts/s", "ratio", "cosine", "peak memory", "weights", "kept"]
+    return table(columns[: len(rows[0])], rows)
+
+
+def demo() -> str:
+    """Write what `make demo` prints of its record, shortened: scores, fidelity, speed and size."""
+    console = Console(width=WIDTH, highlight=False, file=io.StringIO())
+    print_record(Record.read(run_folder("int8-nano-59384ab0")), console)
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    parts = [part for part in BLANK.split(file.getvalue()) if part.strip()]
+    scores = next(part for part in parts if re.search(r"^ *task +metric", part, re.M))
+    scores = scores[re.search(r"^ *task +metric", scores, re.M).start() :]  # type: ignore[union-attr]
+    scores = re.sub(r", [\d,]+ more *\n.*", "", scores)  # how many more examples would tell: wraps
+    mean_row = next(part for part in parts if part.split()[0] == "mean")
+    agreement = re.split(", @100", next(part for part in parts if part.startswith("fidelity")))[0]
+    speed = next(part for part in parts if "texts/s" in part)
+    speed = speed[re.search(r"^ *texts/s", speed, re.M).start() :]  # type: ignore[union-attr]
+    text = "\n\n".join(part.strip("\n") for part in (scores, mean_row, agreement, speed))
+    lines = (re.sub(r"─+", lambda rule: "-" * min(len(rule[0]), 100), line.rstrip()) for line in text.splitlines())
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+BLOCKS: Mapping[str, Callable[[], str]] = {
+    "demo": demo,
+    "take": lambda: take(README_TAKES),
+    "choosing": lambda: take(tuple(TAKE), ("kept", "95 % interval", "file", "cosine", "faster", "p50 ms")),
+    "quantization": quantization,
+    "single weights": single_weights,
+    "pruned": pruned,
+    "healed": lambda: healed(HEALED),
+    "healed nano": lambda: healed(HEALED_NANO),
+    "peers": lambda: peers_table("peers.json"),
+    "peers mistral": lambda: peers_table("mistral-4-blocks.json"),
+    "recipe keys": recipe_keys,
+}
+"""The blocks by the name in their marker."""
+
+
+# Pages
+
+
+BLOCK = re.compile(r"<!-- table: (?P<name>[^>]+?) -->\n(?P<body>.*?)<!-- end -->", re.S)
+MARK = re.compile(r"<!-- (?P<key>[a-z][a-z0-9 ]*): (?P<names>[^>]+?) -->")
+BY = re.compile(r"<!-- by: (?P<command>[^>]+?) -->")
+COMMAND = re.compile(r"^(python |compress |pytest |make |[\w./-]+\.(?:md|py|json)$)")
+NUMBER = r"\d[\d,]*(?:\.\d+)?"
+UNIT = re.compile(rf"(?<![\w.-])(?P<number>{NUMBER}) ?(?P<unit>times\b|x(?![\w])|%|[KMG]B\b|ms\b|s\b|min\b|minutes\b|texts/s)")
+HEADED = re.compile(r"\b([KMG]B|ms|texts/s|s per)\b")
+NO_MEASUREMENT = re.compile(r"\b95 % interval")
+BLANK = re.compile(r"\n\s*\n")
+
+
+def pages() -> list[Path]:
+    """Return the pages whose numbers are kept."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def written(text: str) -> str:
+    """Return a page with its blocks written anew.
+
+    Raises:
+        StaleError: a block has a name that nothing makes.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        if found["name"] not in BLOCKS:
+            raise StaleError(f"table {found['name']!r}: there are {', '.join(BLOCKS)}")
+        return f"<!-- table: {found['name']} -->\n\n{BLOCKS[found['name']]()}\n\n<!-- end -->"
+
+    return BLOCK.sub(block, text)
+
+
+def wrong_mark(before: str, key: str, names: str) -> str | None:
+    """Say how a marked number differs from its record; None if it does not.
+
+    Args:
+        before: the text that the mark follows.
+        key: what of the records, one of `VALUES`.
+        names: the records, and what else the key wants, with commas.
+    """
+    if key not in VALUES:
+        return f"{key!r} is no key of a record: there are {', '.join(VALUES)}"
+    try:
+        value = VALUES[key](*(name.strip() for name in names.split(",")))
+    except (StaleError, KeyError, StopIteration, TypeError) as error:
+        return f"{key}: {names}: {error}"
+    if isinstance(value, str):
+        return None if before.endswith(value) else f"...{before[-30:]!r}: {names} has {key} {value}"
+    found = re.search(rf"({NUMBER})[^\d]{{0,12}}$", before)
+    if found is None:
+        return f"...{before[-30:]!r}: no number before {key}: {names}"
+    said = found[1].replace(",", "")
+    right = f"{value:.{len(said.partition('.')[2])}f}"
+    return None if said == right else f"...{before[-30:]!r}: {names} has {key} {right}"
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """Give the parts of a page between blank lines, without code and generated blocks."""
+    plain = re.sub(r"^```.*?^```", "", BLOCK.sub("", text), flags=re.S | re.M)
+    pending = ""
+    for part in BLANK.split(plain):
+        if part.strip() and not part.startswith("    "):
+            # a line with nothing but the command belongs to what follows it
+            if BY.fullmatch(part.strip()):
+                pending = part + "\n"
+                continue
+            yield pending + part
+            pending = ""
+
+
+def _unsourced(paragraph: str) -> Iterator[str]:
+    """Give the numbers of a paragraph or table that have no source."""
+    commands = [found["command"] for found in BY.finditer(paragraph)]
+    yield from (f"by: {command!r} is neither a command nor a file" for command in commands if not COMMAND.match(command))
+    if commands:
+        return
+    if paragraph.lstrip().startswith("|"):
+        rows = paragraph.strip().splitlines()
+        if HEADED.search(rows[0]) or any(UNIT.search(row) for row in rows):
+            yield f"table {rows[0]!r} has measured numbers and no `<!-- by: COMMAND -->` before it"
+        return
+    prose = NO_MEASUREMENT.sub("", re.sub(r"`[^`]*`", "", paragraph))
+    for found in UNIT.finditer(prose):
+        if not prose[found.end() :].lstrip(" ),").startswith("<!-- "):
+            yield f"{found[0]!r} in {' '.join(prose[max(0, found.start() - 40) : found.end() + 20].split())!r} has no source"
+
+
+def faults(text: str) -> list[str]:
+    """Return what is wrong with a page's numbers."""
+    found = []
+    try:
+        for old, new in zip(BLOCK.finditer(text), BLOCK.finditer(written(text)), strict=True):
+            if old[0] != new[0]:
+                found.append(f"table {old['name']!r} is not what the records say: python docs/measured.py writes it")
+    except StaleError as error:
+        found.append(str(error))
+    rest = BLOCK.sub("", text)
+    for mark in MARK.finditer(rest):
+        if mark["key"] not in ("by", "table"):
+            wrong = wrong_mark(MARK.sub("", rest[: mark.start()]).rstrip(), mark["key"], mark["names"])
+            found += [wrong] if wrong else []
+    return found + [fault for paragraph in _paragraphs(text) for fault in _unsourced(paragraph)]
+
+
+def main() -> None:
+    """Write the blocks, or check everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; list what is wrong")
+    arguments = parser.parse_args()
+    wrong = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if not arguments.check and (new := written(text)) != text:
+            page.write_text(new, encoding="utf-8")
+            print(f"written: {page.relative_to(ROOT)}")
+            text = new
+        wrong += [f"{page.relative_to(ROOT)}: {fault}" for fault in faults(text)]
+    print("\n".join(wrong), file=sys.stderr)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
