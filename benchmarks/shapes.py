@@ -3,8 +3,8 @@
     python benchmarks/shapes.py                  # all of compress/data/shapes but NV-Embed-v2's
     python benchmarks/shapes.py BAAI/bge-m3
 
-Each network is built from its published config without memory for weights, and its tensors are listed. The counts are those that
-mteb 2.26's registry states for the published checkpoints; what a checkpoint holds and the network does not is counted by hand below.
+Each network is built from its published config without memory for weights, and its tensors are listed. The counts are those of
+mteb 2.26's registry; what a published checkpoint holds and the network does not is counted by hand below.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def listing(name: str, published: Published) -> str:
         "licence": published.licence,
         "published": {"parameters": published.parameters, "source": SOURCE + name, "left_out": published.left_out},
     }
-    lines = [f' {json.dumps(key)}: {json.dumps(value)},' for key, value in head.items()]
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     rows = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in tensors.items()]
     return "\n".join(["{", *lines, ' "tensors": {', ",\n".join(rows), " }", "}"]) + "\n"
 
