@@ -3,8 +3,8 @@
     python benchmarks/shapes.py                  # all of compress/data/shapes but NV-Embed-v2's
     python benchmarks/shapes.py BAAI/bge-m3
 
-Each network is built from its published config without memory for weights, and its tensors are listed. The counts are those of
-mteb 2.26's registry; what a published checkpoint holds and the network does not is counted by hand below.
+Each network is built from its published config without memory for weights, and its tensors are listed. The counts are those that
+mteb 2.26's registry states for the published checkpoints; tensors of a checkpoint that the network lacks are counted by hand.
 """
 
 from __future__ import annotations
