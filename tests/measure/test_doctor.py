@@ -168,7 +168,9 @@ def test_a_head_with_weights_and_texts_without_tokens_are_no_obstacle(nv_embed: 
         found = ask(address, nv_embed)
         assert only_cause(found) is CauseName.PROMPT
         assert "the model puts 'passage: ' before texts and pools it" in found.causes[0].words
-    with serving(Served(embedder, change=Change(specials=False))) as address:
+    served = Served(embedder, change=Change(specials=False))
+    served.refuses_empty = True
+    with serving(served) as address:
         assert ask(address, nv_embed).causes[0].name is CauseName.SPECIALS
 
 

@@ -16,7 +16,6 @@ from compress.measure.doctor.changes import Change, Cut, LocalSide, mask_problem
 from compress.measure.doctor.endpoint import Endpoint
 from compress.measure.doctor.texts import probe_texts
 from compress.models.embedder import Vectors
-from compress.models.text.spec import Pooling
 from compress.runtimes.torch_embedder import TorchEmbedder
 
 Indices = npt.NDArray[np.intp]
@@ -265,8 +264,8 @@ class Search:
         )
         words = ("takes the case as it is", "lowers texts")
         yield Hypothesis(CauseName.CASE, Change(lowercase=not spec.lowercase), words[not spec.lowercase], words[spec.lowercase])
-        if self.prompt and pooling is Pooling.MEAN:
-            words = ("leaves the prompt's tokens out of the mean", "pools the prompt's tokens too")
+        if self.prompt and pooling is not None:
+            words = ("leaves the prompt's tokens out of the pooling", "pools the prompt's tokens too")
             change = Change(pool_prompt=not spec.pool_prompt)
             yield Hypothesis(CauseName.PROMPT_POOLED, change, words[not spec.pool_prompt], words[spec.pool_prompt])
 

@@ -133,7 +133,7 @@ class LocalSide(Side):
             kind=self._kind,
             prompts=self.prompts,
             default_prompt=spec.default_prompt,
-            pooling=None if self.folder is None else str(spec.pooling),
+            pooling=None if self.folder is None else "+".join([spec.pooling] if isinstance(spec.pooling, str) else spec.pooling),
             max_length=cut.length,
             truncation_side=cut.side,
             attention=None if causal is None else "causal" if causal else "bidirectional",
