@@ -42,6 +42,11 @@ def method_names() -> tuple[str, ...]:
     return (*METHODS, *sorted({entry.name for entry in entry_points(group=GROUP)} - METHODS.keys()))
 
 
+def is_method(name: str) -> bool:
+    """Whether there is a method of this name. For one of this package no other package is looked at."""
+    return name in METHODS or name in method_names()
+
+
 def method_class(name: str) -> type[Method]:
     """Return the config class of a method.
 

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from compress.common.errors import UserError, nearest
-from compress.methods import method_class, method_names
+from compress.methods import is_method, method_class, method_names
 from compress.methods.base import Method
 from compress.pipeline.recipe import Recipe
 
@@ -84,7 +84,7 @@ def _parse_step(raw: Any, data: Any, index: int, faults: list[Fault]) -> Method 
         faults.append(_fault(data, where, f"a step is a mapping with a 'method'; {nearest('', method_names())}"))
         return None
     name = raw["method"]
-    if not isinstance(name, str) or name not in method_names():
+    if not isinstance(name, str) or not is_method(name):
         faults.append(_fault(data, (*where, "method"), f"unknown method {name!r}; {nearest(str(name), method_names())}"))
         return None
     kind = method_class(name)
