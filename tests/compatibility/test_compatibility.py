@@ -129,11 +129,11 @@ def test_an_old_record_is_read_whole() -> None:
     assert record.overall is not None
     assert record.overall.verdict == "inconclusive"
     assert record.fidelity is not None
-    assert record.fidelity["texts"] == 16
+    assert record.fidelity.texts == 16
     variant = record.row("variant")
     assert (variant.weights, variant.activations, variant.size_bytes) == ("int8 less 1 block", "dynamic_per_token", 35576)
     assert variant.speed is not None
-    assert variant.speed["cells"][0]["length"] == 8
+    assert variant.speed.cells[0].length == 8
     assert [(gate.name, gate.kept) for gate in record.gates] == [("retained", True), ("cosine_mean", True), ("size_ratio", False)]
     assert record.machine.cores == 2
     assert record.versions["torch"] == "2.13.0+cpu"

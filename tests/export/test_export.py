@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests_support import folder_of, text_side
+from tests_support import compress_to, text_side
 from transformers import AutoTokenizer
 
 from compress import cli
@@ -20,7 +20,7 @@ from compress.layers.quantized_linear import stored_zeros
 from compress.methods.quantize.embeddings import Embeddings
 from compress.methods.quantize.rtn import RTN
 from compress.models.files.variant import VariantInfo
-from compress.models.text.nv_embed import MODEL_TYPE
+from compress.models.text.sentence_transformers import read_modules, read_settings, read_spec
 from compress.pipeline.recipe import Recipe
 
 INTEGERS, VALUES = ["compressed-tensors", "gptq"], ["transformers", "sentence-transformers"]
@@ -50,7 +50,7 @@ def test_what_is_no_export_is_refused(bert: Path, make_variant, tmp_path: Path) 
         export(run, "gtpq", tmp_path / "out")
     assert "gtpq" in unknown.value.message
     assert "gptq" in unknown.value.hint
-    with pytest.raises(UserError, match="is not a variant"):
+    with pytest.raises(UserError, match="holds no variant"):
         export(bert, "gptq", tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
@@ -83,14 +83,15 @@ def test_layers_that_no_layout_holds_are_named(
 
 
 @pytest.mark.parametrize("format", INTEGERS + VALUES)
-def test_nv_embed_and_models_of_other_numbers_are_refused(bert: Path, make_variant, tmp_path: Path, format: str) -> None:
-    run = make_variant(bert, Embeddings(bits=8))
+def test_nv_embed_and_models_of_other_numbers_are_refused(
+    bert: Path, nv_embed: Path, make_variant, tmp_path: Path, format: str
+) -> None:
     if format in INTEGERS:
         with pytest.raises(UserError, match="no linear layer is quantized"):
-            export(run, format, tmp_path / "out")
-    change(run / "variant" / "config.json", model_type=MODEL_TYPE)
+            export(make_variant(bert, Embeddings(bits=8)), format, tmp_path / "out")
+    compress_to(nv_embed, tmp_path / "nv" / "variant", Embeddings(bits=8))
     with pytest.raises(UserError, match="head cannot be stored") as refused:
-        export(run, format, tmp_path / "out")
+        export(tmp_path / "nv", format, tmp_path / "out")
     assert "mean_pooling" in str(refused.value.hint)
 
 
@@ -116,7 +117,7 @@ def test_texts_are_taken_as_the_variant_takes_them(make_model, make_variant, tmp
     run = make_variant(model, FOUR)
     out = export(run, "compressed-tensors", tmp_path / "out", check=False)
     spec, tokenizer = text_side(run / "variant")
-    assert folder_of(out).spec == spec
+    assert read_spec(out, read_modules(out), read_settings(out), {}, "right") == spec
     read = AutoTokenizer.from_pretrained(out)
     texts = ["find: a short text", "of the many words " * 40]
     batch = read(texts, padding=True, truncation=True, max_length=tokenizer.max_length)
