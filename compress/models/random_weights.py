@@ -105,7 +105,7 @@ def random_shape(spec: RandomSpec, folder: ModelFolder | None) -> ModelShape:
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         if folder is None:
-            _one_piece_tokenizer(Path(temporary))
+            one_piece_tokenizer(Path(temporary))
         else:
             _copy_text_side(folder, Path(temporary), config)
         tensors = empty_network(ModelFolder(spec.name, Path(temporary))).state_dict()
@@ -237,7 +237,7 @@ def _stand_in_tokenizer(vocabulary: int, path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def _one_piece_tokenizer(folder: Path) -> None:
+def one_piece_tokenizer(folder: Path) -> None:
     """Write the smallest tokenizer there is, for a folder whose network alone is asked for."""
     from tokenizers import Tokenizer, models
 
