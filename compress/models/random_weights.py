@@ -104,10 +104,7 @@ def random_shape(spec: RandomSpec, folder: ModelFolder | None) -> ModelShape:
     config = random_config(spec, folder)
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        if folder is None:
-            one_piece_tokenizer(Path(temporary))
-        else:
-            _copy_text_side(folder, Path(temporary), config)
+        one_piece_tokenizer(Path(temporary))
         tensors = empty_network(ModelFolder(spec.name, Path(temporary))).state_dict()
     return ModelShape(spec.name, {name: TensorInfo("BF16", tuple(tensor.shape)) for name, tensor in tensors.items()}, config)
 
