@@ -19,6 +19,7 @@ from typing import Any
 
 from compress.models.folder import ModelFolder
 from compress.models.network.build import empty_network
+from compress.models.random_weights import one_piece_tokenizer
 
 SOURCE = "mteb 2.26.24, ModelMeta.n_parameters; https://huggingface.co/"
 
@@ -179,6 +180,7 @@ def listing(name: str, published: Published) -> str:
     """Return the JSON of a model's shape, a tensor a line."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(published.config), encoding="utf-8")
+        one_piece_tokenizer(Path(folder))
         state = empty_network(ModelFolder(name, Path(folder))).state_dict()
     tensors = {key: [published.dtype, list(state[key].shape)] for key in sorted(state) if state[key].is_floating_point()}
     head = {

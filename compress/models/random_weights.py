@@ -106,6 +106,7 @@ def random_shape(spec: RandomSpec, folder: ModelFolder | None) -> ModelShape:
     config = random_config(spec, folder)
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        one_piece_tokenizer(Path(temporary))
         tensors = empty_network(ModelFolder(spec.name, Path(temporary))).state_dict()
     return ModelShape(spec.name, {name: TensorInfo("BF16", tuple(tensor.shape)) for name, tensor in tensors.items()}, config)
 
@@ -233,3 +234,11 @@ def _stand_in_tokenizer(vocabulary: int, path: Path) -> None:
     tokenizer.train_from_iterator(suite_texts(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save(str(path))
+
+
+def one_piece_tokenizer(folder: Path) -> None:
+    """Write the smallest tokenizer there is, for a folder whose network alone is asked for."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n', encoding="utf-8")
