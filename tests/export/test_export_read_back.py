@@ -45,7 +45,7 @@ def test_a_model_of_plain_transformers(
     model = make_model("bert", pooling, normalize, prompts, include_prompt=pooling != "mean")
     said: list[str] = []
     out = export(make_variant(model, FOUR), format, tmp_path / "out", said.append)
-    assert any("written out in half precision" in line for line in said)
+    assert any("dequantized to half precision" in line for line in said)
     assert said[-1].startswith(f"Read back with {format} ")
     card = (out / "README.md").read_text()
     assert said[-1] in card
