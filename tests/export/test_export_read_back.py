@@ -46,7 +46,7 @@ def test_a_model_of_plain_transformers(
     model = make_model("bert", pooling, normalize, prompts, include_prompt=pooling != "mean")
     said: list[str] = []
     out = export(make_variant(model, FOUR), format, tmp_path / "out", said.append)
-    assert any("written out in half precision" in line for line in said)
+    assert any("dequantized to half precision" in line for line in said)
     assert said[-1].startswith(f"Read back with {format} ")
     card = (out / "README.md").read_text()
     assert said[-1] in card
@@ -97,7 +97,7 @@ def test_a_library_that_is_not_there_is_said(bert: Path, make_variant, tmp_path:
     said: list[str] = []
     out = export(make_variant(bert, FOUR), "transformers", tmp_path / "out", said.append)
     reason = "Not read back: transformers, torch not installed when it was written."
-    assert said[-1] == f"{reason} --python names an interpreter that has them."
+    assert said[-1] == f"{reason} Give an interpreter that has them: --python."
     assert reason in (out / "README.md").read_text()
 
 
@@ -107,7 +107,7 @@ def test_a_model_that_does_not_fit_is_not_read_back(
     monkeypatch.setattr(reader, "available_memory_bytes", lambda: 10_000)
     said: list[str] = []
     export(make_variant(bert, FOUR), "transformers", tmp_path / "out", said.append)
-    assert re.fullmatch(r"Not read back: that takes 0\.3 MB of memory, .* were free where it was written\.", said[-1])
+    assert re.fullmatch(r"Not read back: that takes 0\.3 MB of memory, and .* were free\.", said[-1])
 
 
 def test_what_is_no_python_is_refused(bert: Path, make_variant, tmp_path: Path) -> None:
