@@ -6,6 +6,7 @@ so its tensors load by name. tests/models/network/test_nv_embed.py compares the 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -266,7 +267,7 @@ class NVEmbedNetwork(nn.Module):
 def build(folder: ModelFolder) -> NVEmbedNetwork:
     """Build the network of a checkpoint or a variant; see `compress.models.network.build.empty_network`."""
     folded = folder.variant is not None and folder.variant.folded
-    return NVEmbedNetwork(folder.network_config, latent_settings(folder.config), folded)
+    return NVEmbedNetwork(copy.deepcopy(folder.network_config), latent_settings(folder.config), folded)
 
 
 def is_folded(model: nn.Module) -> bool:

@@ -91,7 +91,7 @@ def test_missing_models_name_the_nearest(tmp_path: Path) -> None:
 
 def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE|offline|not in the cache"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         find("nobody/no-such-model-at-all")
 
 

@@ -206,7 +206,7 @@ def test_the_card_s_example_is_run_and_the_difference_said(checkpoint: Path, cap
 
 
 def test_the_card_s_example_is_for_its_own_kind_of_model(bert: Path) -> None:
-    with pytest.raises(UserError, match="no card's example is known for model_type 'bert'"):
+    with pytest.raises(UserError, match="no card example is known for model_type 'bert'"):
         verify(str(bert), device="cpu")
 
 

@@ -153,16 +153,16 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from compress.pipeline.recipe_file import parse_recipe
-from compress.models.files import shards
+from compress.pipeline import stage
 from tests_support import compress_to
-write, written = shards.write_tensors, []
+write, written = stage.write_tensors, []
 def write_and_die(path, tensors):
     if len(written) == {after}:
         path.with_name(f".{{path.name}}.writing").write_bytes(b"half a file")
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, tensors)
     written.append(path)
-shards.write_tensors = write_and_die
+stage.write_tensors = write_and_die
 compress_to(Path({folder!r}), Path({target!r}), *parse_recipe({{'steps': {steps!r}}}).steps)
 """
 
@@ -205,12 +205,12 @@ def test_a_variant_whose_writing_was_killed_is_continued(make_model, tmp_path: P
 
 
 def test_a_large_variant_stays_in_shards(make_model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from compress.models.files import shards
+    from compress.pipeline import stage
 
     folder = make_model("mistral")
     compress_to(folder, tmp_path / "one" / "variant", RTN())
-    join = shards.join_shards
-    monkeypatch.setattr(shards, "join_shards", lambda folder, count: join(folder, count, single_file_bytes=1000))
+    join = stage.join_shards
+    monkeypatch.setattr(stage, "join_shards", lambda folder, count: join(folder, count, single_file_bytes=1000))
     compress_to(folder, tmp_path / "many" / "variant", RTN())
     names = [path.name for path in sorted((tmp_path / "many" / "variant").glob("model*"))]
     assert names == [f"model-0000{index}-of-00004.safetensors" for index in range(1, 5)] + ["model.safetensors.index.json"]
