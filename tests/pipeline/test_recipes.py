@@ -73,7 +73,7 @@ def test_a_recipe_runs_to_its_end(request: pytest.FixtureRequest, path: Path, ki
         return
     rounds_inputs = any(getattr(step, "activations", ActivationScheme.NONE) is not ActivationScheme.NONE for step in small.steps)
     if recipe.runtime in GRAPH_RUNTIMES and rounds_inputs and not multiplies_bytes_exactly():
-        with pytest.raises(UserError, match="would let products of bytes overflow on this CPU"):
+        with pytest.raises(UserError, match="would let byte products overflow on this CPU"):
             run(small, model=str(folder), output=tmp_path, device="cpu")
         return
     record = run(small, model=str(folder), output=tmp_path, device="cpu")
