@@ -49,9 +49,7 @@ TOO_LONG = ("bert_length_beyond", "xlm_roberta_no_length")
 """Layouts whose settings allow more tokens than the network has positions for; sentence-transformers fails on such texts."""
 NOT_STREAMED = {
     "albert_mean": "it has no list of 4 blocks",
-    "deberta_v2_mean": "cannot be walked block by block",
     "embedding_gemma2_text": "does more than run its blocks and a norm",
-    "mpnet_mean": "something happens between its blocks",
     "nomic_bert_mean": "does not fit its network",
 }
 """Layouts that load and cannot yet be read block by block."""

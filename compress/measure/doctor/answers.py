@@ -104,3 +104,18 @@ def values_fit(vectors: Vectors) -> str:
     with np.errstate(over="ignore"):
         half = values.astype(np.float16).astype(np.float32)
     return "float16" if np.array_equal(half, values) else "float32"
+
+
+@dataclass(frozen=True)
+class BothSides:
+    """Both sides, and what they answered."""
+
+    side: Side
+    reference: Side
+    answers: Answers
+    expected: Answers
+    prompts: list[str | None]
+    """The prompts that each side was given; None: its default."""
+    cosines: Cosines
+    at_least: float
+    """Lowest cosine that counts as the same."""

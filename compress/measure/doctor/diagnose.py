@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from compress.common.errors import UserError
-from compress.measure.doctor.answers import Answers, Cosines, Facts, Side, agreement, norms_of, values_fit
+from compress.measure.doctor.answers import Answers, BothSides, Facts, Side, agreement, norms_of, values_fit
 from compress.measure.doctor.causes import Cause, CauseName, Roles, Search
 from compress.measure.doctor.changes import LocalSide
 from compress.measure.doctor.endpoint import Endpoint, is_url
@@ -141,17 +141,8 @@ def diagnose(model: str, options: Options) -> Diagnosis:
     )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Both sides, and what they answered."""
-
-    side: Side
-    reference: Side
-    answers: Answers
-    expected: Answers
-    prompts: list[str | None]
-    cosines: Cosines
-    at_least: float
+class Comparison(BothSides):
+    """Both sides, and why they differ."""
 
     def causes(self) -> tuple[list[Cause], list[str]]:
         """Return what differs, and what else there is to say."""

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from safetensors import safe_open
 
 from compress.common.errors import UserError
-from compress.measure.doctor.answers import agreement
+from compress.measure.doctor.answers import BothSides, agreement
 from compress.measure.doctor.causes import Cause, CauseName
 from compress.measure.doctor.changes import LocalSide
 from compress.measure.doctor.texts import probe_texts
 from compress.models.folder import ModelFolder
 from compress.runtimes.loading import open_source
 from compress.runtimes.torch_embedder import TorchEmbedder
-
-if TYPE_CHECKING:
-    from compress.measure.doctor.diagnose import Comparison
 
 # Rounding to half precision does not take vectors further from each other than this.
 LOWEST_ROUNDED = 0.98
@@ -36,7 +31,7 @@ def compression_of(folder: ModelFolder) -> str | None:
     return None if words == "float16" and not info.dropped and info.heads is None else words
 
 
-def precision_cause(comparison: Comparison, notes: list[str]) -> Cause | None:
+def precision_cause(comparison: BothSides, notes: list[str]) -> Cause | None:
     """Say that the difference is one of rounding, where half precision makes one as large in the side that runs in torch."""
     folders = [one.folder for one in (comparison.side, comparison.reference) if isinstance(one, LocalSide) and one.folder]
     if np.nanmin(comparison.cosines) < LOWEST_ROUNDED or any(compression_of(folder) is not None for folder in folders):
@@ -62,7 +57,7 @@ def precision_cause(comparison: Comparison, notes: list[str]) -> Cause | None:
     return None
 
 
-def weights_cause(comparison: Comparison) -> Cause:
+def weights_cause(comparison: BothSides) -> Cause:
     """Say that weights differ, and what shows it; or, where they are the same, that no cause was found."""
     folders = [one.folder if isinstance(one, LocalSide) else None for one in (comparison.side, comparison.reference)]
     bases = {_base_fingerprint(folder) for folder in folders if folder is not None}

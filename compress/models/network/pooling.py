@@ -33,7 +33,8 @@ class TokenPooling(nn.Module):
 def _chosen(hidden: torch.Tensor, pooled: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Return the pooled token that is greatest in an order, int64 [length]."""
     place = (pooled * order).argmax(dim=1)
-    rows = hidden[torch.arange(len(hidden), device=hidden.device), place].float()
+    # Gathered, because an index over the texts would tie a traced graph to their number.
+    rows = hidden.gather(1, place.view(-1, 1, 1).expand(-1, 1, hidden.shape[2])).squeeze(1).float()
     return torch.where(pooled.any(dim=1, keepdim=True), rows, 0.0)
 
 

@@ -160,7 +160,7 @@ def replaced(network: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 @contextmanager
-def _forward_replaced(modules: Mapping[nn.Module, Callable[..., torch.Tensor]]) -> Iterator[None]:
+def _forward_replaced(modules: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Replace the forward functions of modules within a `with` block."""
     try:
         for module, function in modules.items():
@@ -192,10 +192,39 @@ def begin(
     Raises:
         UserError: the backbone does more than run its blocks and a final norm, one after another.
     """
+    first: Exception | None = None
+    for answer in ANSWERS:
+        try:
+            return _begin(network, segments, embeddings, (ids, mask), answer)
+        except (UserError, ValueError, TypeError, IndexError, AttributeError) as error:  # blocks of this network answer otherwise
+            first = first or error
+    assert first is not None
+    if isinstance(first, UserError):
+        raise first
+    raise UserError(f"{type(backbone_of(network)).__name__} cannot be walked block by block: {first}") from first
+
+
+ANSWERS: tuple[Callable[[torch.Tensor], Any], ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, None),
+)
+"""What a block's forward returns: the hidden states; a tuple that begins with them; or with attention weights, where none are asked
+for. A form that is not the network's own is noticed: its next block is then not given what the first one got."""
+
+
+def _begin(
+    network: nn.Module,
+    segments: list[Segment],
+    embeddings: Parts,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    answer: Callable[[torch.Tensor], Any],
+) -> tuple[torch.Tensor, list[BlockArguments]]:
+    """Do what `begin` says, for a network whose blocks answer in one of the forms of `ANSWERS`."""
     backbone, arguments, calls = backbone_of(network), [], []
     hidden: list[torch.Tensor] = []
 
-    def block(*positional: Any, **named: Any) -> torch.Tensor:
+    def block(*positional: Any, **named: Any) -> Any:
         given: torch.Tensor = positional[0] if positional else named.pop("hidden_states")
         # Each block returns its input, so the next one must get the very same tensor. If not, the backbone changes hidden states
         # between blocks, which running the blocks one by one would miss.
@@ -203,20 +232,20 @@ def begin(
             raise UserError(f"{type(backbone).__name__} cannot be walked block by block: something happens between its blocks")
         hidden.append(given)
         arguments.append(BlockArguments(positional[1:], named))
-        return given
+        return answer(given)
 
     def norm(given: torch.Tensor) -> torch.Tensor:
         calls.append(given is hidden[0] if hidden else False)
         return given
 
     # The final norm returns its input too. So the backbone's output must be the tensor that entered the first block.
-    answers: dict[nn.Module, Callable[..., torch.Tensor]] = {}
+    answers: dict[nn.Module, Callable[..., Any]] = {}
     for segment in segments:
         if segment.kind in (Kind.BLOCK, Kind.NORM):
             answers |= {network.get_submodule(path): block if segment.kind is Kind.BLOCK else norm for path in segment.paths}
     norms = sum(len(segment.paths) for segment in segments if segment.kind is Kind.NORM)
     with replaced(network, embeddings), _forward_replaced(answers):
-        output = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        output = backbone(input_ids=batch[0], attention_mask=batch[1]).last_hidden_state
     # Each block and norm must have run exactly once, with nothing after them.
     if len(arguments) != len(answers) - norms or calls != [True] * norms or output is not hidden[0]:
         raise UserError(f"{type(backbone).__name__} cannot be walked block by block: it does more than run its blocks and a norm")
