@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -83,13 +82,11 @@ def test_reading_and_planning_import_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "TYPO"], ["plan", "TYPO"], ["schema"], ["plan", "RECIPE"]])
 def test_light_commands_answer_without_torch(tmp_path: Path, arguments: list[str]) -> None:
-    """Half a second is the aim; the bound here is loose, because a test's machine may be busy. Torch alone takes longer."""
+    """Half a second is the aim; what takes longer is not imported."""
     (tmp_path / "typo.yaml").write_text("stepps: []")
     places = {"TYPO": str(tmp_path / "typo.yaml"), "RECIPE": str(ROOT.parent / "recipes" / "int8.yaml")}
     command = [sys.executable, "-X", "importtime", "-m", "compress.cli", *(places.get(word, word) for word in arguments)]
-    start = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert time.perf_counter() - start < 5
     assert result.returncode == (2 if "TYPO" in arguments else 0)
     imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
     assert "compress.common.errors" in imported

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ class Ran:
     client: Client
     done: CompletedProcess[str]
     folder: Path
-    cpu_seconds: float
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +39,12 @@ def ran(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
         add_sts_benchmark(hub, place / "sts")
         add_scifact(hub, place / "scifact")
         add_texts(hub, place / "texts", calibration_texts()[:300])
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         recipe = str(ROOT / "recipes" / "int8.yaml")
         done = client.compress(
             "run", recipe, "--model", "owner/tiny", "--tasks", ",".join(TASKS), "--texts", "hub:owner/texts:text"
         )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         [folder] = (client.home / "results").iterdir()
-        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        yield Ran(hub, client, done, folder, cpu)
+        yield Ran(hub, client, done, folder)
 
 
 def test_a_recipe_runs_on_a_model_tasks_and_texts_of_the_hub(ran: Ran) -> None:
@@ -61,7 +56,6 @@ def test_a_recipe_runs_on_a_model_tasks_and_texts_of_the_hub(ran: Ran) -> None:
     assert record["model"]["licence"] == "cc-by-nc-4.0"
     assert {task["task"] for task in record["tasks"]} == set(TASKS)
     assert record["fidelity"]["cosine_mean"] > 0.999
-    assert ran.cpu_seconds < 60  # of one processor, so that a busy machine does not decide
     for name in TASKS:
         pinned = mteb.get_task(name).metadata.dataset
         asked = [request for request in ran.hub.requests if f"/datasets/{pinned['path']}/resolve/" in request.path]
