@@ -49,12 +49,14 @@ def use_threads(threads: int) -> None:
 def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Convert a network in place to the form that runs: on its device, in its compute dtype, weights packed for their kernels.
 
-    Embedding tables keep the dtype in which they are stored, and rows are converted after the look-up. In a MiniLM the tables are
-    half of all weights.
+    The token table keeps the dtype in which it is stored, and rows are converted after the look-up: in a MiniLM it is half of all
+    weights. Smaller tables are converted whole, because some networks multiply by them (DeBERTa's relative positions).
     """
     if device.type == "cpu":
         keep_freed_memory()
     model.to(device)
+    tables = [module for module in model.modules() if type(module) is nn.Embedding]
+    largest = max(tables, key=lambda table: table.num_embeddings, default=None)
     for path in [path for path, _ in model.named_modules()]:  # by name: a list of modules would keep replaced ones alive
         module = model.get_submodule(path)
         for name, child in list(module.named_children()):
@@ -62,7 +64,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
                 child.dtype = dtype
             elif isinstance(child, CompressedLayer):
                 child.pack()
-            elif type(child) is nn.Embedding and child.weight.dtype != dtype:
+            elif child is largest and child.weight.dtype != dtype:
                 setattr(module, name, CastEmbedding(child, dtype))
             elif type(child) is nn.Linear and device.type == "cpu" and has_onednn_linear(dtype):
                 setattr(module, name, OneDnnLinear(child, dtype))
