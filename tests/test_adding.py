@@ -90,8 +90,8 @@ def test_a_mistake_in_another_package_s_method_is_named_like_any(package: Path, 
 def test_an_architecture_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     nomic = made_by("An architecture")["NOMIC"]
     assert isinstance(nomic, Anatomy)
-    layers = [*nomic.attention, nomic.output, *nomic.rising, nomic.falling]
-    with pytest.raises(ValueError, match="laid out like none of those known here"):
+    layers = [*nomic.attention, nomic.output, *nomic.up, nomic.down]
+    with pytest.raises(ValueError, match="is unknown; known layouts"):
         anatomy_of(f"{layer}.weight" for layer in layers)
     monkeypatch.setitem(BLOCK_LAYOUTS, "Nomic BERT", nomic)
     assert anatomy_of(f"{layer}.weight" for layer in layers) is nomic

@@ -93,8 +93,8 @@ def test_pooling_known_answers() -> None:
     hidden = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [100.0, 100.0]]])
     tokens, after_prompt = torch.tensor([[1, 1, 0]]), torch.tensor([[0, 1, 0]])
     for pooling, expected in ((Pooling.CLS, [1.0, 0.0]), (Pooling.MEAN, [2.0, 2.0]), (Pooling.LAST, [3.0, 4.0])):
-        assert TextHead(TokenPooling(pooling), normalize=False)(hidden, tokens, tokens).tolist() == [expected]
-    for pooling, expected in ((Pooling.CLS, [1.0, 0.0]), (Pooling.MEAN, [3.0, 4.0]), (Pooling.LAST, [3.0, 4.0])):
-        assert TextHead(TokenPooling(pooling), normalize=False)(hidden, tokens, after_prompt).tolist() == [expected]
-    unit = TextHead(TokenPooling(Pooling.LAST), normalize=True)(hidden, tokens, tokens)
+        assert TextHead(TokenPooling([pooling]), normalize=False)(hidden, tokens, tokens).tolist() == [expected]
+    for pooling, expected in ((Pooling.CLS, [3.0, 4.0]), (Pooling.MEAN, [3.0, 4.0]), (Pooling.LAST, [3.0, 4.0])):
+        assert TextHead(TokenPooling([pooling]), normalize=False)(hidden, tokens, after_prompt).tolist() == [expected]
+    unit = TextHead(TokenPooling([Pooling.LAST]), normalize=True)(hidden, tokens, tokens)
     np.testing.assert_allclose(unit.numpy(), [[0.6, 0.8]], rtol=1e-6)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests_support import apply_in_memory, compress_to, folder_of, text_side
+from tests_support import apply_in_memory, compress_to, folder_of
 
 import compress
 from compress.common.errors import UserError
@@ -31,7 +31,6 @@ def test_an_opened_variant_is_the_one_that_was_saved(make_model, mixed_texts, tm
     compress_to(folder, tmp_path / "variant", RTN(activations=scheme))
     network = load_network(folder_of(folder), torch.float32)
     apply_in_memory(network, RTN(activations=scheme))
-    spec, tokenizer = text_side(folder)
     # What the file holds, in memory: floating tensors rounded to half precision, scales as they were.
     for module in network.modules():
         if not hasattr(module, "weight_scale"):
@@ -40,9 +39,9 @@ def test_an_opened_variant_is_the_one_that_was_saved(make_model, mixed_texts, tm
         elif module.bias is not None:
             module.bias = module.bias.half().float()
     cpu = torch.device("cpu")
-    in_memory = TorchEmbedder("tiny", spec, tokenizer, prepare(network, torch.float32, cpu), cpu, torch.float32)
+    in_memory = TorchEmbedder(folder_of(folder), prepare(network, torch.float32, cpu), cpu, torch.float32)
     opened = compress.load(str(tmp_path / "variant"), device="cpu")
-    assert opened.spec == spec
+    assert opened.spec == folder_of(folder).spec
     texts = mixed_texts[:40]
     np.testing.assert_allclose(opened.encode(texts), in_memory.encode(texts), atol=2e-6)
     baseline = compress.load(str(folder), device="cpu").encode(texts)

@@ -34,7 +34,7 @@ class Bag(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.table = nn.Embedding(50, width)
-        self.text_head = TextHead(TokenPooling(Pooling.MEAN), normalize=False)
+        self.text_head = TextHead(TokenPooling([Pooling.MEAN]), normalize=False)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(last_hidden_state=self.table(input_ids))

@@ -14,7 +14,7 @@ import compress
 from compress.data.texts import calibration_texts
 from compress.methods.nv_embed.fold import Fold
 from compress.methods.nv_embed.latents import Latents
-from compress.models.network.nv_embed import read_nv_config
+from compress.models.text.nv_embed import latent_settings
 
 
 def test_the_latents_that_stay_are_those_with_most_attention(nv_embed: Path, tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_head_that_adds_nothing_goes_unnoticed(nv_embed: Path, copy_of, tmp_pa
     for path in folder.glob("*.safetensors"):
         weights = load_file(path)
         if name in weights:
-            heads = read_nv_config(folder)[1]["num_cross_heads"]
+            heads = latent_settings(folder_of(folder).config)["num_cross_heads"]
             weights[name].view(len(weights[name]), heads, -1)[:, : heads // 2] = 0
             save_file(weights, path, metadata={"format": "pt"})
     compress_to(folder, tmp_path / "v", Fold(), Latents(heads=0.5))
