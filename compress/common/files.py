@@ -9,11 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from compress.common.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -43,6 +44,8 @@ def save_array(path: Path, array: np.ndarray) -> None:
     Raises:
         UserError: the file cannot be written.
     """
+    import numpy as np  # here, because commands that write no array answer without it
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:

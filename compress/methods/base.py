@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 
 from compress.layers.scheme import QuantizedLayer
-from compress.models.folder import ModelFolder
 from compress.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from compress.calibration.inputs import Inputs
     from compress.calibration.sensitivity import Survey
+    from compress.models.folder import ModelFolder
     from compress.models.network.segments import Parts
     from compress.models.opened import OpenModel
 
