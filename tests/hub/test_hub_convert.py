@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Client
+from hub_client import Client
 from safetensors.torch import load_file
 from standin import StandIn
 

@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from conftest import Client
+from hub_client import Client
 from standin import StandIn, Token
 
 OTHER = "f" * 40

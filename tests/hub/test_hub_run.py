@@ -10,8 +10,8 @@ from subprocess import CompletedProcess
 
 import mteb
 import pytest
-from conftest import ROOT, Client, as_published, stand_in
 from datasets_on_hub import add_scifact, add_sts_benchmark, add_texts
+from hub_client import ROOT, Client, as_published, stand_in
 from standin import StandIn, Token
 
 from compress.data.texts import calibration_texts
