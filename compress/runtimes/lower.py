@@ -12,7 +12,6 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -23,7 +22,7 @@ from torch import nn
 
 from compress.common.errors import UserError
 from compress.layers.compressed import CompressedLayer
-from compress.models.files.headers import MASK, TensorInfo, read_header
+from compress.models.files.headers import MASK, StoredTensor
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import TracedNetwork, backbone_of
 from compress.models.opened import empty_model
@@ -37,21 +36,6 @@ DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a variant's files."""
-
-    file: Path
-    info: TensorInfo
-
-    def read(self) -> bytes:
-        """Read its bytes."""
-        assert self.info.offset is not None
-        with self.file.open("rb") as file:
-            file.seek(self.info.offset)
-            return file.read(self.info.bytes)
-
-
 def lower(folder: ModelFolder, runtime: str) -> Path:
     """Write the graph of a variant for a runtime into the variant's folder, in the place of what was there.
 
@@ -61,7 +45,7 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
         UserError: a layer is stored in a way for which the graph has no words.
     """
     info = folder.compressed
-    stored = {name: Stored(path, tensor) for path in folder.weight_files for name, tensor in read_header(path).items()}
+    stored = folder.tensors
     for name in stored:
         if name.endswith(MASK):
             raise UserError(
@@ -142,7 +126,7 @@ def _without_values(network: nn.Module) -> list[str]:
     return unread
 
 
-def _finish(model: ir.Model, stored: Mapping[str, Stored], unread: Sequence[str]) -> None:
+def _finish(model: ir.Model, stored: Mapping[str, StoredTensor], unread: Sequence[str]) -> None:
     """Simplify a traced graph, and let its weights be those of the files."""
     graph = model.graph
     weights = {name: graph.initializers.pop(f"network.{name}") for name in unread if f"network.{name}" in graph.initializers}
@@ -159,7 +143,7 @@ def _finish(model: ir.Model, stored: Mapping[str, Stored], unread: Sequence[str]
     ClearMetadataAndDocStringPass()(model)
 
 
-def _share_inputs(weights: Mapping[str, ir.Value], stored: Mapping[str, Stored]) -> None:
+def _share_inputs(weights: Mapping[str, ir.Value], stored: Mapping[str, StoredTensor]) -> None:
     """Let layers that have one input, and so the same scale and factor of it, use one of the copies: it is then rounded once."""
     first: dict[bytes, ir.Value] = {}
     for name, value in weights.items():
@@ -167,7 +151,7 @@ def _share_inputs(weights: Mapping[str, ir.Value], stored: Mapping[str, Stored])
             ir.convenience.replace_all_uses_with(value, first.setdefault(stored[name].read(), value))
 
 
-def _refer(graph: ir.Graph, value: ir.Value, name: str, stored: Stored) -> None:
+def _refer(graph: ir.Graph, value: ir.Value, name: str, stored: StoredTensor) -> None:
     """Make a weight a reference to its bytes, cast where it is stored in another dtype than the one it was traced in."""
     for node, _ in list(value.uses()):
         if node.op_type == FOUR_BITS.name:
@@ -204,10 +188,10 @@ def _cast(value: ir.Value) -> ir.Node:
     return cast
 
 
-def _initializer(graph: ir.Graph, name: str, stored: Stored, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
+def _initializer(graph: ir.Graph, name: str, stored: StoredTensor, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
     """Add a weight that lies in a file."""
     sizes = ir.Shape(shape)
-    tensor = ir.ExternalTensor(stored.file.name, stored.info.offset, stored.info.bytes, dtype, shape=sizes, name=name)
+    tensor = ir.ExternalTensor(stored.path.name, stored.info.offset, stored.info.bytes, dtype, shape=sizes, name=name)
     value = ir.Value(name=name, shape=sizes, type=ir.TensorType(dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

@@ -122,6 +122,13 @@ class StoredTensor:
     """Its name in the file."""
     info: TensorInfo
 
+    def read(self) -> bytes:
+        """Read its bytes."""
+        assert self.info.offset is not None, "the header gave it"
+        with self.path.open("rb") as file:
+            file.seek(self.info.offset)
+            return file.read(self.info.bytes)
+
 
 def tensors_in(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of one safetensors file by name; no tensor is read."""
@@ -136,12 +143,12 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     places, found = read_index(folder), dict[str, StoredTensor]()
     for path in weight_files(folder):
-        for name, info in read_header(path).items():
+        for name, tensor in tensors_in(path).items():
             if places and places.get(name) != path.name:
                 continue
             if name in found:
                 raise UserError(f"{folder}: tensor {name!r} is in {found[name].path.name} and in {path.name}")
-            found[name] = StoredTensor(path, name, info)
+            found[name] = tensor
     missing = next((name for name in places if name not in found), None)
     if missing is not None:
         raise UserError(f"{folder / places[missing]}: tensor {missing!r} is missing, although {INDEX_FILE} names it")
