@@ -5,11 +5,11 @@ Other packages can add methods with an entry point in the group `compress.method
 
 from __future__ import annotations
 
-import importlib
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from compress.common.errors import UserError, nearest
+from compress.common.lazy import attribute
 from compress.methods.base import FAMILIES, Method
 
 METHODS = {
@@ -54,8 +54,7 @@ def method_class(name: str) -> type[Method]:
         UserError: there is no such method, several packages have one of this name, or the package that has it is broken.
     """
     if name in METHODS:
-        module, _, attribute = METHODS[name].partition(":")
-        found: type[Method] = getattr(importlib.import_module(module), attribute)
+        found: type[Method] = attribute(METHODS[name])
         return found
     entries = tuple(entry_points(group=GROUP, name=name))
     if not entries:
