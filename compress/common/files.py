@@ -63,8 +63,20 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: the target is there already and not empty.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_taken(target):
         raise UserError(f"{target}: is there already", "give another folder, or delete this one")
+    with filling(target) as folder:
+        yield folder
+
+
+def is_taken(target: Path) -> bool:
+    """Whether there is something at a path other than an empty folder."""
+    return target.exists() and (not target.is_dir() or any(target.iterdir()))
+
+
+@contextmanager
+def filling(target: Path) -> Iterator[Path]:
+    """Hand out a folder to be filled, and give it its name when the block ends; where that fails, nothing of it is left."""
     folder = target.with_name(f".{target.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.common.errors import UserError, nearest
-from compress.common.files import write_text_atomic
+from compress.common.files import filling, is_taken, write_text_atomic
 from compress.common.lazy import attribute
 
 if TYPE_CHECKING:
@@ -70,19 +69,13 @@ def export(
     found, info = _variant(source)
     if licence is not None and info.licence not in (None, licence):
         raise UserError(f"{source}: {info.base} is under {info.licence}, which also holds for its variants; not {licence}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_taken(target):
         raise UserError(f"{target}: already exists", "choose another folder, or delete this one")
-    folder = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
+    with filling(target) as folder:
         reader = writer(format)(found, folder)
         for note in reader.notes:
             say(note)
         say(_checked(found, info.model_copy(update={"licence": info.licence or licence}), reader, folder, python, check))
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return target
 
 
