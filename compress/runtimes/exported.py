@@ -13,10 +13,10 @@ from compress.models.embedder import BatchedEmbedder, Vectors, with_progress
 from compress.models.text.spec import EmbedderSpec
 from compress.models.text.tokens import Batch, Ids, TextTokenizer, open_tokenizer
 from compress.runtimes.contract import RUNTIMES
+from compress.runtimes.graph_embedder import BATCH_TOKENS, pooled_from
 
 SETTINGS_FILE = "embedder.json"
 GRAPHS = {"model.onnx": "onnxruntime", "model.xml": "openvino"}
-BATCH_TOKENS = 768
 
 
 class ExportSettings(BaseModel):
@@ -56,9 +56,7 @@ class ExportedEmbedder(BatchedEmbedder):
     def forward(self, batches: Sequence[Batch], pool_from: int, show: bool) -> Iterator[Vectors]:
         """Embed padded batches; see `BatchedEmbedder.forward`."""
         for ids, mask in with_progress(batches, "encoding", show):
-            pooled = mask.copy()
-            pooled[:, :pool_from] = 0
-            yield self._run((ids, mask, pooled)[: self._inputs])
+            yield self._run((ids, mask, pooled_from(mask, pool_from))[: self._inputs])
 
 
 def is_export(folder: Path) -> bool:

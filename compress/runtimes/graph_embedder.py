@@ -59,7 +59,7 @@ class GraphEmbedder(BatchedEmbedder):
         """Embed padded batches; see `BatchedEmbedder.forward`."""
 
         def one(batch: Batch) -> Vectors:
-            return self.run(batch if self.spec.pool_prompt else (*batch, _pooled(batch[1], pool_from)))
+            return self.run(batch if self.spec.pool_prompt else (*batch, pooled_from(batch[1], pool_from)))
 
         if len(batches) == 1:
             yield one(batches[0])
@@ -73,7 +73,8 @@ class GraphEmbedder(BatchedEmbedder):
                 future.cancel()  # has an effect if a batch failed or the caller stopped early
 
 
-def _pooled(mask: Ids, pool_from: int) -> Ids:
+def pooled_from(mask: Ids, pool_from: int) -> Ids:
+    """Return a mask, int64 [texts, length], without the tokens before a position, which are a prompt that is not pooled."""
     pooled = mask.copy()
     pooled[:, :pool_from] = 0
     return pooled
