@@ -31,6 +31,7 @@ test-slow: $(STAMP)
 
 test-models: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal tests/layouts
+	$(BIN)/python tests/layouts/matrix.py --write
 
 check: $(STAMP)
 	$(BIN)/ruff check .

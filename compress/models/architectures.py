@@ -45,6 +45,8 @@ _DECODER = {
     "up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": "mlp.down_proj",
 }
+_NORMS_AFTER: Mapping[Sublayer, Mapping[str, str]] = {"attention": {"self_attn": "ZerosOfTwo"}, "mlp": {"mlp": "Zeros"}}
+"""Where the norms follow the residual addition, as in BERT."""
 BLOCK_LAYOUTS = {
     "BERT, RoBERTa, XLM-RoBERTa": Anatomy(
         attention=("attention.self.query", "attention.self.key", "attention.self.value"),
@@ -61,6 +63,16 @@ BLOCK_LAYOUTS = {
         down="output.dense",
         replacements={"attention": {"attention.attn": "ZerosOfTwo"}, "mlp": _BERT_MLP},
         heads_in_config=False,
+    ),
+    "NomicBert, Gte": Anatomy(
+        **_DECODER,  # type: ignore[arg-type]
+        replacements=_NORMS_AFTER,
+        distinguishing_module="post_mlp_layernorm",
+    ),
+    "Jina 3": Anatomy(
+        **{**_DECODER, "up": ("mlp.fc1",), "down": "mlp.fc2"},  # type: ignore[arg-type]
+        replacements=_NORMS_AFTER,
+        distinguishing_module="post_mlp_layernorm",
     ),
     "Gemma": Anatomy(
         **_DECODER,  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from compress.common.lazy import attribute
 from compress.models.architectures import OWN_ARCHITECTURES, OwnArchitecture
 from compress.models.files.headers import StoredTensor, TensorInfo, fingerprint, stored_tensors, weight_files
 from compress.models.files.variant import VARIANT_FILE, VariantInfo
+from compress.models.remote_config import RENAMED_SETTINGS, own_settings
 from compress.models.shape import ModelShape, without_task_head
 from compress.models.text.sentence_transformers import (
     Module,
@@ -48,8 +49,9 @@ FAIRSEQ_POSITIONS = (
     "xmod",
     "data2vec-text",
 )
-NATIVE = ("nomic_bert", "jina_embeddings_v3")
-"""Model types whose checkpoints name remote code, and which transformers 5 computes itself, from the same files."""
+NATIVE = ("nomic_bert", "jina_embeddings_v3", "gte")
+"""Model types whose checkpoints name remote code, and which transformers 5 computes itself, from the same files. The files keep the
+names that the remote code gives to tensors."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class ModelFolder:
             )
         config: dict[str, Any] = read_json(path)
         self._check_config(path, config)
-        return config
+        return own_settings(path, config)
 
     def _check_config(self, path: Path, config: Mapping[str, Any]) -> None:
         """See that the folder is that of an embedder, whole, and in floating point.
@@ -164,6 +166,8 @@ class ModelFolder:
 
         path, kind = self.transformer / "config.json", self.config.get("model_type", "missing")
         try:
+            if kind in RENAMED_SETTINGS:  # which transformers would not recognise in the file
+                return AutoConfig.for_model(**{**self.config, **self.settings.config})
             config = AutoConfig.from_pretrained(
                 self.transformer, local_files_only=True, trust_remote_code=False, **self.settings.config
             )
@@ -185,7 +189,12 @@ class ModelFolder:
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """The tensors of the network and of the modules after it, by the names that they have or will have in the network."""
-        return stored_tensors(self.transformer) if self.is_variant else self._with_head(stored_tensors(self.transformer))
+        found = stored_tensors(self.transformer)
+        if self.is_variant:
+            return found
+        if self.config.get("model_type") in NATIVE:  # others' names are the network's, but for what stands before them
+            found = attribute("compress.models.network.build:stored_in_network")(self, found)
+        return self._with_head(found)
 
     def _with_head(self, found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         """Add the tensors of Dense and LayerNorm modules, each of which has a folder of its own."""

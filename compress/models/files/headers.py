@@ -121,6 +121,8 @@ class StoredTensor:
     name: str
     """Its name in the file."""
     info: TensorInfo
+    first_row: int = 0
+    """First row of the file's tensor, of which this may be a range of rows: of fused projections, for example."""
 
     def read(self) -> bytes:
         """Read its bytes."""

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,10 +14,8 @@ from torch import nn
 
 from compress.common.errors import UserError
 from compress.layers.bitmask import decode
+from compress.models.files.conversion import in_network
 from compress.models.files.headers import MASK, StoredTensor
-
-# Layer-norm parameters as old checkpoints name them, and their names today.
-_LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
 
 UNUSED = re.compile(
     r"(?:^|\.)(?:pooler|lm_head|cls|vocab_transform|vocab_layer_norm|vocab_projector|generator_predictions|generator_lm_head)\."
@@ -34,19 +33,15 @@ class Weights:
         Args:
             tensors: those of one checkpoint, by the names that they have there.
             network: its parameters need no values.
-            exact: whether these are the names that the network uses. Otherwise the name under which a task's head keeps the network
-                (`model.`, `bert.`) may stand before every name, and tensors that no embedder uses are passed over: a language
-                model's head, a pooler, position ids.
+            exact: whether these are the names that the network uses. Otherwise they are renamed as transformers renames them, and
+                tensors that no embedder uses are passed over: a language model's head, a pooler, position ids.
 
         Raises:
             UserError: a tensor is missing, unexpected (if `exact`) or of another shape.
         """
         self._wanted = network.state_dict(keep_vars=True)
-        found: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
-        for stored, tensor in tensors.items():
-            name = stored if exact else _network_name(stored, network)
-            found[name] = (tensor.path, tensor.name, tensor.info.shape, tensor.info.dtype)
-        self._masks = {name: found.pop(name + MASK)[:2] for name in self._wanted if name + MASK in found}
+        found = dict(tensors) if exact else in_network(tensors, network)
+        self._masks = {name: found.pop(name + MASK) for name in self._wanted if name + MASK in found}
         missing = sorted(self._wanted.keys() - found.keys())
         extra = sorted(name for name in found.keys() - self._wanted.keys() if exact or not UNUSED.search(name))
         if missing or extra:
@@ -55,22 +50,23 @@ class Weights:
                 f"{folder}: does not fit its network: {len(missing) + len(extra)} tensors differ, "
                 f"such as {(missing or extra)[0]!r} ({'missing' if missing else 'not wanted'})"
             )
-        self._place: dict[str, tuple[Path, str]] = {}
-        self._dtypes: set[str] = set()
+        self._stored = {name: found[name] for name in self._wanted}
         for name, tensor in self._wanted.items():
-            path, stored, shape, dtype = found[name]
-            self._dtypes.add(dtype)
+            stored = found[name]
+            shape = stored.info.shape
             if name in self._masks:
                 if len(shape) != 1:
-                    raise UserError(f"{path}: {stored} has a bitmask and shape {list(shape)}; its values must be a vector")
+                    raise UserError(
+                        f"{stored.path}: {stored.name} has a bitmask and shape {list(shape)}; its values must be a vector"
+                    )
             elif shape != tuple(tensor.shape):
-                raise UserError(f"{path}: {stored} has shape {list(shape)}, its network needs {list(tensor.shape)}")
-            self._place[name] = (path, stored)
+                raise UserError(f"{stored.path}: {stored.name} has shape {list(shape)}, its network needs {list(tensor.shape)}")
 
     def dtypes(self) -> set[torch.dtype]:
         """Return the dtypes in which the floating-point tensors are stored."""
         names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-        return {names[dtype] for dtype in self._dtypes if dtype in names}
+        stored = {tensor.info.dtype for tensor in self._stored.values()}
+        return {names[dtype] for dtype in stored if dtype in names}
 
     def renamed(self, rename: Callable[[str], str | None]) -> Weights:
         """Return the same weights under other names.
@@ -81,7 +77,7 @@ class Weights:
         made = copy.copy(self)
         names = {name: new for name in self._wanted if (new := rename(name)) is not None}
         made._wanted = {new: self._wanted[name] for name, new in names.items()}
-        made._place = {new: self._place[name] for name, new in names.items()}
+        made._stored = {new: self._stored[name] for name, new in names.items()}
         made._masks = {new: self._masks[name] for name, new in names.items() if name in self._masks}
         return made
 
@@ -95,22 +91,22 @@ class Weights:
         """
         by_path: dict[Path, list[str]] = {}
         for name in names:
-            by_path.setdefault(self._place[name][0], []).append(name)
+            by_path.setdefault(self._stored[name].path, []).append(name)
         for path, inside in by_path.items():
             with safe_open(path, framework="pt") as file:
                 for name in inside:
-                    tensor = file.get_tensor(self._place[name][1])
+                    tensor = _read(file, self._stored[name])
                     yield name, tensor if name not in self._masks else self._dense(name, tensor)
 
     def _dense(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Return a matrix that is stored as nonzero values and a bitmask."""
-        path, stored = self._masks[name]
-        with safe_open(path, framework="pt") as file:
-            bits = file.get_tensor(stored)
+        mask = self._masks[name]
+        with safe_open(mask.path, framework="pt") as file:
+            bits = file.get_tensor(mask.name)
         try:
             return decode(bits, values, self._wanted[name].shape[1])
         except ValueError as error:
-            raise UserError(f"{path}: {name}: {error}", "compress the model again") from error
+            raise UserError(f"{mask.path}: {name}: {error}", "compress the model again") from error
 
     def fill(self, module: nn.Module, prefix: str = "", dtype: torch.dtype | None = None) -> None:
         """Give a module's parameters and buffers their stored values.
@@ -130,10 +126,12 @@ class Weights:
         assert not left, f"still without values: {left[:3]}"
 
 
-def _network_name(stored: str, network: nn.Module) -> str:
-    """Return the base model's name for a tensor that was stored by a model with a task head or by an old library."""
-    prefix = getattr(network, "base_model_prefix", "")
-    name = stored.removeprefix(f"{prefix}.") if prefix else stored
-    for pattern, replacement in _LEGACY:
-        name = pattern.sub(replacement, name)
-    return name
+def _read(file: Any, stored: StoredTensor) -> torch.Tensor:
+    """Read a tensor, or its rows, from an open file."""
+    view = file.get_slice(stored.name)
+    shape, rows = stored.info.shape, stored.first_row
+    if tuple(view.get_shape()) == shape:
+        whole: torch.Tensor = file.get_tensor(stored.name)
+        return whole
+    part: torch.Tensor = view[rows : rows + shape[0]]
+    return part

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ from transformers import AutoModel
 
 from compress.common.errors import UserError
 from compress.common.lazy import attribute
+from compress.models.files.conversion import in_network
+from compress.models.files.headers import StoredTensor
 from compress.models.files.weights import UNUSED, Weights
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import attach_head, head_of
@@ -61,6 +63,12 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
     mine = {name: tensor for name, tensor in folder.tensors.items() if name.startswith(f"{HEAD}.")}
     Weights(mine, head, exact=True).fill(head, dtype=dtype)
     return network
+
+
+def stored_in_network(folder: ModelFolder, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return a folder's stored tensors by their names in its network; see `compress.models.files.conversion.in_network`."""
+    with _parameters_on_meta():
+        return in_network(tensors, _without_pooler(AutoModel.from_config(_uncached(folder))))
 
 
 def _uncached(folder: ModelFolder) -> Any:
