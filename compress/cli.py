@@ -119,7 +119,7 @@ def plan(recipe: RecipeArgument, model: ModelOption = None, runs: RunsOption = P
     from compress.pipeline.recipe_file import read_recipe
 
     checked = read_recipe(recipe)
-    print(describe(make_plan(checked, find_shape(model or checked.model), runs)))
+    print(describe(make_plan(checked, find_shape(model or checked.model, to_compress=True), runs)))
 
 
 @app.command(cls=accepting(TO_BEFORE))

@@ -15,9 +15,10 @@ from compress.models.files.headers import TensorInfo
 from compress.models.files.weights import Weights
 from compress.models.folder import ModelFolder
 from compress.models.network.build import empty_network
-from compress.models.network.segments import blocks_of
+from compress.models.network.segments import blocks_of, segments_of
 from compress.models.network.surgery import drop_sublayer, keep_heads
 from compress.models.shape import ModelShape
+from compress.models.source import check_original
 from compress.models.text.spec import EmbedderSpec
 from compress.models.text.tokens import TextTokenizer
 
@@ -79,6 +80,16 @@ def buffers_to(model: nn.Module, device: torch.device) -> None:
 def weights_of(folder: ModelFolder, model: nn.Module) -> Weights:
     """Open the weights of a model's or a variant's folder for `empty_model`'s network; none is read yet."""
     return Weights(folder.tensors, model, exact=folder.has_exact_weights)
+
+
+def check_compressible(folder: ModelFolder) -> None:
+    """See that a model is one that can be opened and walked to compress it. No weight is read.
+
+    Raises:
+        UserError: it is not; says what a run would say.
+    """
+    check_original(folder)
+    segments_of(open_model(folder).network)
 
 
 def open_model(folder: ModelFolder) -> OpenModel:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compress.common.errors import UserError, nearest
+from compress.common.lazy import attribute
 from compress.models.files.variant import VARIANT_FILE
 from compress.models.folder import ModelFolder
 from compress.models.hub import HubName, cached_name, check_links, download, snapshot_of
@@ -82,11 +83,28 @@ def _folder_without_weights(model: str) -> ModelFolder | None:
     return ModelFolder(on_hub.name, download(on_hub, weights=False))
 
 
-def find_shape(model: str) -> ModelShape:
-    """Return a model's shape for planning. A model that this package lists needs none of its files.
+def check_original(folder: ModelFolder) -> None:
+    """See that a model is not a variant, which is not compressed again.
 
     Raises:
-        UserError: see `find`.
+        UserError: it is.
+    """
+    if folder.variant is not None:
+        raise UserError(
+            f"model {folder.name!r} is a variant that was compressed already",
+            f"start from the model it was made from: {folder.variant.base}",
+        )
+
+
+def find_shape(model: str, *, to_compress: bool = False) -> ModelShape:
+    """Return a model's shape for planning. A model that this package lists needs none of its files.
+
+    Args:
+        model: see `find`.
+        to_compress: whether a folder is to be checked as a run would check it.
+
+    Raises:
+        UserError: see `find`; or a run would refuse the model.
     """
     if model.startswith(PREFIX):
         spec = RandomSpec.parse(model)
@@ -98,4 +116,8 @@ def find_shape(model: str) -> ModelShape:
         shape = known_shape(model)
         if shape is not None:
             return shape
-    return find(model).shape
+    folder = find(model)
+    if to_compress and model not in BUILT_IN:
+        # Needs torch, unlike everything else here: whether a folder's files fit their network is known by building that.
+        attribute("compress.models.opened:check_compressible")(folder)
+    return folder.shape

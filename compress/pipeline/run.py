@@ -27,7 +27,7 @@ from compress.measure.speed.timing import Speed
 from compress.measure.vectors.fidelity import Fidelity
 from compress.models.folder import ModelFolder
 from compress.models.random_weights import PREFIX as RANDOM
-from compress.models.source import find
+from compress.models.source import check_original, find
 from compress.pipeline.apply import make_variant
 from compress.pipeline.findings import RECIPE_FILE, VARIANT, Findings, assemble
 from compress.pipeline.measuring import Measurements, check_prompts
@@ -109,11 +109,7 @@ class _Run:
 
         self.output, self.say = output, say
         self.source = find(recipe.model)
-        if self.source.variant is not None:
-            raise UserError(
-                f"model {recipe.model!r} is a variant that was compressed already",
-                f"start from the model it was made from: {self.source.variant.base}",
-            )
+        check_original(self.source)
         self.shape = self.source.shape
         self.recipe = self._resolved(recipe)
         self.plan = make_plan(self.recipe, self.shape, output)
