@@ -21,8 +21,10 @@ from compress.models.files.headers import StoredTensor, TensorInfo, fingerprint,
 from compress.models.files.variant import VARIANT_FILE, VariantInfo
 from compress.models.shape import ModelShape, without_task_head
 from compress.models.text.sentence_transformers import (
+    WEIGHTED_LAYERS,
     Module,
     TransformerSettings,
+    gives_all_layers,
     read_modules,
     read_settings,
     read_spec,
@@ -188,7 +190,10 @@ class ModelFolder:
         return stored_tensors(self.transformer) if self.is_variant else self._with_head(stored_tensors(self.transformer))
 
     def _with_head(self, found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """Add the tensors of Dense and LayerNorm modules, each of which has a folder of its own."""
+        """Add the tensors of the modules that have some, each of which has a folder of its own."""
+        averaging = [module.folder for module in self.modules if module.kind == WEIGHTED_LAYERS]
+        for place in averaging if gives_all_layers(self.settings, self.config) else ():
+            found |= {f"text_head.layers.{name}": tensor for name, tensor in stored_tensors(place).items()}
         weighted = [module for module in self.modules if module.kind in ("Dense", "LayerNorm", "Normalize")]
         for number, module in enumerate(weighted):
             if module.kind != "Normalize":

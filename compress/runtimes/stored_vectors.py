@@ -82,10 +82,16 @@ class Mapped:
         self._embedder, self._function = embedder, function
 
     def encode(
-        self, texts: Iterable[str], prompt: str | None = None, *, batch_tokens: int | None = None, progress: bool | None = None
+        self,
+        texts: Iterable[str],
+        prompt: str | None = None,
+        *,
+        task: str | None = None,
+        batch_tokens: int | None = None,
+        progress: bool | None = None,
     ) -> Vectors:
         """Embed texts and map their vectors."""
-        return self._function(self._embedder.encode(texts, prompt, batch_tokens=batch_tokens, progress=progress))
+        return self._function(self._embedder.encode(texts, prompt, task=task, batch_tokens=batch_tokens, progress=progress))
 
 
 class Described(Protocol):
@@ -127,11 +133,17 @@ class StoredEmbedder:
         self._batch_tokens = batch_tokens
 
     def encode(
-        self, texts: Iterable[str], prompt: str | None = None, *, batch_tokens: int | None = None, progress: bool | None = None
+        self,
+        texts: Iterable[str],
+        prompt: str | None = None,
+        *,
+        task: str | None = None,
+        batch_tokens: int | None = None,
+        progress: bool | None = None,
     ) -> Vectors:
         """Embed texts; see `compress.models.embedder.BatchedEmbedder.encode`. `batch_tokens` is ignored: the store fixes it."""
         del batch_tokens
-        prompt = self.spec.default_prompt if prompt is None else prompt
+        prompt = self.spec.prompt(prompt, task)
         listed = list(texts)
         all_keys = [key_of(text, prompt) for text in listed]
         missing = {key: text for key, text in zip(all_keys, listed, strict=True) if key not in self._store}
