@@ -97,7 +97,7 @@ def in_transformers(spec: EmbedderSpec, opened: str = "") -> str:
     unknown = spec.pooling not in POOLED or (spec.pooling is not Pooling.MEAN and not spec.pool_prompt)
     if unknown or spec.layers or spec.modules or spec.dimensions:
         raise UserError(
-            f"cannot be written as transformers: its example has no pooling {' + '.join(spec.poolings)} with what comes before and after it",
+            f"cannot be written as transformers: its example has no pooling {' + '.join(spec.poolings)} with what is around it",
             "the layout sentence-transformers holds all of it",
         )
     pooling = (WITHOUT_PROMPT if not spec.pool_prompt else "") + POOLED[spec.pooling]

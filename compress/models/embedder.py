@@ -96,8 +96,8 @@ class BatchedEmbedder(ABC):
 
         Raises:
             TypeError: `texts` is a single string, or an item is not a string.
-            ValueError: the task is not known, `batch_tokens` is not positive, a prompt that is not pooled takes up the model's whole length, or a text has
-                more tokens than the network has positions for.
+            ValueError: the task is not known, `batch_tokens` is not positive, a prompt that is not pooled takes up the whole length
+                of the model, or a text has more tokens than the network has positions for.
             FloatingPointError: a vector is not finite.
         """
         if isinstance(texts, str):

@@ -10,8 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
+from compress.common.errors import UserError
 from compress.models.embedder import CHUNK_TEXTS, Embedder, Vectors
 from compress.models.text.spec import EmbedderSpec
+from compress.runtimes.routed import Routed
 
 KEY_BYTES = 16
 
@@ -150,6 +152,10 @@ class StoredEmbedder:
         keys = list(missing)
         if missing and self._opened is None:
             self._opened = self._open()
+            if isinstance(self._opened, Routed):
+                raise UserError(
+                    f"model {self.name!r}: its vectors depend on the task, and the store keeps one for each text and prompt"
+                )
         for start in range(0, len(keys), CHUNK_TEXTS):  # stored after each chunk, so that a run that is killed loses at most one
             chunk = keys[start : start + CHUNK_TEXTS]
             assert self._opened is not None

@@ -131,11 +131,9 @@ class Carry:
         if self._folder is None:
             return self._memory[index].get(what)
         with safe_open(self._file(self.passed, index), framework="pt", device=str(self._device)) as file:
-            return file.get_tensor(what) if what in file.keys() else None  # type: ignore[no-any-return]
+            return file.get_tensor(what) if what in set(file.keys()) else None  # type: ignore[no-any-return]
 
-    def enter(
-        self, network: nn.Module, segments: list[Segment], embeddings: Parts, layers: LayerMean | None = None
-    ) -> None:
+    def enter(self, network: nn.Module, segments: list[Segment], embeddings: Parts, layers: LayerMean | None = None) -> None:
         """Run the embeddings on all batches and record the arguments of the blocks.
 
         A walk that continues from a folder needs only the arguments: its hidden states are further on already.

@@ -17,6 +17,8 @@ from compress.models.text.spec import EmbedderSpec, HeadModule, Pooling, Weighte
 PACKAGE = "sentence_transformers."
 """The package of the modules that are read; classes of a repository's own are remote code."""
 TRANSFORMER, WEIGHTED_LAYERS = "Transformer", "WeightedLayerPooling"
+ROUTERS = ("Router", "Asym")
+"""The module that has modules of its own, by its name and its older one; see `compress.models.text.router`."""
 SETTINGS_FILES = tuple(
     f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
@@ -66,16 +68,25 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
         return ()
     modules = []
     for entry in read_json(path):
-        name = str(entry["type"])
-        kind = name.rpartition(".")[2]
-        if not name.startswith(PACKAGE):
-            raise UserError(
-                f"{path}: module {name!r} is code of the repository's own, which is never run", "use a model without remote code"
-            )
-        if kind not in MODULES and kind != TRANSFORMER:
-            raise UserError(f"{path}: module {kind!r} is not supported", nearest(kind, [TRANSFORMER, *MODULES]))
-        modules.append(Module(kind, folder / str(entry["path"])))
+        modules.append(Module(kind_of(path, str(entry["type"])), folder / str(entry["path"])))
     return tuple(modules)
+
+
+def kind_of(path: Path, name: str) -> str:
+    """Return the kind of a module, given the full name of its class and the file that names it.
+
+    Raises:
+        UserError: the class is not one of sentence-transformers' own, or this workbench does not know it.
+    """
+    kind = name.rpartition(".")[2]
+    if not name.startswith(PACKAGE):
+        raise UserError(
+            f"{path}: module {name!r} is code of the repository's own, which is never run", "use a model without remote code"
+        )
+    known = [TRANSFORMER, *ROUTERS, *MODULES]
+    if kind not in known:
+        raise UserError(f"{path}: module {kind!r} is not supported", nearest(kind, known))
+    return kind
 
 
 def transformer_of(folder: Path, modules: Sequence[Module]) -> Path:
