@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import tiny_layouts
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st
 from tests_support import compress_to
@@ -24,6 +26,8 @@ from compress.common.errors import UserError
 from compress.measure.accuracy.score import MtebEncoder
 from compress.measure.doctor.diagnose import Options, diagnose
 from compress.measure.evaluate import EvaluationOptions, evaluate
+from compress.models import hub
+from compress.models.convert import convert
 from compress.models.folder import ModelFolder
 from compress.models.source import find_shape
 from compress.pipeline.plan import make_plan
@@ -263,6 +267,24 @@ def test_what_takes_one_list_of_modules_says_what_to_do_with_a_router(tmp_path: 
     SentenceTransformer(modules=parts, device="cpu").save(str(tmp_path / "route"))
     made = compress.load(tmp_path / "route", device="cpu").encode(TEXTS)
     np.testing.assert_allclose(made, reference(folder, "encode_query"), atol=1e-5)
+
+
+def test_the_weights_of_routes_are_looked_for_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a model in the hub's cache would need the network, and pickles would stay in the routes' folders."""
+
+    def asked(*_: Any, **__: Any) -> list[str]:
+        raise AssertionError("nothing is missing, so the hub need not be asked")
+
+    folder = saved(tmp_path, one_network)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", asked)
+    hub._refuse_pickles(hub.HubName("owner/name"), folder)
+    tensors = load_file(folder / "query_2_Dense" / "model.safetensors")
+    torch.save(tensors, folder / "query_2_Dense" / "pytorch_model.bin")
+    (folder / "query_2_Dense" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds only pickled weights"):
+        compress.load(folder, device="cpu")
+    convert(str(folder), tmp_path / "converted")
+    check(tmp_path / "converted")
 
 
 def _static(config: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ class Routes:
         parts = [f"*model[{place}].sub_modules[{next(iter(router.routes))!r}]", f"*list(model)[{place + 1}:]"]
         listed = ", ".join([f"*list(model)[:{place}]", *parts] if place else parts)
         return UserError(
-            f"{self.path}: a Router sends texts through other modules for each task; compress.load and compress encode alone do that",
+            f"{self.path}: a Router sends texts through other modules for each task; only compress.load and encode do that",
             f"save one route as a model of its own: SentenceTransformer(modules=[{listed}]).save(FOLDER)",
         )
 
