@@ -216,8 +216,8 @@ class ModelFolder:
     def _with_head(self, found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         """Add the tensors of the modules that have some, each of which has a folder of its own."""
         averaging = [module.folder for module in self.modules if module.kind == WEIGHTED_LAYERS]
-        for place in averaging if gives_all_layers(self.settings, self.config) else ():
-            found |= {f"text_head.layers.{name}": tensor for name, tensor in stored_tensors(place).items()}
+        if averaging and gives_all_layers(self.settings, self.config):
+            found |= {f"text_head.layers.{name}": tensor for name, tensor in stored_tensors(averaging[0]).items()}
         weighted = [module for module in self.modules if module.kind in ("Dense", "LayerNorm", "Normalize")]
         for number, module in enumerate(weighted):
             if module.kind != "Normalize":
