@@ -128,6 +128,10 @@ def encode(
     texts: Annotated[Path, typer.Argument(metavar="TEXTS", help="Texts, one per line, or JSON lines with a `text` key.")],
     to: Annotated[Path, typer.Option("--to", "-o", metavar="FILE", help="File for the vectors: float32, .npy.")],
     prompt: Annotated[str | None, typer.Option(metavar="P", help="Prompt that is put before every text.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="T", help="query or document: takes the model's prompt of that name, and the route of its Router."),
+    ] = None,
     runtime: RuntimeOption = None,
     device: DeviceOption = None,
     stream: StreamOption = False,
@@ -140,7 +144,7 @@ def encode(
         from compress.common.files import save_array
         from compress.runtimes.loading import load
 
-        vectors = load(model, runtime=runtime, device=device, stream=stream).encode(lines, prompt)
+        vectors = load(model, runtime=runtime, device=device, stream=stream).encode(lines, prompt, task=task)
         save_array(to, vectors)
     print(f"{to}: {vectors.shape[0]} vectors of {vectors.shape[1]} dimensions")
 

@@ -153,10 +153,10 @@ def write_weights(opened: Exportable, folder: Path, convert: Convert, prefix: st
     join_shards(folder, parts)
 
 
-def head_tensors(opened: Exportable, number: int) -> dict[str, torch.Tensor]:
-    """Return the tensors of a module between pooling and the final vector, in float32, by the names that its own file has."""
+def head_tensors(opened: Exportable, name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a module of the head, named as there, in float32, by the names that its own file has."""
     (module,) = Streamed(opened.network, weights_of(opened.folder, opened.network)).load(Segment(Kind.HEAD, (HEAD,))).values()
-    state = module.get_submodule(f"after.{number}").state_dict()
+    state = module.get_submodule(name).state_dict()
     return {name: tensor.float().contiguous() for name, tensor in state.items()}
 
 
@@ -213,6 +213,8 @@ def write_config(
     rope = config.get("rope_parameters")
     if rope and "rope_theta" in rope:  # where transformers 4 expects it
         config.setdefault("rope_theta", rope["rope_theta"])
+    if opened.info.spec.layers is not None:
+        config["output_hidden_states"] = True  # without it, sentence-transformers passes over WeightedLayerPooling
     config |= {**changes, "dtype": dtype, "torch_dtype": dtype}
     if quantization is not None:
         config["quantization_config"] = dict(quantization)

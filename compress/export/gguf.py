@@ -78,7 +78,7 @@ def write(source: ModelFolder, folder: Path) -> Reader:
         check(name, opened.info.quantized[name], opened.network.get_submodule(name).embedding_dim)  # type: ignore[arg-type]
     vocabulary = read_vocabulary(opened.folder.path / "tokenizer.json", int(config["vocab_size"]))
     # llama.cpp pools all tokens, including the prompt's. Where the mean leaves these out, the caller computes it.
-    if spec.pooling not in POOLINGS or spec.modules or spec.dimensions or spec.truncation_side != "right":
+    if spec.pooling not in POOLINGS or spec.layers or spec.modules or spec.dimensions or spec.truncation_side != "right":
         raise UserError(
             f"{source.name}: cannot be written as {LAYOUT}: llama.cpp has cls, mean and lasttoken pooling, and nothing after it",
             "onnx holds every pooling and what comes after it",

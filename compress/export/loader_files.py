@@ -11,8 +11,8 @@ from compress.common.inputs import read_json
 from compress.export.base import Exportable, head_tensors
 from compress.models.files.shards import write_tensors
 from compress.models.files.variant import VariantInfo
-from compress.models.text.sentence_transformers import LEGACY_POOLINGS
-from compress.models.text.spec import HeadModule
+from compress.models.text.sentence_transformers import LEGACY_POOLINGS, TRANSFORMER, WEIGHTED_LAYERS
+from compress.models.text.spec import EmbedderSpec, HeadModule
 
 MODULES = "sentence_transformers.models"
 # Usual names of special tokens, for tokenizers whose special tokens no file describes.
@@ -40,13 +40,26 @@ def write_modules(opened: Exportable, folder: Path) -> None:
     width = spec.token_width or opened.folder.shape.hidden_size
     for name, content in sentence_transformers_files(opened.info, width).items():
         write_json(folder / name, content)
-    for number, module in enumerate(spec.modules):
-        place = folder / f"{2 + number}_{module.kind}"
-        place.mkdir(exist_ok=True)
-        if module.kind != "Normalize":
-            write_tensors(place / "model.safetensors", head_tensors(opened, number))
+    for path, kind in listed_modules(spec):
+        (folder / path).mkdir(exist_ok=True)
+        if kind == WEIGHTED_LAYERS:
+            write_tensors(folder / path / "model.safetensors", head_tensors(opened, "layers"))
+    for number, (path, kind) in enumerate(after_pooling(spec)[: len(spec.modules)]):
+        if kind != "Normalize":
+            write_tensors(folder / path / "model.safetensors", head_tensors(opened, f"after.{number}"))
+
+
+def listed_modules(spec: EmbedderSpec) -> list[tuple[str, str]]:
+    """Return the folder and the kind of each module in `modules.json`, in order."""
+    kinds = [*([WEIGHTED_LAYERS] if spec.layers else []), "Pooling", *(module.kind for module in spec.modules)]
     if spec.normalize:
-        (folder / f"{2 + len(spec.modules)}_Normalize").mkdir()
+        kinds.append("Normalize")
+    return [("", TRANSFORMER), *((f"{number}_{kind}", kind) for number, kind in enumerate(kinds, start=1))]
+
+
+def after_pooling(spec: EmbedderSpec) -> list[tuple[str, str]]:
+    """Return those of `listed_modules` that come after Pooling."""
+    return listed_modules(spec)[3 if spec.layers else 2 :]
 
 
 def tokenizer_config(tokenizer: dict[str, Any], config: dict[str, Any], max_length: int) -> dict[str, Any]:
@@ -73,8 +86,6 @@ def tokenizer_config(tokenizer: dict[str, Any], config: dict[str, Any], max_leng
 def sentence_transformers_files(info: VariantInfo, width: int) -> dict[str, Any]:
     """Return the files that sentence-transformers reads, by name; `width`: width of the token vectors."""
     spec = info.spec
-    after = [module.kind for module in spec.modules] + (["Normalize"] if spec.normalize else [])
-    modules = [("", "Transformer"), *((f"{number}_{kind}", kind) for number, kind in enumerate(["Pooling", *after], start=1))]
     prompts = dict(spec.prompts)
     default = next((name for name, text in prompts.items() if text == spec.default_prompt), None) if spec.default_prompt else None
     if spec.default_prompt and default is None:
@@ -83,10 +94,11 @@ def sentence_transformers_files(info: VariantInfo, width: int) -> dict[str, Any]
     return {
         "modules.json": [
             {"idx": index, "name": str(index), "path": path, "type": f"{MODULES}.{kind}"}
-            for index, (path, kind) in enumerate(modules)
+            for index, (path, kind) in enumerate(listed_modules(spec))
         ],
         "sentence_bert_config.json": {"max_seq_length": info.max_length, "do_lower_case": spec.lowercase},
-        "1_Pooling/config.json": {
+        **_weighted_layers(spec, width),
+        f"{2 if spec.layers else 1}_Pooling/config.json": {
             "word_embedding_dimension": width,
             # Keys that every version reads, where they say it all: they have no order.
             **(
@@ -103,11 +115,19 @@ def sentence_transformers_files(info: VariantInfo, width: int) -> dict[str, Any]
             **({"truncate_dim": spec.dimensions} if spec.dimensions else {}),
         },
         **{
-            f"{number}_{module.kind}/config.json": _module_config(module)
-            for number, module in enumerate(spec.modules, start=2)
+            f"{path}/config.json": _module_config(module)
+            for module, (path, _) in zip(spec.modules, after_pooling(spec), strict=False)
             if module.kind != "Normalize"
         },
     }
+
+
+def _weighted_layers(spec: EmbedderSpec, width: int) -> dict[str, Any]:
+    """Return the settings of WeightedLayerPooling, by file; empty where only the last block's output is pooled."""
+    if spec.layers is None:
+        return {}
+    settings = {"word_embedding_dimension": width, "layer_start": spec.layers.start, "num_hidden_layers": spec.layers.blocks}
+    return {f"1_{WEIGHTED_LAYERS}/config.json": settings}
 
 
 def _module_config(module: HeadModule) -> dict[str, Any]:

@@ -94,10 +94,11 @@ class Reader:
 
 def in_transformers(spec: EmbedderSpec, opened: str = "") -> str:
     """Return the example for plain transformers, with a spec's prompts and pooling; `opened`: code to run after loading."""
-    if spec.pooling not in POOLED or spec.modules or spec.dimensions or (spec.pooling is not Pooling.MEAN and not spec.pool_prompt):
+    unknown = spec.pooling not in POOLED or (spec.pooling is not Pooling.MEAN and not spec.pool_prompt)
+    if unknown or spec.layers or spec.modules or spec.dimensions:
         raise UserError(
-            f"cannot be written as transformers: its example has no pooling {' + '.join(spec.poolings)} with what comes after it",
-            "the layout sentence-transformers holds both",
+            f"cannot be written as transformers: its example has no pooling {' + '.join(spec.poolings)} with what is around it",
+            "the layout sentence-transformers holds all of it",
         )
     pooling = (WITHOUT_PROMPT if not spec.pool_prompt else "") + POOLED[spec.pooling]
     prepared = "(prompt + text).lower()" if spec.lowercase else "prompt + text"

@@ -156,6 +156,8 @@ BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 # Two-dimensional weights inside blocks that are look-up tables, not linear layers.
 _LOOKED_UP = re.compile(r"relative_attention_bias|embed|rotary")
 
+LAYER_WEIGHTS = "text_head.layers.layer_weights"
+"""The weights of the blocks' outputs in a model whose head averages them (WeightedLayerPooling)."""
 HEAD_PREFIX = "latent_attention_model."
 """Prefix of the names of NV-Embed's head tensors."""
 

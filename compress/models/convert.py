@@ -19,6 +19,7 @@ from compress.common.files import new_folder, write_json
 from compress.common.inputs import read_json
 from compress.models.files.headers import read_header
 from compress.models.hub import HubName, check_links, download, snapshot_of
+from compress.models.text.router import every_module
 from compress.models.text.sentence_transformers import read_modules
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _source(model: str) -> Path:
 
 def _places(source: Path) -> list[Path]:
     """Return where weights can be: the folder itself and its modules' own."""
-    return sorted({source, *(module.folder for module in read_modules(source))})
+    return sorted({source, *(module.folder for module in every_module(read_modules(source)))})
 
 
 def _pickles(place: Path) -> Iterator[tuple[Path, Path]]:

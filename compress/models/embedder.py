@@ -41,6 +41,7 @@ class Embedder(Protocol):
         texts: Iterable[str],
         prompt: str | None = None,
         *,
+        task: str | None = None,
         batch_tokens: int | None = None,
         progress: bool | None = None,
     ) -> Vectors:
@@ -76,6 +77,7 @@ class BatchedEmbedder(ABC):
         texts: Iterable[str],
         prompt: str | None = None,
         *,
+        task: str | None = None,
         batch_tokens: int | None = None,
         progress: bool | None = None,
     ) -> Vectors:
@@ -83,7 +85,9 @@ class BatchedEmbedder(ABC):
 
         Args:
             texts: any iterable of strings; a generator is consumed in chunks of 16,384.
-            prompt: the string to put before every text, verbatim; None uses the model's default prompt, which is usually empty.
+            prompt: the string to put before every text, verbatim; None uses the task's prompt.
+            task: `query` or `document`: what the texts are embedded for, which chooses their prompt and, of a model with a Router,
+                their route; None uses the model's default prompt, which is usually empty. See `EmbedderSpec.prompt`.
             batch_tokens: largest number of padded tokens in a batch; None uses this embedder's default.
             progress: whether to show a progress bar; None shows one for 2,000 texts or more. It appears only on a terminal.
 
@@ -92,8 +96,8 @@ class BatchedEmbedder(ABC):
 
         Raises:
             TypeError: `texts` is a single string, or an item is not a string.
-            ValueError: `batch_tokens` is not positive, a prompt that is not pooled takes up the model's whole length, or a text has
-                more tokens than the network has positions for.
+            ValueError: the task is not known, `batch_tokens` is not positive, a prompt that is not pooled takes up the whole length
+                of the model, or a text has more tokens than the network has positions for.
             FloatingPointError: a vector is not finite.
         """
         if isinstance(texts, str):
@@ -101,7 +105,7 @@ class BatchedEmbedder(ABC):
         budget = self.batch_tokens if batch_tokens is None else batch_tokens
         if budget < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {budget}")
-        prompt = self.spec.default_prompt if prompt is None else prompt
+        prompt = self.spec.prompt(prompt, task)
         pool_from = self.tokenizer.prompt_length(prompt) if prompt and not self.spec.pool_prompt else 0
 
         if pool_from >= self.tokenizer.max_length:

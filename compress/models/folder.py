@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,12 @@ from compress.models.files.headers import StoredTensor, TensorInfo, fingerprint,
 from compress.models.files.variant import VARIANT_FILE, VariantInfo
 from compress.models.remote_config import RENAMED_SETTINGS, own_settings
 from compress.models.shape import ModelShape, without_task_head
+from compress.models.text.router import Routes, read_routes
 from compress.models.text.sentence_transformers import (
+    WEIGHTED_LAYERS,
     Module,
     TransformerSettings,
+    gives_all_layers,
     read_modules,
     read_settings,
     read_spec,
@@ -62,6 +65,8 @@ class ModelFolder:
     """The model's name in records and messages."""
     path: Path
     """The path of the folder."""
+    way: tuple[Module, ...] | None = None
+    """The modules of one route of a Router, whose model this then is; None: those that `modules.json` lists."""
 
     @cached_property
     def variant(self) -> VariantInfo | None:
@@ -95,8 +100,29 @@ class ModelFolder:
 
     @cached_property
     def modules(self) -> tuple[Module, ...]:
-        """The modules that `modules.json` lists, in order; empty if there is no such file."""
+        """The modules that `modules.json` lists, in order; empty if there is no such file.
+
+        Raises:
+            UserError: a Router is among them, so that there are several lists of modules; `routes` has them.
+        """
+        if self.way is not None:
+            return self.way
+        if self.routes is not None:
+            raise self.routes.refusal()
+        return self._listed
+
+    @cached_property
+    def _listed(self) -> tuple[Module, ...]:
         return read_modules(self.path)
+
+    @cached_property
+    def routes(self) -> Routes | None:
+        """The modules for each task, of a model with a Router; None: all texts pass the same modules."""
+        return None if self.way is not None else read_routes(self.path / "modules.json", self._listed)
+
+    def along(self, way: tuple[Module, ...]) -> ModelFolder:
+        """Return the model whose modules are those of one route; `way`: one of `routes.ways`."""
+        return replace(self, way=way)
 
     @cached_property
     def transformer(self) -> Path:
@@ -197,7 +223,10 @@ class ModelFolder:
         return self._with_head(found)
 
     def _with_head(self, found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """Add the tensors of Dense and LayerNorm modules, each of which has a folder of its own."""
+        """Add the tensors of the modules that have some, each of which has a folder of its own."""
+        averaging = [module.folder for module in self.modules if module.kind == WEIGHTED_LAYERS]
+        if averaging and gives_all_layers(self.settings, self.config):
+            found |= {f"text_head.layers.{name}": tensor for name, tensor in stored_tensors(averaging[0]).items()}
         weighted = [module for module in self.modules if module.kind in ("Dense", "LayerNorm", "Normalize")]
         for number, module in enumerate(weighted):
             if module.kind != "Normalize":

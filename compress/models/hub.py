@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.common.errors import UserError
+from compress.models.text.router import every_module
 from compress.models.text.sentence_transformers import read_modules
 
 # A star crosses folders, so that each of these is found in every module's folder too (2_Dense, 0_Transformer). Never code.
@@ -137,7 +138,7 @@ def _refuse_pickles(model: HubName, folder: Path) -> None:
     """Refuse a model of which a part has its weights only as a pickle: none was downloaded, and nothing else would say so."""
     from huggingface_hub import list_repo_files
 
-    places = [module.folder for module in read_modules(folder) if module.kind in WEIGHED] or [folder]
+    places = [module.folder for module in every_module(read_modules(folder)) if module.kind in WEIGHED] or [folder]
     without = {place.relative_to(folder).as_posix() for place in places if not any(place.glob("*.safetensors"))}
     if not without:
         return

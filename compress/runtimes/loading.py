@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib
 import importlib.resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.common.errors import UserError
 from compress.common.memory import available_memory_bytes, gigabytes
 from compress.models.folder import ModelFolder
 from compress.models.source import DTYPE_BYTES, find
+from compress.models.text.sentence_transformers import TRANSFORMER
 from compress.runtimes.contract import AUTO, RUNTIMES, TORCH, pick_runtime, runtime_named
+from compress.runtimes.routed import RoutedEmbedder
 
 if TYPE_CHECKING:
     from compress.models.embedder import Embedder
+    from compress.models.text.router import Routes
+    from compress.models.text.sentence_transformers import Module
 
 
 def runtime_of(source: ModelFolder, runtime: str | None = None, *, device: str | None = None, dtype: str | None = None) -> str:
@@ -50,12 +54,13 @@ def preload(model: str, runtime: str | None = None, **_: object) -> None:
         UserError: see `load`.
     """
     source = find(model)
-    name = runtime_of(source, runtime)
-    importlib.import_module(RUNTIMES[name].opener)
-    if name == TORCH:
-        from compress.runtimes.torch_runtime import import_architecture
+    for one in [source] if source.routes is None else [source.along(way) for way in source.routes.ways]:
+        name = runtime_of(one, runtime)
+        importlib.import_module(RUNTIMES[name].opener)
+        if name == TORCH:
+            from compress.runtimes.torch_runtime import import_architecture
 
-        import_architecture(source)
+            import_architecture(one)
 
 
 def load(
@@ -118,6 +123,10 @@ def open_source(
     stream: bool = False,
 ) -> Embedder:
     """Load the embedder of a model whose folder was found; see `load`."""
+    if source.routes is not None:
+        return _open_routes(
+            source, source.routes, runtime=runtime, device=device, dtype=dtype, threads=threads, compile=compile, stream=stream
+        )
     name = runtime_of(source, runtime, device=device, dtype=dtype)
     info = source.variant
     if info is not None and dtype is None:
@@ -130,6 +139,33 @@ def open_source(
         embedder: Embedder = opener(source, dtype=dtype, threads=threads)
         return embedder
     return _open_in_torch(source, device, dtype, threads, compile, stream)
+
+
+def _open_routes(source: ModelFolder, routes: Routes, **how: Any) -> RoutedEmbedder:
+    """Open the embedder of each route of a Router; `how`: as `open_source`. Routes that run one Transformer share its weights."""
+    opened: dict[tuple[Module, ...], Embedder] = {}
+    networks: dict[Path, Embedder] = {}
+    for way in routes.ways:
+        route, place = source.along(way), way[0].folder
+        if place in networks:
+            opened[way] = _sharing(route, networks[place], how["compile"])
+            continue
+        opened[way] = open_source(route, **how)
+        if way[0].kind == TRANSFORMER and not how["stream"] and route.own_architecture is None:
+            networks[place] = opened[way]
+    return RoutedEmbedder(source.name, routes, opened)
+
+
+def _sharing(route: ModelFolder, other: Embedder, compile: bool) -> Embedder:
+    """Open a route whose Transformer the embedder of another one holds."""
+    from compress.runtimes.torch_embedder import TorchEmbedder
+    from compress.runtimes.torch_runtime import open_sharing
+
+    assert isinstance(other, TorchEmbedder), "a checkpoint that is not streamed runs in torch alone"
+    embedder = open_sharing(route, other)
+    if compile:
+        embedder.compile()
+    return embedder
 
 
 def _open_in_torch(

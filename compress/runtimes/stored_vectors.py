@@ -10,8 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
+from compress.common.errors import UserError
 from compress.models.embedder import CHUNK_TEXTS, Embedder, Vectors
 from compress.models.text.spec import EmbedderSpec
+from compress.runtimes.routed import Routed
 
 KEY_BYTES = 16
 
@@ -82,10 +84,16 @@ class Mapped:
         self._embedder, self._function = embedder, function
 
     def encode(
-        self, texts: Iterable[str], prompt: str | None = None, *, batch_tokens: int | None = None, progress: bool | None = None
+        self,
+        texts: Iterable[str],
+        prompt: str | None = None,
+        *,
+        task: str | None = None,
+        batch_tokens: int | None = None,
+        progress: bool | None = None,
     ) -> Vectors:
         """Embed texts and map their vectors."""
-        return self._function(self._embedder.encode(texts, prompt, batch_tokens=batch_tokens, progress=progress))
+        return self._function(self._embedder.encode(texts, prompt, task=task, batch_tokens=batch_tokens, progress=progress))
 
 
 class Described(Protocol):
@@ -127,17 +135,27 @@ class StoredEmbedder:
         self._batch_tokens = batch_tokens
 
     def encode(
-        self, texts: Iterable[str], prompt: str | None = None, *, batch_tokens: int | None = None, progress: bool | None = None
+        self,
+        texts: Iterable[str],
+        prompt: str | None = None,
+        *,
+        task: str | None = None,
+        batch_tokens: int | None = None,
+        progress: bool | None = None,
     ) -> Vectors:
         """Embed texts; see `compress.models.embedder.BatchedEmbedder.encode`. `batch_tokens` is ignored: the store fixes it."""
         del batch_tokens
-        prompt = self.spec.default_prompt if prompt is None else prompt
+        prompt = self.spec.prompt(prompt, task)
         listed = list(texts)
         all_keys = [key_of(text, prompt) for text in listed]
         missing = {key: text for key, text in zip(all_keys, listed, strict=True) if key not in self._store}
         keys = list(missing)
         if missing and self._opened is None:
             self._opened = self._open()
+            if isinstance(self._opened, Routed):
+                raise UserError(
+                    f"model {self.name!r}: its vectors depend on the task, and the store keeps one for each text and prompt"
+                )
         for start in range(0, len(keys), CHUNK_TEXTS):  # stored after each chunk, so that a run that is killed loses at most one
             chunk = keys[start : start + CHUNK_TEXTS]
             assert self._opened is not None

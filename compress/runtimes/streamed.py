@@ -10,6 +10,7 @@ import torch
 
 from compress.common.cache import cache_root
 from compress.models.embedder import BatchedEmbedder, Vectors
+from compress.models.network.pooling import head_of
 from compress.models.network.segments import Kind, Parts, Segment, replaced
 from compress.models.network.walk import Carry, Streamed, walk
 from compress.models.text.tokens import Batch
@@ -40,7 +41,10 @@ class StreamedEmbedder(BatchedEmbedder):
 
     def forward(self, batches: Sequence[Batch], pool_from: int, show: bool) -> Iterator[Vectors]:
         """Embed padded batches; see `BatchedEmbedder.forward`."""
-        needed = sum(ids.size for ids, _ in batches) * self.dimension * self._embedder.dtype.itemsize
+        item = self._embedder.dtype.itemsize
+        if head_of(self._embedder.model).layers is not None:
+            item += torch.float32.itemsize  # for the sum of the blocks' outputs
+        needed = sum(ids.size for ids, _ in batches) * self.dimension * item
         if needed <= self._hidden_bytes:
             yield from self._walked(batches, pool_from, None)
             return

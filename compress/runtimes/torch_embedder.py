@@ -9,7 +9,7 @@ from torch import nn
 
 from compress.models.embedder import BatchedEmbedder, Vectors, with_progress
 from compress.models.folder import ModelFolder
-from compress.models.network.pooling import backbone_of, head_of
+from compress.models.network.pooling import backbone_of, head_of, hidden_of
 from compress.models.text.tokens import Batch
 from compress.runtimes.contract import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 
@@ -52,9 +52,8 @@ class TorchEmbedder(BatchedEmbedder):
         backbone_of(self.model).compile(dynamic=True)
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Run the backbone: ids and mask, int64 [texts, length], to hidden states [texts, length, width]."""
-        hidden: torch.Tensor = backbone_of(self.model)(input_ids=ids, attention_mask=mask).last_hidden_state
-        return hidden
+        """Run the backbone: ids and mask, int64 [texts, length], to what the head is given, [texts, length, width]."""
+        return hidden_of(self.model, ids, mask)
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor, pool_from: int) -> torch.Tensor:
         """Run the head.

@@ -12,8 +12,8 @@ from compress.layers.compressed import CompressedLayer, CompressedLinear
 from compress.layers.float_layers import CastEmbedding, OneDnnLinear, has_onednn_linear
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.models.folder import ModelFolder
-from compress.models.network.build import load_network
-from compress.models.network.pooling import Float32Linear, Float32Norm
+from compress.models.network.build import load_network, sharing_network
+from compress.models.network.pooling import Float32Linear, Float32Norm, LayerMean, head_of
 from compress.models.network.walk import Streamed
 from compress.models.opened import buffers_to, empty_model, weights_of
 from compress.runtimes.allocator import keep_freed_memory
@@ -69,7 +69,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
             elif type(child) is nn.Linear and device.type == "cpu" and has_onednn_linear(dtype):
                 setattr(module, name, OneDnnLinear(child, dtype))
     for module in model.modules():
-        if isinstance(module, CompressedLayer | CastEmbedding | Float32Linear | Float32Norm):
+        if isinstance(module, CompressedLayer | CastEmbedding | Float32Linear | Float32Norm | LayerMean):
             continue  # scales stay in float32, tables as they are stored
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
@@ -88,6 +88,13 @@ def open_checkpoint(folder: ModelFolder, *, device: str | None = None, dtype: st
     target = pick_device(device)
     compute = pick_dtype(dtype, target)
     return TorchEmbedder(folder, prepare(load_network(folder, compute), compute, target), target, compute)
+
+
+def open_sharing(folder: ModelFolder, other: TorchEmbedder) -> TorchEmbedder:
+    """Open a checkpoint whose Transformer module another embedder has loaded: the network is in memory once."""
+    network = sharing_network(other.model, folder, other.dtype)
+    head_of(network).to(other.device)
+    return TorchEmbedder(folder, network, other.device, other.dtype)
 
 
 def open_variant(

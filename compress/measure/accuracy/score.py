@@ -22,6 +22,7 @@ from tqdm.std import tqdm  # type: ignore[import-untyped]
 from compress.measure.accuracy.examples import Examples, catching
 from compress.measure.accuracy.tasks import Task, load_data
 from compress.models.embedder import Embedder, Vectors
+from compress.runtimes.routed import Routed
 
 
 class TaskScore(BaseModel):
@@ -75,6 +76,8 @@ class MtebEncoder(AbsEncoder):  # type: ignore[misc]
         # In some tasks mteb passes the same text many times; each is embedded once.
         unique = list(dict.fromkeys(texts))
         embedder = self.documents if prompt_type == PromptType.document else self.embedder
+        if isinstance(embedder, Routed):
+            embedder = embedder.route(prompt_type.value if prompt_type else None)
         vectors = embedder.encode(unique, prompt, batch_tokens=self.batch_tokens)
         row = {text: index for index, text in enumerate(unique)}
         return vectors[np.fromiter((row[text] for text in texts), dtype=np.intp, count=len(texts))]

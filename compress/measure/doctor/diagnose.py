@@ -231,6 +231,8 @@ def _open(name: str, options: Options, *, is_model: bool = True) -> Side:
 
 
 def _local(source: ModelFolder, options: Options, is_model: bool) -> LocalSide:
+    if source.routes is not None:
+        raise source.routes.refusal()
     # A checkpoint in float32, so that rounding is no difference where it is not asked for; a variant as it is made for.
     dtype = (options.dtype if is_model else None) or (None if source.is_variant else "float32")
     runtime = options.runtime if is_model else None

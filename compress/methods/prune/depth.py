@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Bench, Estimate, Method, share_of
-from compress.models.architectures import place_in_block, renumbered
+from compress.models.architectures import LAYER_WEIGHTS, place_in_block, renumbered
 from compress.models.shape import ModelShape, with_backbone
 
 if TYPE_CHECKING:
@@ -62,11 +62,13 @@ class Depth(Method):
         """Choose what to drop, and take it out of the network.
 
         Raises:
-            ValueError: a block is named that does not exist, or whose place no other block can take.
+            ValueError: a block is named that does not exist, or whose place no other block can take; or the model's head averages
+                the outputs of several blocks.
         """
         from compress.models.network.segments import blocks_of
         from compress.models.network.surgery import drop_blocks, drop_sublayer
 
+        _check_head(model.network.state_dict())
         if self.drop is None:
             chosen = bench.once(lambda: {"drop": self.choose(survey)})["drop"]
             drop = sorted(model.layers[place] for place in chosen)
@@ -154,8 +156,10 @@ class Depth(Method):
         them.
 
         Raises:
-            ValueError: a block is named that does not exist, none would be left, or the blocks' layout is not known.
+            ValueError: a block is named that does not exist, none would be left, the blocks' layout is not known, or the model's
+                head averages the outputs of several blocks.
         """
+        _check_head(shape.tensors)
         layers = shape.layers
         if self.drop is None:
             goes = self._goes(len(layers))
@@ -205,6 +209,16 @@ class Depth(Method):
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
         """Do nothing: `prepare` has dropped everything before the walk."""
         return {}
+
+
+def _check_head(tensors: Iterable[str]) -> None:
+    """See that a head takes the last block's output alone; `tensors`: names of the model's.
+
+    Raises:
+        ValueError: it averages those of several blocks, and each has a weight of its own.
+    """
+    if LAYER_WEIGHTS in tensors:
+        raise ValueError("WeightedLayerPooling averages the outputs of several blocks, and has a weight for each; keep all blocks")
 
 
 def _losses(survey: Survey, cases: Sequence[Left]) -> list[float]:

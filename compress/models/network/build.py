@@ -58,7 +58,12 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
         raise UserError(
             f"{folder.transformer}: the checkpoint has {len(unused)} tensors that its network has not, such as {unused[0]!r}"
         )
-    attach_head(_without_pooler(network), folder.spec)
+    return _with_head(_without_pooler(network), folder, dtype)
+
+
+def _with_head(network: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
+    """Give a network of transformers the head of a checkpoint, with its weights, and return the network."""
+    attach_head(network, folder.spec)
     head = nn.ModuleDict({HEAD: head_of(network)})
     mine = {name: tensor for name, tensor in folder.tensors.items() if name.startswith(f"{HEAD}.")}
     Weights(mine, head, exact=True).fill(head, dtype=dtype)
@@ -69,6 +74,19 @@ def stored_in_network(folder: ModelFolder, tensors: Mapping[str, StoredTensor]) 
     """Return a folder's stored tensors by their names in its network; see `compress.models.files.conversion.in_network`."""
     with _parameters_on_meta():
         return in_network(tensors, _without_pooler(AutoModel.from_config(_uncached(folder))))
+
+
+def sharing_network(network: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
+    """Return a network of transformers that shares all modules with another one, except for its head.
+
+    Args:
+        network: the other one, loaded from the Transformer module that `folder` has too.
+        folder: the checkpoint of the head.
+        dtype: dtype of the head's tensors.
+    """
+    made = copy.copy(network)
+    made._modules = dict(network._modules)  # the copy's own table, in which its head is another
+    return _with_head(made, folder, dtype)
 
 
 def _uncached(folder: ModelFolder) -> Any:

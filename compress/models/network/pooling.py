@@ -11,7 +11,8 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
-from compress.models.text.spec import EmbedderSpec, HeadModule, Pooling
+from compress.common.errors import UserError
+from compress.models.text.spec import EmbedderSpec, HeadModule, Pooling, WeightedLayers
 
 
 class TokenPooling(nn.Module):
@@ -148,6 +149,37 @@ class Normalize(nn.Module):
         return nn.functional.normalize(vectors, dim=1)
 
 
+class LayerMean(nn.Module):
+    """sentence-transformers' `WeightedLayerPooling`: the weighted mean of hidden states from one block on, in float32.
+
+    State 0 enters the first block, state n leaves block n (from 1); the last one has passed the final norm too.
+    """
+
+    def __init__(self, described: WeightedLayers) -> None:
+        super().__init__()
+        self.start, self.blocks = described.start, described.blocks
+        self.layer_weights = nn.Parameter(torch.ones(described.blocks + 1 - described.start))
+
+    def add(self, total: torch.Tensor | None, number: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Add one state to the weighted sum of those before it: [texts, length, width]; None while none counts."""
+        if number < self.start:
+            return total
+        weighted = self.layer_weights[number - self.start].float() * hidden.float()
+        return weighted if total is None else total + weighted
+
+    def mean(self, total: torch.Tensor) -> torch.Tensor:
+        """Return the mean, float32 [texts, length, width], given the weighted sum of all states."""
+        return total / self.layer_weights.float().sum()
+
+    def forward(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Average states, each [texts, length, width], to float32 [texts, length, width]."""
+        total: torch.Tensor | None = None
+        for number, hidden in enumerate(states):
+            total = self.add(total, number, hidden)
+        assert total is not None
+        return self.mean(total)
+
+
 HEAD_MODULES = {"Dense": Dense, "LayerNorm": LayerNorm, "Normalize": Normalize}
 """What may come between pooling and the final vector, by its kind in the spec. Tensors have the names of the module's own file."""
 
@@ -155,8 +187,17 @@ HEAD_MODULES = {"Dense": Dense, "LayerNorm": LayerNorm, "Normalize": Normalize}
 class TextHead(nn.Module):
     """The part of a network that turns hidden states into vectors."""
 
+    layers: LayerMean | None
+    """What makes one tensor of hidden states of those of several blocks, before pooling; None: the last block's are pooled."""
+
     def __init__(
-        self, pooling: nn.Module, modules: Sequence[nn.Module] = (), *, normalize: bool, dimensions: int | None = None
+        self,
+        pooling: nn.Module,
+        modules: Sequence[nn.Module] = (),
+        *,
+        normalize: bool,
+        dimensions: int | None = None,
+        layers: LayerMean | None = None,
     ) -> None:
         """Take what vectors go through.
 
@@ -165,8 +206,10 @@ class TextHead(nn.Module):
             modules: come after it, in order.
             normalize: whether vectors are then scaled to unit length.
             dimensions: how many leading dimensions are kept in the end; None: all.
+            layers: what averages the blocks' outputs, if the last block's alone are not pooled.
         """
         super().__init__()
+        self.layers = layers
         self.pooling = pooling
         self.after = nn.ModuleList(modules)
         self.normalize = normalize
@@ -176,7 +219,8 @@ class TextHead(nn.Module):
         """Turn hidden states into vectors.
 
         Args:
-            hidden: [texts, length, width], after the final norm, any floating dtype.
+            hidden: [texts, length, width], any floating dtype, as `hidden_of` gives them: after the final norm, or averaged by
+                `layers`.
             tokens: int64 [texts, length], 1 for tokens, 0 for padding on the right.
             pooled: int64 [texts, length], 1 for tokens that are pooled: all of them, or those after a prompt.
             traced: whether a graph is made of it, in which no shape may depend on the masks.
@@ -200,9 +244,20 @@ class TextNetwork(Protocol):
 
 
 def attach_head(network: nn.Module, spec: EmbedderSpec) -> nn.Module:
-    """Give a network of transformers the head that a spec describes, and return the network."""
+    """Give a network of transformers the head that a spec describes, and return the network.
+
+    Raises:
+        UserError: the head averages the outputs of another number of blocks than the network has.
+    """
     modules = [HEAD_MODULES[described.kind](described) for described in spec.modules]
-    network.text_head = TextHead(TokenPooling(spec.poolings), modules, normalize=spec.normalize, dimensions=spec.dimensions).eval()
+    layers = None if spec.layers is None else LayerMean(spec.layers)
+    if layers is not None:
+        blocks = int(backbone_of(network).config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+        if layers.blocks != blocks:
+            raise UserError(f"WeightedLayerPooling: num_hidden_layers is {layers.blocks}, and the network has {blocks} blocks")
+    network.text_head = TextHead(
+        TokenPooling(spec.poolings), modules, normalize=spec.normalize, dimensions=spec.dimensions, layers=layers
+    ).eval()
     return network
 
 
@@ -214,6 +269,16 @@ def head_of(network: nn.Module) -> TextHead:
 def backbone_of(network: nn.Module) -> nn.Module:
     """Return the module that computes hidden states from token ids: the network's `backbone`, or a transformers network itself."""
     return getattr(network, "backbone", network)
+
+
+def hidden_of(network: nn.Module, ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return what a network's head is given, [texts, length, width]; ids and tokens: int64 [texts, length]."""
+    backbone, layers = backbone_of(network), head_of(network).layers
+    if layers is None:
+        hidden: torch.Tensor = backbone(input_ids=ids, attention_mask=tokens).last_hidden_state
+        return hidden
+    averaged: torch.Tensor = layers(backbone(input_ids=ids, attention_mask=tokens, output_hidden_states=True).hidden_states)
+    return averaged
 
 
 def vectors_of(
@@ -231,7 +296,7 @@ def vectors_of(
     Returns:
         float32 [texts, dimension].
     """
-    hidden = backbone_of(network)(input_ids=ids, attention_mask=tokens).last_hidden_state
+    hidden = hidden_of(network, ids, tokens)
     vectors: torch.Tensor = head_of(network)(hidden, tokens, pooled, traced=traced)
     return vectors
 

@@ -6,7 +6,8 @@ the same batches with the same arguments, in the same order (see `compress.model
 weights are loaded.
 
 A `Carry` takes texts through the walk. Between two segments it holds the hidden states of every batch. For the whole walk it holds
-the other arguments of each block (masks, rotary embeddings), which the embeddings pass recorded once.
+the other arguments of each block (masks, rotary embeddings), which the embeddings pass recorded once. Where the head averages the
+outputs of several blocks, it also holds their weighted sum, and the mean takes the place of the hidden states before the head.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from torch import nn
 
 from compress.common.files import write_text_atomic
 from compress.models.files.weights import Weights
-from compress.models.network.segments import BlockArguments, Kind, Parts, Segment, begin, run_block, segments_of
+from compress.models.network.pooling import LayerMean, head_of
+from compress.models.network.segments import HEAD, BlockArguments, Kind, Parts, Segment, begin, run_block, segments_of
 from compress.models.text.tokens import Batch
 
 
@@ -79,6 +81,10 @@ class Streamed:
         return dict(zip(parts, holder, strict=True))
 
 
+Tensors = dict[str, torch.Tensor]
+"""What a carry holds of a batch: its `hidden` states and, where the head averages blocks, the weighted `sum` of their outputs."""
+
+
 class Carry:
     """Carries texts through the network during a walk, as the hidden states of each batch.
 
@@ -103,8 +109,10 @@ class Carry:
         self.network: nn.Module | None = None
         """The network of the walk; None before `enter`."""
         self._arguments: list[list[BlockArguments]] = []
-        self._memory: dict[int, torch.Tensor] = {}
+        self._memory: dict[int, Tensors] = {}
         self._block_number: dict[int, int] = {}
+        self._state_number: dict[int, int] = {}
+        self._layers: LayerMean | None = None
         self.passed = 0
         """Number of segments that all batches have passed."""
         if folder is not None:
@@ -114,13 +122,18 @@ class Carry:
 
     def hidden(self, index: int) -> torch.Tensor:
         """Return the hidden states of a batch at the walk's current position, [texts, length, width]."""
-        if self._folder is None:
-            return self._memory[index]
-        with safe_open(self._file(self.passed, index), framework="pt", device=str(self._device)) as file:
-            found: torch.Tensor = file.get_tensor("hidden")
+        found = self._get(index, "hidden")
+        assert found is not None
         return found
 
-    def enter(self, network: nn.Module, segments: list[Segment], embeddings: Parts) -> None:
+    def _get(self, index: int, what: str) -> torch.Tensor | None:
+        """Return a tensor of a batch at the current position; None where there is none of this name."""
+        if self._folder is None:
+            return self._memory[index].get(what)
+        with safe_open(self._file(self.passed, index), framework="pt", device=str(self._device)) as file:
+            return file.get_tensor(what) if what in set(file.keys()) else None  # type: ignore[no-any-return]
+
+    def enter(self, network: nn.Module, segments: list[Segment], embeddings: Parts, layers: LayerMean | None = None) -> None:
         """Run the embeddings on all batches and record the arguments of the blocks.
 
         A walk that continues from a folder needs only the arguments: its hidden states are further on already.
@@ -129,18 +142,21 @@ class Carry:
             network: the network of the walk.
             segments: the network's segments.
             embeddings: the modules of its embeddings segment, with values.
+            layers: what averages the blocks' outputs for the head, with values; None: it takes the last block's.
 
         Raises:
             UserError: see `begin`.
         """
-        self.network = network
-        blocks = (index for index, segment in enumerate(segments) if segment.kind is Kind.BLOCK)
+        self.network, self._layers = network, layers
+        blocks = [index for index, segment in enumerate(segments) if segment.kind is Kind.BLOCK]
         self._block_number = {index: number for number, index in enumerate(blocks)}
+        norm = next((index for index, segment in enumerate(segments) if segment.kind is Kind.NORM), blocks[-1])
+        self._state_number = {index: number for number, index in enumerate([*blocks[:-1], norm], start=1)}
         for batch, (ids, mask) in enumerate(self.batches):
             hidden, arguments = begin(network, segments, embeddings, *(torch.from_numpy(x).to(self._device) for x in (ids, mask)))
             self._arguments.append(arguments)
             if self.passed == 0:
-                self._put(1, batch, hidden)
+                self._put(1, batch, self._with_sum(hidden, 0, None))
         if self.passed == 0:
             self._arrive(1)
 
@@ -166,20 +182,38 @@ class Carry:
             parts: the segment's modules.
         """
         for batch in range(len(self.batches)):
-            self._put(index + 1, batch, self.through(index, parts, batch))
+            before = None if self._layers is None else self._get(batch, "sum")
+            hidden = self.through(index, parts, batch)
+            self._put(index + 1, batch, self._with_sum(hidden, self._state_number.get(index), before))
         self._arrive(index + 1)
+
+    def _with_sum(self, hidden: torch.Tensor, number: int | None, before: torch.Tensor | None) -> Tensors:
+        """Return what is held of a batch: hidden states and the weighted sum for the head, or at the end the mean alone.
+
+        Args:
+            hidden: the batch's hidden states.
+            number: their number as `LayerMean` counts; None: they do not count.
+            before: the weighted sum of those before them; None: there is none.
+        """
+        if self._layers is None:
+            return {"hidden": hidden}
+        total = before if number is None else self._layers.add(before, number, hidden)
+        if number == self._layers.blocks:
+            assert total is not None, "the last one always counts"
+            return {"hidden": self._layers.mean(total)}
+        return {"hidden": hidden} if total is None else {"hidden": hidden, "sum": total}
 
     def _file(self, passed: int, index: int) -> Path:
         assert self._folder is not None
         return self._folder / f"{passed:04d}" / f"{index:06d}.safetensors"
 
-    def _put(self, passed: int, index: int, hidden: torch.Tensor) -> None:
+    def _put(self, passed: int, index: int, tensors: Tensors) -> None:
         if self._folder is None:
-            self._memory[index] = hidden
+            self._memory[index] = tensors
         else:
             path = self._file(passed, index)
             path.parent.mkdir(exist_ok=True)
-            save_file({"hidden": hidden.contiguous()}, path)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
     def _arrive(self, passed: int) -> None:
         """Record that all batches have passed `passed` segments, and delete the hidden states of the position before."""
@@ -188,6 +222,15 @@ class Carry:
         if self._folder is not None:
             write_text_atomic(self._folder / self.STATE, json.dumps({"passed": passed}))
             shutil.rmtree(self._folder / f"{before:04d}", ignore_errors=True)
+
+
+def _layers_of(source: Source) -> LayerMean | None:
+    """Return what averages the blocks' outputs for a network's head, with values; None where the head takes the last block's."""
+    if head_of(source.network).layers is None:
+        return None
+    (layers,) = source.load(Segment(Kind.HEAD, (f"{HEAD}.layers",))).values()
+    assert isinstance(layers, LayerMean)
+    return layers
 
 
 Visit = Callable[[int, Segment, Parts], None]
@@ -221,7 +264,7 @@ def walk(source: Source, visit: Visit, carry: Carry | None = None, start: int = 
         if index >= start:
             visit(index, segment, parts)
         if carry is not None and entering:
-            carry.enter(source.network, segments, parts)
+            carry.enter(source.network, segments, parts, _layers_of(source))
         elif carry is not None and segment.kind is not Kind.HEAD:
             carry.advance(index, parts)
         del parts  # frees the segment before the next one is loaded; otherwise two would be in memory

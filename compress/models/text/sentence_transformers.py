@@ -12,11 +12,13 @@ from typing import Any
 
 from compress.common.errors import UserError, nearest
 from compress.common.inputs import read_json
-from compress.models.text.spec import EmbedderSpec, HeadModule, Pooling
+from compress.models.text.spec import EmbedderSpec, HeadModule, Pooling, WeightedLayers
 
 PACKAGE = "sentence_transformers."
 """The package of the modules that are read; classes of a repository's own are remote code."""
-TRANSFORMER = "Transformer"
+TRANSFORMER, WEIGHTED_LAYERS = "Transformer", "WeightedLayerPooling"
+ROUTERS = ("Router", "Asym")
+"""The module that has modules of its own, by its name and its older one; see `compress.models.text.router`."""
 SETTINGS_FILES = tuple(
     f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
@@ -66,16 +68,25 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
         return ()
     modules = []
     for entry in read_json(path):
-        name = str(entry["type"])
-        kind = name.rpartition(".")[2]
-        if not name.startswith(PACKAGE):
-            raise UserError(
-                f"{path}: module {name!r} is code of the repository's own, which is never run", "use a model without remote code"
-            )
-        if kind not in MODULES and kind != TRANSFORMER:
-            raise UserError(f"{path}: module {kind!r} is not supported", nearest(kind, [TRANSFORMER, *MODULES]))
-        modules.append(Module(kind, folder / str(entry["path"])))
+        modules.append(Module(kind_of(path, str(entry["type"])), folder / str(entry["path"])))
     return tuple(modules)
+
+
+def kind_of(path: Path, name: str) -> str:
+    """Return the kind of a module, given the full name of its class and the file that names it.
+
+    Raises:
+        UserError: the class is not one of sentence-transformers' own, or this workbench does not know it.
+    """
+    kind = name.rpartition(".")[2]
+    if not name.startswith(PACKAGE):
+        raise UserError(
+            f"{path}: module {name!r} is code of the repository's own, which is never run", "use a model without remote code"
+        )
+    known = [TRANSFORMER, *ROUTERS, *MODULES]
+    if kind not in known:
+        raise UserError(f"{path}: module {kind!r} is not supported", nearest(kind, known))
+    return kind
 
 
 def transformer_of(folder: Path, modules: Sequence[Module]) -> Path:
@@ -177,6 +188,8 @@ def read_spec(
     for module in modules:
         if module.kind == TRANSFORMER:
             continue
+        if module.kind == WEIGHTED_LAYERS:
+            _check_weighted_layers(folder / "modules.json", found)
         read = MODULES[module.kind](module.folder)
         if isinstance(read, HeadModule):
             after.append(read)
@@ -184,10 +197,29 @@ def read_spec(
             if "pooling" in read and after:
                 raise UserError(f"{folder / 'modules.json'}: {after[-1].kind} stands before Pooling; it is supported after it only")
             found |= read
+    if not gives_all_layers(settings, config):
+        found.pop("layers", None)  # WeightedLayerPooling then passes on what it is given, the last block's output
     found["normalize"] = bool(after) and after[-1].kind == "Normalize"
     while after and after[-1].kind == "Normalize":
         after.pop()
     return EmbedderSpec(**found, modules=tuple(after), **_read_prompts(folder / PROMPTS_FILE))
+
+
+def gives_all_layers(settings: TransformerSettings, config: Mapping[str, Any]) -> bool:
+    """Whether a Transformer module passes on the outputs of all blocks; `config`: the network's `config.json`."""
+    return bool({**config, **settings.config}.get("output_hidden_states"))
+
+
+def _check_weighted_layers(path: Path, before: Mapping[str, Any]) -> None:
+    """See that a WeightedLayerPooling stands where it does something; `before`: what the modules before it say.
+
+    Raises:
+        UserError: it does not.
+    """
+    if "pooling" in before:
+        raise UserError(f"{path}: {WEIGHTED_LAYERS} stands after Pooling; it is supported before it only")
+    if "layers" in before:
+        raise UserError(f"{path}: {WEIGHTED_LAYERS} is listed twice")
 
 
 def _default_pooling(config: Mapping[str, Any]) -> Pooling:
@@ -219,6 +251,22 @@ def _read_pooling(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: key {next(iter(config))!r} is not known", nearest(next(iter(config)), list(LEGACY_POOLINGS)))
     pooling = Pooling(modes[0]) if len(modes) == 1 else tuple(Pooling(mode) for mode in modes)
     return {"pooling": pooling, "pool_prompt": pool_prompt, "token_width": width}
+
+
+def _read_weighted_layers(folder: Path) -> dict[str, Any]:
+    path, config = _read_config(folder, WEIGHTED_LAYERS)
+    for key in ("word_embedding_dimension", "embedding_dimension"):
+        config.pop(key, None)  # its result is as wide as the blocks' outputs
+    start, blocks = config.pop("layer_start", 4), config.pop("num_hidden_layers", 12)
+    for key, value in (("layer_start", start), ("num_hidden_layers", blocks)):
+        if type(value) is not int or value < 0:
+            raise UserError(f"{path}: {key} must be a whole number from 0 on; it is {value!r}")
+    if start > blocks:
+        raise UserError(f"{path}: layer_start {start} leaves none of {blocks} blocks")
+    if config:
+        known = ["embedding_dimension", "layer_start", "num_hidden_layers"]
+        raise UserError(f"{path}: key {next(iter(config))!r} is not known", nearest(next(iter(config)), known))
+    return {"layers": WeightedLayers(start=start, blocks=blocks)}
 
 
 def _read_dense(folder: Path) -> HeadModule:
@@ -255,6 +303,7 @@ def _read_dropout(folder: Path) -> dict[str, Any]:
 
 
 MODULES: Mapping[str, Callable[[Path], HeadModule | dict[str, Any]]] = {
+    WEIGHTED_LAYERS: _read_weighted_layers,
     "Pooling": _read_pooling,
     "Dense": _read_dense,
     "LayerNorm": _read_layer_norm,

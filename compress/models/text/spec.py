@@ -8,7 +8,16 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.common.errors import UserError
+
+TASKS = ("query", "document")
+"""What a text may be embedded for: to search, or to be found."""
+
+
+class UnknownTask(UserError, ValueError):
+    """A task that a model does not know."""
 
 
 class Pooling(StrEnum):
@@ -40,6 +49,17 @@ class HeadModule(BaseModel):
     """Of Dense: whether its input is added to its output, projected where the widths differ."""
 
 
+class WeightedLayers(BaseModel):
+    """sentence-transformers' `WeightedLayerPooling`: tokens are a weighted mean of several blocks' outputs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    start: int = Field(ge=0)
+    """The first hidden states that count: 0 for what enters the first block, n for the output of block n, from 1."""
+    blocks: int = Field(ge=1)
+    """Number of blocks of the network; the output of the last one is taken after the final norm."""
+
+
 class EmbedderSpec(BaseModel):
     """Everything about an embedder except its network. It is stored with every variant."""
 
@@ -49,6 +69,8 @@ class EmbedderSpec(BaseModel):
     """How tokens are pooled; the results of several modes are concatenated."""
     pool_prompt: bool = True
     """Whether the prompt's own tokens are pooled (sentence-transformers' `include_prompt`)."""
+    layers: WeightedLayers | None = None
+    """The blocks whose outputs are averaged before they are pooled; None: the last block's output alone is pooled."""
     token_width: int | None = None
     """Width of the token vectors; None: the network's hidden size."""
     modules: tuple[HeadModule, ...] = ()
@@ -76,6 +98,25 @@ class EmbedderSpec(BaseModel):
     def poolings(self) -> tuple[Pooling, ...]:
         """The pooling modes, in the order in which their results are concatenated."""
         return (self.pooling,) if isinstance(self.pooling, Pooling) else self.pooling
+
+    def prompt(self, prompt: str | None = None, task: str | None = None) -> str:
+        """Return what is put before every text, as sentence-transformers' `encode`, `encode_query` and `encode_document` choose it.
+
+        Args:
+            prompt: what the caller names, verbatim; it comes first.
+            task: what the texts are embedded for, one of `TASKS`: its prompt is the one of that name, and none where the model has
+                none of that name. None: the default prompt.
+
+        Raises:
+            UnknownTask: the task is none of `TASKS`. It is a ValueError.
+        """
+        if task is not None and task not in TASKS:
+            raise UnknownTask(f"task {task!r} is not known", f"known: {', '.join(TASKS)}")
+        if prompt is not None:
+            return prompt
+        # encode_document would look for "passage" and "corpus" too, but never gets there: every SentenceTransformer has a prompt
+        # named "document", which is empty where its files name none (6.2). The default prompt is for texts without a task.
+        return self.default_prompt if task is None else self.prompts.get(task, "")
 
     def dimension(self, hidden_size: int) -> int:
         """Return the width of the vectors that a network of this hidden size gives."""
