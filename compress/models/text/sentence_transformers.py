@@ -17,6 +17,8 @@ from compress.models.text.spec import EmbedderSpec, HeadModule, Pooling
 PACKAGE = "sentence_transformers."
 """The package of the modules that are read; classes of a repository's own are remote code."""
 TRANSFORMER = "Transformer"
+STATIC = "StaticEmbedding"
+"""The module of a static table; see `compress.models.text.static`."""
 SETTINGS_FILES = tuple(
     f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
@@ -72,15 +74,15 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
             raise UserError(
                 f"{path}: module {name!r} is code of the repository's own, which is never run", "use a model without remote code"
             )
-        if kind not in MODULES and kind != TRANSFORMER:
-            raise UserError(f"{path}: module {kind!r} is not supported", nearest(kind, [TRANSFORMER, *MODULES]))
+        if kind not in MODULES and kind not in (TRANSFORMER, STATIC):
+            raise UserError(f"{path}: module {kind!r} is not supported", nearest(kind, [TRANSFORMER, STATIC, *MODULES]))
         modules.append(Module(kind, folder / str(entry["path"])))
     return tuple(modules)
 
 
 def transformer_of(folder: Path, modules: Sequence[Module]) -> Path:
-    """Return where the network's own files are: the Transformer module's folder; the model's own where none is listed."""
-    return next((module.folder for module in modules if module.kind == TRANSFORMER), folder)
+    """Return where the network's own files are: the folder of the Transformer or the static table; else the model's own."""
+    return next((module.folder for module in modules if module.kind in (TRANSFORMER, STATIC)), folder)
 
 
 def read_settings(transformer: Path) -> TransformerSettings:
@@ -184,10 +186,16 @@ def read_spec(
             if "pooling" in read and after:
                 raise UserError(f"{folder / 'modules.json'}: {after[-1].kind} stands before Pooling; it is supported after it only")
             found |= read
-    found["normalize"] = bool(after) and after[-1].kind == "Normalize"
-    while after and after[-1].kind == "Normalize":
-        after.pop()
-    return EmbedderSpec(**found, modules=tuple(after), **_read_prompts(folder / PROMPTS_FILE))
+    left, normalize = without_last_normalize(after)
+    return EmbedderSpec(**found, modules=left, normalize=normalize, **read_prompts(folder / PROMPTS_FILE))
+
+
+def without_last_normalize(after: Sequence[HeadModule]) -> tuple[tuple[HeadModule, ...], bool]:
+    """Return modules without the normalisation at their end, and whether there is one."""
+    left = list(after)
+    while left and left[-1].kind == "Normalize":
+        left.pop()
+    return tuple(left), len(left) < len(after)
 
 
 def _default_pooling(config: Mapping[str, Any]) -> Pooling:
@@ -264,7 +272,7 @@ MODULES: Mapping[str, Callable[[Path], HeadModule | dict[str, Any]]] = {
 """Modules that a model may have after its Transformer: from the module's folder to a `HeadModule`, or to fields of the spec."""
 
 
-def _read_prompts(path: Path) -> dict[str, Any]:
+def read_prompts(path: Path) -> dict[str, Any]:
     """Return what the model's own settings say of prompts and of the vectors' width."""
     if not path.exists():
         return {}
