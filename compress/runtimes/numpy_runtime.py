@@ -59,6 +59,10 @@ class FloatRows:
     table: npt.NDArray[Any]
     dtype: str
 
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.table)
+
     def __call__(self, rows: Ids) -> Vectors:
         """Return rows, float32 [rows, width]."""
         return float32(np.take(self.table, rows, axis=0), self.dtype)
@@ -73,14 +77,21 @@ class IntegerRows:
     weight: npt.NDArray[Any]
     scale: npt.NDArray[Any]
 
-    def __call__(self, rows: Ids) -> Vectors:
-        """Return rows, float32 [rows, width]: the integers, less the middle of their range, times the scale of their group."""
-        stored, scale = np.take(self.weight, rows, axis=0), self.scale[rows].astype(np.float32).reshape(len(rows), -1)
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.weight)
+
+    def integers(self, rows: Ids) -> npt.NDArray[np.int8]:
+        """Return the integers of rows, less the middle of their range: int8 [rows, width]."""
+        stored = np.take(self.weight, rows, axis=0)
         if stored.dtype == np.int8:
-            values = stored.astype(np.float32)
-        else:
-            values = unpack(stored, self.layer.bits, self.width).astype(np.float32)
-            values -= np.float32(2 ** (self.layer.bits - 1))
+            return stored
+        # Unsigned below 2^bits, with 7 bits at most: 8 bits are stored as int8.
+        return unpack(stored, self.layer.bits, self.width).view(np.int8) - np.int8(2 ** (self.layer.bits - 1))
+
+    def __call__(self, rows: Ids) -> Vectors:
+        """Return rows, float32 [rows, width]: the integers times the scale of their group."""
+        values, scale = self.integers(rows).astype(np.float32), self.scale[rows].astype(np.float32).reshape(len(rows), -1)
         if self.layer.group_size is not None:
             scale = np.repeat(scale, self.layer.group_size, axis=1)[:, : self.width]
         values *= scale

@@ -41,7 +41,6 @@ REFUSED = {
     "normalize_by_remote_module": "is code of the repository's own",
     "qwen2_remote_code": "the network is remote code",
     "router_st": "module 'Router' is not supported",
-    "static_st": "module 'StaticEmbedding' is not supported",
     "weighted_layers_st": "module 'WeightedLayerPooling' is not supported",
 }
 """Layouts that are refused when they are loaded, and what the error says."""
@@ -58,7 +57,7 @@ QUICK = (
     "bert_plain", "bert_processor_kwargs", "bert_sharded", "bert_subfolder", "bert_truncate_dim", "bert_truncation_left",
     "bert_two_weight_files", "bert_vocab_txt", "distilbert_mean", "gemma3_no_dense", "labse_dense_tanh", "modernbert_mean", "mpnet_mean",
     "normalize_twice", "pooling_max", "pooling_new_keys_two", "pooling_weighted", "prompt_left_out_cls", "prompt_left_out_last",
-    "prompt_left_out_mean", "qwen3_last", "qwen3_plain_causal", "roberta_mean", "stella_dense_up", *TOO_LONG, *REFUSED,
+    "prompt_left_out_mean", "qwen3_last", "qwen3_plain_causal", "roberta_mean", "static_st", "stella_dense_up", *TOO_LONG, *REFUSED,
 )  # fmt: skip
 LAYOUTS = [
     pytest.param(name, marks=[] if name in QUICK else [pytest.mark.models])

@@ -190,9 +190,9 @@ class StaticFiles:
             UserError: there is no tokenizer, or it has more tokens than the table has vectors for.
         """
         tokenizer = open_tokenizer(self.place)
-        tokens, count = tokenizer.get_vocab_size(with_added_tokens=True), self.config["vocab_size"]
-        if tokens > count:
-            raise UserError(f"{self.place}: tokenizer.json has {tokens} tokens, and the table has vectors for {count}")
+        highest, count = max(tokenizer.get_vocab().values(), default=-1), self.config["vocab_size"]
+        if highest >= count:
+            raise UserError(f"{self.place / 'tokenizer.json'}: has a token of number {highest}; the table has vectors for {count} tokens")
         truncation = tokenizer.truncation or {}
         # Neither library asks for special tokens, and all that a post-processor does to ids is to add them.
         tokenizer.post_processor = None
