@@ -40,7 +40,11 @@ def shared_tensors(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """The tensors of a model whose vocabulary model2vec has quantized: tokens share 40 vectors and have factors."""
     tokens, random = tokenizer.get_vocab_size(), np.random.default_rng(1)
     mapping = random.integers(0, 40, tokens).astype(np.int32)
-    return {"embeddings": table(tokenizer, rows=40), "mapping": mapping, "weights": random.uniform(0.2, 3, tokens).astype(np.float32)}
+    return {
+        "embeddings": table(tokenizer, rows=40),
+        "mapping": mapping,
+        "weights": random.uniform(0.2, 3, tokens).astype(np.float32),
+    }
 
 
 def static_embedding_folder(

@@ -65,8 +65,9 @@ def open_for_export(source: ModelFolder, layout: str, numbers: frozenset[Numbers
             layout is not asked here, or stores half-precision values.
 
     Raises:
-        UserError: a static table; NV-Embed's architecture, which only its own code runs; weights that the layout does not store; a layer that
-            divides its input; blocks that the architecture's config cannot describe; texts that end in a token of their own.
+        UserError: a static table; NV-Embed's architecture, which only its own code runs; weights that the layout does not store; a
+            layer that divides its input; blocks that the architecture's config cannot describe; texts that end in a token of their
+            own.
     """
     info = source.compressed
     if source.is_static:

@@ -1,4 +1,4 @@
-"""A static table for sentence-transformers (StaticEmbedding) and for model2vec. What both do to texts: `compress.models.text.static`."""
+"""A static table for sentence-transformers (StaticEmbedding) and model2vec. How both take texts: `compress.models.text.static`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def embed(texts, prompt=""):
 def write_sentence_transformers(source: ModelFolder, folder: Path) -> Reader:
     """Write a static table into an empty folder as StaticEmbedding and the modules after it, in float32.
 
-    sentence-transformers averages unknown tokens too. Where the variant leaves them out and scales its vectors to unit length at once,
-    their row is written as zeros, which gives the same vectors.
+    sentence-transformers averages unknown tokens too. Where the variant leaves them out and scales its vectors to unit length at
+    once, their row is written as zeros, which gives the same vectors.
     """
     spec, tokenizer = source.spec, open_tokenizer(source.path)
     vectors = token_vectors(source)(np.arange(source.config["vocab_size"]))
@@ -63,8 +63,8 @@ def write_sentence_transformers(source: ModelFolder, folder: Path) -> Reader:
     if unknown is not None:
         notes.append(f"{_differs(tokenizer)}: the variant leaves it out, sentence-transformers counts it.")
     if spec.max_characters is not None:
-        notes.append(f"Texts of more than {spec.max_characters:,} characters: the variant cuts them there, sentence-transformers only at "
-                     f"{spec.max_length} tokens.")  # fmt: skip
+        there = f"sentence-transformers only at {spec.max_length} tokens"
+        notes.append(f"Texts of more than {spec.max_characters:,} characters: the variant cuts them there, {there}.")
     library = "sentence-transformers"
     return Reader(library, (library,), in_sentence_transformers(options=""), notes=tuple(notes))
 
@@ -72,8 +72,8 @@ def write_sentence_transformers(source: ModelFolder, folder: Path) -> Reader:
 def write_model2vec(source: ModelFolder, folder: Path) -> Reader:
     """Write a static table into an empty folder of model2vec's.
 
-    Integers with one scale a row stay as they are, in int8; their scales become the factors of the tokens (`weights`). Everything else
-    is written in half precision.
+    Integers with one scale a row stay as they are, in int8; their scales become the factors of the tokens (`weights`). All else is
+    written in half precision.
 
     Raises:
         UserError: the model is not a static table, or has what model2vec has not.

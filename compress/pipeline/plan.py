@@ -72,7 +72,9 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
     gpus: dict[str, str] = {}
     calibration_tokens = recipe.calibration.count * TYPICAL_LENGTH
     if not shape.parameters:
-        raise UserError(f"model {shape.name!r}: its table is stored in integers already", "start from the model that it was made from")
+        raise UserError(
+            f"model {shape.name!r}: its table is stored in integers already", "start from the model that it was made from"
+        )
     for index, step in enumerate(steps_for(recipe, shape)):
         if not shape.blocks and not step.without_blocks:
             raise UserError(
@@ -124,7 +126,9 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
     )
     problems = _problems(plan, output)
     try:
-        plan = replace(plan, runtime=pick_runtime(recipe.runtime, quantized, dtype=recipe.dtype, kind=Kind(static=not shape.blocks)))
+        plan = replace(
+            plan, runtime=pick_runtime(recipe.runtime, quantized, dtype=recipe.dtype, kind=Kind(static=not shape.blocks))
+        )
     except UserError as error:
         problems.append(error.message)
     return replace(plan, problems=tuple(problems))

@@ -173,7 +173,7 @@ def pick_runtime(
     *,
     device: str = "cpu",
     dtype: str | None = None,
-    kind: Kind = Kind(),  # noqa: B008  it is frozen
+    kind: Kind = Kind(),
 ) -> str:
     """Return the name of the runtime that is to execute a model.
 

@@ -1,7 +1,7 @@
 """Runs static tables with numpy, checkpoints and variants alike, without torch or transformers.
 
-The table stays in its file, memory-mapped: of a text, only the rows of its tokens are read. Nothing is padded: texts of one length are
-looked up and summed together.
+The table stays in its file, memory-mapped: of a text, only the rows of its tokens are read. Nothing is padded: texts of one length
+are looked up and summed together.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from compress.models.text.static import MAPPING, TABLE, TOKEN_WEIGHTS
 from compress.models.text.tokens import Ids
 from compress.runtimes.contract import NUMPY, Kind, pick_runtime
 
-# Tokens whose vectors are in memory at a time: with 256 dimensions 1 MB, which stays in the caches of a core. Measured with a table of
-# 30,000 rows of 256 dimensions, one thread: from 512 to 4,096 tokens are within a fifth of each other; 32,768 are 1.4 times as slow.
+# Tokens whose vectors are in memory at a time: with 256 dimensions 1 MB, which stays in the caches of a core. Measured with a table
+# of 30,000 rows of 256 dimensions, one thread: from 512 to 4,096 tokens are within a fifth, 32,768 are 1.4 times as slow.
 BATCH_TOKENS = 1_024
 # Tokens that are summed one after the other. A longer text is the sum of such sums, which keeps rounding errors small.
 PIECE = 64
@@ -41,7 +41,8 @@ Step = Callable[[Vectors], Vectors]
 
 def mapped(tensor: StoredTensor) -> npt.NDArray[Any]:
     """Return a tensor in its file, memory-mapped and read-only, in its own dtype; bfloat16 as the uint16 of its bits."""
-    file = np.memmap(tensor.path, dtype=DTYPES[tensor.info.dtype], mode="r", offset=tensor.info.offset, shape=tensor.info.shape)
+    offset, shape = tensor.info.offset or 0, tensor.info.shape
+    file: npt.NDArray[Any] = np.memmap(tensor.path, dtype=DTYPES[tensor.info.dtype], mode="r", offset=offset, shape=shape)
     return np.asarray(file)  # a plain array over the same memory: indexing a memmap costs more
 
 
@@ -189,14 +190,21 @@ def _starts(lengths: Ids) -> Ids:
 
 def _gelu(x: Vectors) -> Vectors:
     # math.erf value by value: it sees one vector a text, not one a token.
-    return x * np.float32(0.5) * (1 + np.vectorize(math.erf, otypes=[np.float32])(x / np.float32(math.sqrt(2))))
+    erf: Vectors = np.vectorize(math.erf, otypes=[np.float32])(x / np.float32(math.sqrt(2)))
+    made: Vectors = x * np.float32(0.5) * (np.float32(1) + erf)
+    return made
+
+
+def _sigmoid(x: Vectors) -> Vectors:
+    made: Vectors = np.reciprocal(np.float32(1) + np.exp(-x))
+    return made
 
 
 ACTIVATIONS: dict[str, Step] = {
     "Identity": lambda x: x,
     "Tanh": np.tanh,
     "ReLU": lambda x: np.maximum(x, 0),
-    "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "Sigmoid": _sigmoid,
     "GELU": _gelu,
 }
 """Activation functions of Dense modules, by the name of their class in torch."""
@@ -247,12 +255,14 @@ def _dense(vectors: Vectors, tensors: dict[str, Vectors], activation: Step, resi
 def _layer_norm(vectors: Vectors, weight: Vectors, bias: Vectors) -> Vectors:
     centred = vectors - vectors.mean(axis=1, keepdims=True)
     variance = np.mean(centred**2, axis=1, keepdims=True)
-    return centred / np.sqrt(variance + np.float32(LAYER_NORM_EPSILON)) * weight + bias
+    made: Vectors = centred / np.sqrt(variance + np.float32(LAYER_NORM_EPSILON)) * weight + bias
+    return made
 
 
 def normalized(vectors: Vectors) -> Vectors:
     """Scale vectors to unit length; a zero vector stays one."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(NORM_EPSILON))
+    made: Vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(NORM_EPSILON))
+    return made
 
 
 def _leading(vectors: Vectors, count: int) -> Vectors:

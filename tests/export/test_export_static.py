@@ -61,9 +61,7 @@ def test_modules_after_the_mean_are_written_too(pieces: Tokenizer, tmp_path: Pat
     SentenceTransformer(modules=parts, device="cpu").save(str(tmp_path / "m"))
     compress_to(tmp_path / "m", tmp_path / "v", Embeddings(bits=8))
     out = export(tmp_path / "v", "sentence-transformers", tmp_path / "out", check=False)
-    np.testing.assert_allclose(
-        SentenceTransformer(str(out), device="cpu").encode(TEXTS), vectors(tmp_path / "v", TEXTS), atol=1e-5
-    )
+    np.testing.assert_allclose(SentenceTransformer(str(out), device="cpu").encode(TEXTS), vectors(tmp_path / "v", TEXTS), atol=1e-5)
     with pytest.raises(UserError, match="cannot be written as model2vec: it has a Normalize module after the mean"):
         export(tmp_path / "v", "model2vec", tmp_path / "other")
 
@@ -154,9 +152,7 @@ def test_graphs(pieces: Tokenizer, tmp_path: Path, format: str) -> None:
         export(tmp_path / "w", format, tmp_path / "refused")
 
 
-def test_layouts_of_networks_refuse_a_table_and_model2vec_a_network(
-    pieces: Tokenizer, bert: Path, tmp_path: Path
-) -> None:
+def test_layouts_of_networks_refuse_a_table_and_model2vec_a_network(pieces: Tokenizer, bert: Path, tmp_path: Path) -> None:
     model = static_embedding_folder(tmp_path / "m", pieces, {"embedding.weight": table(pieces)})
     compress_to(model, tmp_path / "v", Embeddings(bits=8))
     for format in FORMATS:

@@ -33,7 +33,9 @@ def test_a_recipe_from_end_to_end(pieces: Tokenizer, tmp_path: Path, layout: str
     if layout == "model2vec":
         model = model2vec_folder(tmp_path / "tiny", pieces, shared_tensors(pieces), normalize=True)
     else:
-        model = static_embedding_folder(tmp_path / "tiny", pieces, {"embedding.weight": table(pieces)}, "Normalize", truncate_dim=20)
+        model = static_embedding_folder(
+            tmp_path / "tiny", pieces, {"embedding.weight": table(pieces)}, "Normalize", truncate_dim=20
+        )
     (tmp_path / "texts.txt").write_text("the parcel never came\nrain by the evening")
     recipe = parse_recipe(
         {
@@ -71,7 +73,10 @@ def test_speed_names_the_runtime_of_the_baseline(pieces: Tokenizer, tmp_path: Pa
     measure = {"what": ["speed"], "count": 24, "rounds": 1, "requests": 10, "threads": 1}
     recipe = parse_recipe({"steps": [{"method": "embeddings"}], "measure": measure, "evaluate": {"tasks": []}})
     record = run(recipe, model=str(model), output=tmp_path / "results", device="cpu")
-    assert [(row.role, row.runtime) for row in record.rows if row.compute == "float32"] == [("baseline", "numpy"), ("variant", "torch")]
+    assert [(row.role, row.runtime) for row in record.rows if row.compute == "float32"] == [
+        ("baseline", "numpy"),
+        ("variant", "torch"),
+    ]
 
 
 def test_steps_on_blocks_are_refused_by_plan_and_run(pieces: Tokenizer, tmp_path: Path) -> None:

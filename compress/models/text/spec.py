@@ -62,7 +62,7 @@ class EmbedderSpec(BaseModel):
     truncation_side: Literal["right", "left"] = "right"
     """The end at which longer texts are cut."""
     max_characters: int | None = None
-    """Longest text in characters, the prompt counted; longer ones are cut there before they are tokenized (model2vec). None: any."""
+    """Longest text in characters, the prompt counted; longer ones are cut before they are tokenized (model2vec). None: any."""
     skip_unknown: bool = False
     """Whether the tokenizer's unknown token is left out of a text, after the text has been cut (model2vec)."""
     lowercase: bool = False

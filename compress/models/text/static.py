@@ -3,14 +3,14 @@
 Two libraries read such folders, and they differ where it matters; each folder is read as its own library reads it.
 
 With a `modules.json` that begins with StaticEmbedding, as sentence-transformers 6.2 does
-(`sentence_transformers/sentence_transformer/modules/static_embedding.py`): `tokenizer.json` without special tokens; texts are cut only
-where that file truncates; unknown tokens count like all others; a text without tokens is a zero vector. The table is
+(`sentence_transformers/sentence_transformer/modules/static_embedding.py`): `tokenizer.json` without special tokens; texts are cut
+only where that file truncates; unknown tokens count like all others; a text without tokens is a zero vector. The table is
 `embedding.weight`, or model2vec's `embeddings` with its `mapping` and `weights`. The modules after it follow.
 
-Without one, and with `model_type: model2vec` in `config.json`, as model2vec 0.10 does (`model2vec/model.py`, `StaticModel.encode`; 0.6
-and 0.7 give the same for what they can store): a text is cut at `max_length` (512 unless config.json says otherwise; null: not at all)
-times the median length of the vocabulary's tokens in characters, then tokenized without special tokens and cut at `max_length` tokens;
-unknown tokens are then left out. Token t has the vector `embeddings[mapping[t]] * weights[t]`, each of the two where it is stored;
+Without one, and with `model_type: model2vec` in `config.json`, as model2vec 0.10 does (`model2vec/model.py`, `StaticModel.encode`):
+a text is cut at `max_length` (512 unless config.json says otherwise; null: not at all) times the median length of the vocabulary's
+tokens in characters, then tokenized without special tokens and cut at `max_length` tokens; unknown tokens are then left out.
+Token t has the vector `embeddings[mapping[t]] * weights[t]`, each of the two where it is stored;
 `normalize` in config.json (default false) scales the mean to unit length. Everything is computed in float32 here; model2vec
 rounds the vectors of a float16 table to float16.
 """
@@ -46,7 +46,7 @@ MODEL_TYPE = "static"
 MODEL2VEC = "model2vec"
 """`model_type` of model2vec's folders."""
 TABLE, MAPPING, TOKEN_WEIGHTS = "embeddings.word_embeddings.weight", "embeddings.token_mapping", "embeddings.token_weights"
-"""Tensors of a static table in a variant: the vectors, the row of each token (where tokens share rows) and the factor of each token."""
+"""Tensors of a static table in a variant: the vectors, each token's row (where tokens share rows) and each token's factor."""
 NAMES = {"embedding.weight": TABLE, "embeddings": TABLE, "mapping": MAPPING, "weights": TOKEN_WEIGHTS}
 """Names of these tensors in the files of sentence-transformers and of model2vec."""
 TABLE_DTYPES = ("F32", "F16", "BF16", "F64", "I8")
@@ -104,7 +104,8 @@ def read_spec(folder: Path) -> EmbedderSpec:
         UserError: always.
     """
     raise UserError(
-        f"{folder}: model_type {MODEL_TYPE!r} is that of a variant, and variant.json is missing", "give the folder of the whole variant"
+        f"{folder}: model_type {MODEL_TYPE!r} is that of a variant, and variant.json is missing",
+        "give the folder of the whole variant",
     )
 
 
@@ -153,7 +154,9 @@ class StaticFiles:
             if name not in NAMES:
                 raise UserError(f"{tensor.path}: {name}: not a tensor of a static table", nearest(name, NAMES))
             if NAMES[name] in found:
-                raise UserError(f"{tensor.path}: holds both {found[NAMES[name]].name} and {name}; which is the table cannot be told")
+                raise UserError(
+                    f"{tensor.path}: holds both {found[NAMES[name]].name} and {name}; which is the table cannot be told"
+                )
             found[NAMES[name]] = tensor
         if TABLE not in found:
             raise UserError(f"{self.place}: no table of vectors in its safetensors file", "'embedding.weight' or 'embeddings'")
@@ -192,7 +195,9 @@ class StaticFiles:
         tokenizer = open_tokenizer(self.place)
         highest, count = max(tokenizer.get_vocab().values(), default=-1), self.config["vocab_size"]
         if highest >= count:
-            raise UserError(f"{self.place / 'tokenizer.json'}: has a token of number {highest}; the table has vectors for {count} tokens")
+            raise UserError(
+                f"{self.place / 'tokenizer.json'}: has a token of number {highest}; the table has vectors for {count} tokens"
+            )
         truncation = tokenizer.truncation or {}
         # Neither library asks for special tokens, and all that a post-processor does to ids is to add them.
         tokenizer.post_processor = None

@@ -77,7 +77,9 @@ def test_a_folder_of_its_own_prompts_and_fewer_dimensions(pieces: Tokenizer, tmp
 
 
 def test_what_comes_after_the_mean(pieces: Tokenizer, tmp_path: Path) -> None:
-    for number, activation in enumerate([torch.nn.Tanh(), torch.nn.GELU(), torch.nn.Sigmoid(), torch.nn.ReLU(), torch.nn.Identity()]):
+    for number, activation in enumerate(
+        [torch.nn.Tanh(), torch.nn.GELU(), torch.nn.Sigmoid(), torch.nn.ReLU(), torch.nn.Identity()]
+    ):
         torch.manual_seed(number)
         parts = [
             modules.StaticEmbedding(pieces, embedding_weights=table(pieces)),
@@ -107,7 +109,9 @@ def test_an_activation_that_numpy_has_not_is_left_to_torch(pieces: Tokenizer, tm
 def test_sentence_transformers_reads_model2vec_s_tensors(pieces: Tokenizer, tmp_path: Path, shared: bool) -> None:
     tensors = shared_tensors(pieces) if shared else {"embeddings": table(pieces)}
     folder = static_embedding_folder(tmp_path / "st", pieces, tensors, "Normalize", place=".")
-    write_json(folder / "config.json", {"model_type": "model2vec", "normalize": True})  # as model2vec writes it next to modules.json
+    write_json(
+        folder / "config.json", {"model_type": "model2vec", "normalize": True}
+    )  # as model2vec writes it next to modules.json
     agree(folder, reference(folder, TEXTS))
 
 
@@ -193,9 +197,7 @@ def broken(folder: Path, what: str) -> str:
     return said
 
 
-@pytest.mark.parametrize(
-    "what", ["mapping", "weights", "unknown tensor", "dimensions", "dtype", "tokens", "table", "max_length"]
-)
+@pytest.mark.parametrize("what", ["mapping", "weights", "unknown tensor", "dimensions", "dtype", "tokens", "table", "max_length"])
 def test_a_broken_folder_is_refused_with_its_place(pieces: Tokenizer, tmp_path: Path, what: str) -> None:
     folder = model2vec_folder(tmp_path / "m2v", pieces, shared_tensors(pieces))
     said = broken(folder, what)
