@@ -28,6 +28,7 @@ NAVIGATION = {
         "quantization",
         "pruning",
         "distillation",
+        "static",
         "runtimes",
         "exports",
         "hub",

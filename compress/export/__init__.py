@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FORMATS: Mapping[str, str] = {
     "transformers": "compress.export.dense:write_transformers",
     "sentence-transformers": "compress.export.dense:write_sentence_transformers",
+    "model2vec": "compress.export.static_table:write_model2vec",
     "nv-embed": "compress.export.nv_embed:write",
     "onnx": "compress.export.graphs:write_onnx",
     "openvino": "compress.export.graphs:write_openvino",

@@ -65,10 +65,16 @@ def open_for_export(source: ModelFolder, layout: str, numbers: frozenset[Numbers
             layout is not asked here, or stores half-precision values.
 
     Raises:
-        UserError: NV-Embed's architecture, which only its own code runs; weights that the layout does not store; a layer that
-            divides its input; blocks that the architecture's config cannot describe; texts that end in a token of their own.
+        UserError: a static table; NV-Embed's architecture, which only its own code runs; weights that the layout does not store; a
+            layer that divides its input; blocks that the architecture's config cannot describe; texts that end in a token of their
+            own.
     """
     info = source.compressed
+    if source.is_static:
+        raise UserError(
+            f"{source.name}: cannot be written as {layout}: it is a static table, which has no blocks",
+            "sentence-transformers, model2vec, onnx and openvino hold it",
+        )
     network = empty_model(source)
     pooling = head_of(network).pooling
     if not isinstance(pooling, TokenPooling):

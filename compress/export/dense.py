@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compress.export import static_table
 from compress.export.base import Exportable, half_values, open_for_export, table_notes, write_config, write_weights
 from compress.export.loader_files import write_modules, write_tokenizer
 from compress.export.reader import Reader, in_sentence_transformers, in_transformers
@@ -20,6 +21,8 @@ def write_sentence_transformers(source: ModelFolder, folder: Path) -> Reader:
     Raises:
         UserError: the architecture's config cannot describe the variant.
     """
+    if source.is_static:
+        return static_table.write_sentence_transformers(source, folder)
     opened = _write(source, folder, SENTENCE_TRANSFORMERS)
     write_modules(opened, folder)
     return Reader(SENTENCE_TRANSFORMERS, (SENTENCE_TRANSFORMERS,), in_sentence_transformers(), notes=_notes(opened))

@@ -8,11 +8,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from compress.common.errors import UserError
 from compress.common.files import write_json
 from compress.export.reader import Reader
 from compress.models.files.headers import INDEX_FILE, weight_files
 from compress.models.folder import ModelFolder
-from compress.runtimes.contract import graph_file, graph_inputs, pick_runtime
+from compress.runtimes.contract import Kind, graph_file, graph_inputs, pick_runtime
 from compress.runtimes.exported import SETTINGS_FILE
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
@@ -88,7 +89,8 @@ def _lowered(source: ModelFolder, folder: Path, runtime: str) -> Path:
     """Copy a variant and write its graph for a runtime next to its weights."""
     from compress.runtimes.lower import lower
 
-    pick_runtime(runtime, source.compressed.quantized)
+    _check_texts(source, runtime)
+    pick_runtime(runtime, source.compressed.quantized, kind=Kind(static=source.is_static))
     for path in (*source.weight_files, *(source.path / name for name in ("config.json", "variant.json", INDEX_FILE))):
         if path.exists():
             shutil.copy(path, folder / path.name)
@@ -96,6 +98,20 @@ def _lowered(source: ModelFolder, folder: Path, runtime: str) -> Path:
     for name in ("config.json", "variant.json"):
         (folder / name).unlink()
     return graph_file(folder, runtime)
+
+
+def _check_texts(source: ModelFolder, layout: str) -> None:
+    """See that what is done to texts is what the export's example does to them.
+
+    Raises:
+        UserError: texts are cut by characters, or unknown tokens are left out, which only model2vec does too.
+    """
+    spec = source.spec
+    if spec.skip_unknown or spec.max_characters is not None:
+        raise UserError(
+            f"{source.name}: cannot be written as {layout}: it takes texts as model2vec does, which leaves unknown tokens out",
+            "use the variant as it is, or export it as model2vec",
+        )
 
 
 def _reader(source: ModelFolder, folder: Path, runtime: str, words: dict[str, str]) -> Reader:

@@ -88,6 +88,8 @@ class Method(BaseModel):
     whole: ClassVar[bool] = False
     """Whether it looks at the model as a whole, or changes the tokens. Such steps come before all others; after them the model is
     walked segment by segment."""
+    without_blocks: ClassVar[bool] = False
+    """Whether it also works on a static table, which has no blocks; see `compress.models.text.static`."""
     anywhere: ClassVar[bool] = False
     """Whether a `whole` step may also come after others. The model is then walked twice."""
 

@@ -15,6 +15,7 @@ from compress.methods.base import Bench, Estimate, Method
 from compress.models.architectures import is_in_block
 from compress.models.files.headers import TensorInfo
 from compress.models.shape import ModelShape, with_backbone
+from compress.models.text.static import MAPPING, TOKEN_WEIGHTS
 
 if TYPE_CHECKING:
     from compress.calibration.inputs import Inputs
@@ -34,6 +35,7 @@ class Vocabulary(Method):
     family: ClassVar[str] = "smaller"
     method: Literal["vocabulary"] = "vocabulary"
     whole: ClassVar[bool] = True
+    without_blocks: ClassVar[bool] = True
     texts: str
     """Texts whose tokens are kept: a JSONL file with `text` (`.gz` allowed) or a plain text file with one text per line."""
     min_count: int = Field(1, ge=1)
@@ -99,16 +101,23 @@ class Vocabulary(Method):
         if table is None:
             raise ValueError(f"{shape.name} has no token embedding table")
         rows, width = shape.tensors[f"{table}.weight"].shape
+        tensors = dict(shape.as_stored().tensors)
+        own = {name: tensors[name] for name in (MAPPING, TOKEN_WEIGHTS) if name in tensors}  # of a static table
+        shared = MAPPING in own  # then tokens share rows, and all rows stay
+        rows = own[MAPPING].shape[0] if shared else rows
         left = rows if self.tokens is None else self.tokens
-        tensors = {**shape.as_stored().tensors, f"{table}.weight": TensorInfo("F16", (left, width))}
+        tensors |= {name: replace(info, shape=(left,)) for name, info in own.items()}
+        if not shared:
+            tensors[f"{table}.weight"] = TensorInfo("F16", (left, width))
         said = (
             f"{left:,} of {rows:,} tokens kept" if self.tokens is not None else f"of {rows:,} tokens those in {self.texts} are kept"
         )
+        fewer = (rows - left) * width
         return Estimate(
             after=replace(shape, tensors=tensors, config=with_backbone(shape.config, vocab_size=left)),
             memory_bytes=0,
             bytes_touched=0,
-            note=said + (f", {(rows - left) * width / 1e6:,.1f} M fewer parameters" if self.tokens is not None else ""),
+            note=said + (f", {fewer / 1e6:,.1f} M fewer parameters" if self.tokens is not None and not shared else ""),
         )
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
@@ -117,6 +126,7 @@ class Vocabulary(Method):
         from torch import nn
 
         from compress.models.network.segments import module_in, token_table
+        from compress.models.network.static import TokenVectors
 
         name = token_table(parts)
         if name is None or is_in_block(name):
@@ -124,6 +134,11 @@ class Vocabulary(Method):
         table = module_in(parts, name)
         assert isinstance(table, nn.Embedding)
         kept = torch.tensor(self._kept, device=table.weight.device)
+        for owner in parts.values():
+            if isinstance(owner, TokenVectors):
+                owner.keep(kept)
+                if owner.token_mapping is not None:
+                    return {}
         table.weight = nn.Parameter(table.weight.data[kept], requires_grad=False)
         table.num_embeddings = len(kept)
         return {}

@@ -135,7 +135,8 @@ class OwnArchitecture:
     spec: str
     """Function that reads the `EmbedderSpec` from the folder's path. It does not import torch."""
     config: str
-    """Function that reads the backbone's config from the folder's path, as one of transformers' own config classes."""
+    """Function that makes the backbone's config from the content of `config.json`: one of transformers' own config classes, or one
+    that has `num_hidden_layers`."""
     network: str
     """Function that builds the network from a `ModelFolder`, with its parameters on the meta device."""
 
@@ -145,6 +146,12 @@ OWN_ARCHITECTURES: Mapping[str, OwnArchitecture] = {
         spec="compress.models.text.nv_embed:read_spec",
         config="compress.models.text.nv_embed:read_config",
         network="compress.models.network.nv_embed:build",
+    ),
+    # A table of tokens, and no blocks. Folders of other libraries are read by `compress.models.text.static`.
+    "static": OwnArchitecture(
+        spec="compress.models.text.static:read_spec",
+        config="compress.models.text.static:read_config",
+        network="compress.models.network.static:build",
     ),
 }
 """The architectures by `model_type`. A checkpoint of one holds exactly the network's tensors, under their names in the network."""

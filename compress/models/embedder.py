@@ -45,15 +45,12 @@ class Embedder(Protocol):
         batch_tokens: int | None = None,
         progress: bool | None = None,
     ) -> Vectors:
-        """Embed texts as float32 [n, dimension], in their order; see `BatchedEmbedder.encode`."""
+        """Embed texts as float32 [n, dimension], in their order; see `TextEmbedder.encode`."""
         ...
 
 
-class BatchedEmbedder(ABC):
-    """An embedder that sorts texts by length, batches them by a token budget and restores their order.
-
-    Subclasses run the batches.
-    """
+class TextEmbedder(ABC):
+    """An embedder that checks texts and tokenizes them in chunks. Subclasses turn tokens into vectors."""
 
     def __init__(self, name: str, spec: EmbedderSpec, tokenizer: TextTokenizer, dimension: int, batch_tokens: int) -> None:
         self.name = name
@@ -63,11 +60,12 @@ class BatchedEmbedder(ABC):
         self.batch_tokens = batch_tokens
 
     @abstractmethod
-    def forward(self, batches: Sequence[Batch], pool_from: int, show: bool) -> Iterator[Vectors]:
-        """Embed padded batches and yield the vectors of each in order, float32 [texts, dimension].
+    def embed(self, rows: Sequence[Ids], budget: int, pool_from: int, show: bool) -> Vectors:
+        """Embed tokenized texts, float32 [texts, dimension], in their order.
 
         Args:
-            batches: the batches, in the order to run them.
+            rows: the ids of each text, int64 [length].
+            budget: largest number of tokens to work on at a time.
             pool_from: position of the first pooled token; earlier ones are a prompt that is not pooled.
             show: whether to show progress.
         """
@@ -115,12 +113,7 @@ class BatchedEmbedder(ABC):
         chunks: list[Vectors] = []
         for chunk, rows in self._tokenized(texts, prompt):
             self._check_lengths(rows, sum(map(len, chunks)))
-            vectors = np.empty((len(rows), self.dimension), dtype=np.float32)
-            order = list(batches_by_tokens([len(row) for row in rows], budget))
-            batches = [pad_batch([rows[index] for index in batch]) for batch in order]
-            show = len(rows) >= LONG_WORK_TEXTS if progress is None else progress
-            for batch, made in zip(order, self.forward(batches, pool_from, show), strict=True):
-                vectors[batch] = made
+            vectors = self.embed(rows, budget, pool_from, len(rows) >= LONG_WORK_TEXTS if progress is None else progress)
             if not np.isfinite(vectors).all():
                 first = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
                 raise FloatingPointError(f"{self.name} gave a vector that is not finite, for {chunk[first][:80]!r}")
@@ -157,6 +150,32 @@ class BatchedEmbedder(ABC):
 
     def _ids(self, texts: list[str], prompt: str) -> list[Ids]:
         return self.tokenizer([prompt + text for text in texts] if prompt else texts)
+
+
+class BatchedEmbedder(TextEmbedder):
+    """An embedder that sorts texts by length, batches them by a token budget and restores their order.
+
+    Subclasses run the batches.
+    """
+
+    @abstractmethod
+    def forward(self, batches: Sequence[Batch], pool_from: int, show: bool) -> Iterator[Vectors]:
+        """Embed padded batches and yield the vectors of each in order, float32 [texts, dimension].
+
+        Args:
+            batches: the batches, in the order to run them.
+            pool_from: position of the first pooled token; earlier ones are a prompt that is not pooled.
+            show: whether to show progress.
+        """
+
+    def embed(self, rows: Sequence[Ids], budget: int, pool_from: int, show: bool) -> Vectors:
+        """Embed tokenized texts in padded batches of at most `budget` tokens; see `TextEmbedder.embed`."""
+        vectors = np.empty((len(rows), self.dimension), dtype=np.float32)
+        order = list(batches_by_tokens([len(row) for row in rows], budget))
+        batches = [pad_batch([rows[index] for index in batch]) for batch in order]
+        for batch, made in zip(order, self.forward(batches, pool_from, show), strict=True):
+            vectors[batch] = made
+        return vectors
 
 
 def checked_chunks(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -33,6 +33,8 @@ from compress.models.text.sentence_transformers import (
     transformer_of,
 )
 from compress.models.text.spec import EmbedderSpec
+from compress.models.text.static import MODEL_TYPE as STATIC_TYPE
+from compress.models.text.static import StaticFiles, read_static
 from compress.models.text.tokens import TextTokenizer, open_tokenizer
 
 if TYPE_CHECKING:
@@ -130,12 +132,28 @@ class ModelFolder:
         return transformer_of(self.path, self.modules)
 
     @cached_property
+    def static(self) -> StaticFiles | None:
+        """The files of a static table in another library's layout; None for every other model and for variants.
+
+        Raises:
+            UserError: see `read_static`.
+        """
+        return None if self.is_variant else read_static(self.path, self.modules)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the model is a static table, a variant of one included."""
+        return bool(self.config.get("model_type") == STATIC_TYPE)
+
+    @cached_property
     def config(self) -> dict[str, Any]:
-        """The network's `config.json`.
+        """The network's `config.json`; for a static table the one that its variants have.
 
         Raises:
             UserError: the file is missing, or is not JSON.
         """
+        if self.static is not None:
+            return self.static.config
         path = self.transformer / "config.json"
         if not path.exists():
             raise UserError(
@@ -187,7 +205,7 @@ class ModelFolder:
         """
         own = self.own_architecture
         if own is not None:
-            return attribute(own.config)(self.transformer)
+            return attribute(own.config)(self.config)
         from transformers import AutoConfig
 
         path, kind = self.transformer / "config.json", self.config.get("model_type", "missing")
@@ -215,6 +233,8 @@ class ModelFolder:
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """The tensors of the network and of the modules after it, by the names that they have or will have in the network."""
+        if self.static is not None:
+            return self._with_head(dict(self.static.tensors))
         found = stored_tensors(self.transformer)
         if self.is_variant:
             return found
@@ -262,6 +282,8 @@ class ModelFolder:
         """
         if self.variant is not None:
             return self.variant.spec
+        if self.static is not None:
+            return self.static.spec
         own = self.own_architecture
         if own is not None:
             spec: EmbedderSpec = attribute(own.spec)(self.transformer)
@@ -280,6 +302,8 @@ class ModelFolder:
         """
         if self.variant is not None:
             return TextTokenizer(open_tokenizer(self.path), self.variant.max_length, self.spec, self.positions)
+        if self.static is not None:
+            return TextTokenizer(self.static.tokenizer, self.spec.max_length or LONGEST, self.spec)
         if self.own_architecture is not None:
             # The original code loads tokenizer.json directly too; transformers is not needed for it.
             return TextTokenizer(open_tokenizer(self.transformer), self.spec.max_length or LONGEST, self.spec)

@@ -20,6 +20,7 @@ from compress.models.folder import ModelFolder
 from compress.models.shape import ModelShape
 from compress.models.source import DTYPE_BYTES
 from compress.pipeline.recipe import Gates, Recipe
+from compress.runtimes.loading import runtime_of
 
 if TYPE_CHECKING:
     from compress.measure.accuracy.score import TaskScore
@@ -55,7 +56,7 @@ def assemble(
         for name, roles in found.scores.items()
     )
     retained = float(np.mean([task.variant for task in tasks]) / np.mean([task.baseline for task in tasks])) if tasks else None
-    rows = _rows(recipe, info, shape, folder, device, found.speeds)
+    rows = _rows(source, info, shape, folder, device, found.speeds)
     gates, unjudged = _gates(recipe.gates, _retained_at_least(retained, tasks, compared.overall), found.agreement, rows[-1], shape)
     return Record(
         run=name,
@@ -107,7 +108,7 @@ def _retained_at_least(retained: float | None, tasks: Sequence[TaskRow], overall
 
 
 def _rows(
-    recipe: Recipe, info: VariantInfo, shape: ModelShape, folder: Path, device: str, speeds: Mapping[str, Speed]
+    source: ModelFolder, info: VariantInfo, shape: ModelShape, folder: Path, device: str, speeds: Mapping[str, Speed]
 ) -> tuple[Row, ...]:
     """Build a row for each measured embedder; the variant comes last."""
     baselines = [name for name in speeds if name != VARIANT]
@@ -118,7 +119,7 @@ def _rows(
             Row(
                 name=name,
                 role="variant" if is_variant else "baseline",
-                runtime=info.runtime if is_variant else "torch",
+                runtime=info.runtime if is_variant else runtime_of(source, device=device, dtype=name),
                 device=device,
                 compute=(info.dtype or ("float32" if device == "cpu" else "float16")) if is_variant else name,
                 weights=info.weights if is_variant else name,

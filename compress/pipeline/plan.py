@@ -15,10 +15,11 @@ from compress.calibration.texts import BATCH_TOKENS as CALIBRATION_BATCH_TOKENS
 from compress.common.errors import UserError
 from compress.common.memory import available_memory_bytes, gigabytes
 from compress.layers.scheme import QuantizedLayer
+from compress.methods import METHODS, method_class
 from compress.methods.base import Estimate
 from compress.models.shape import ModelShape
 from compress.pipeline.recipe import Recipe, steps_for
-from compress.runtimes.contract import CPU_BATCH_TOKENS, pick_runtime
+from compress.runtimes.contract import CPU_BATCH_TOKENS, Kind, pick_runtime
 
 # Basis of the time estimates. They are rough, and the printed plan says so.
 MEMORY_BYTES_PER_SECOND = 2e9  # elementwise passes over weights, and reading files
@@ -70,7 +71,16 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
     quantized: dict[str, QuantizedLayer] = {}
     gpus: dict[str, str] = {}
     calibration_tokens = recipe.calibration.count * TYPICAL_LENGTH
+    if not shape.parameters:
+        raise UserError(
+            f"model {shape.name!r}: its table is stored in integers already", "start from the model that it was made from"
+        )
     for index, step in enumerate(steps_for(recipe, shape)):
+        if not shape.blocks and not step.without_blocks:
+            raise UserError(
+                f"recipe {recipe.name}: steps.{index} ({step.method}): {shape.name} is a static table, which has no blocks",
+                f"these steps work on it: {', '.join(name for name in METHODS if method_class(name).without_blocks)}",
+            )
         try:
             estimate = step.estimate(after)
         except ValueError as error:
@@ -116,7 +126,9 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
     )
     problems = _problems(plan, output)
     try:
-        plan = replace(plan, runtime=pick_runtime(recipe.runtime, quantized, dtype=recipe.dtype))
+        plan = replace(
+            plan, runtime=pick_runtime(recipe.runtime, quantized, dtype=recipe.dtype, kind=Kind(static=not shape.blocks))
+        )
     except UserError as error:
         problems.append(error.message)
     return replace(plan, problems=tuple(problems))

@@ -35,7 +35,7 @@ from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe import Recipe, steps_for
 from compress.pipeline.recipe_file import read_recipe
 from compress.pipeline.stage import BuildOptions
-from compress.runtimes.contract import GRAPH_RUNTIMES, pick_runtime
+from compress.runtimes.contract import GRAPH_RUNTIMES, Kind, pick_runtime
 
 if TYPE_CHECKING:
     from compress.measure.accuracy.tasks import Task
@@ -124,7 +124,10 @@ class _Run:
         )
         check_prompts(evaluate.prompts, self.tasks)
         self.device = _device(device)
-        self.runtime = pick_runtime(self.recipe.runtime, self.plan.quantized, device=self.device, dtype=self.recipe.dtype)
+        kind = Kind(static=self.source.is_static)
+        self.runtime = pick_runtime(
+            self.recipe.runtime, self.plan.quantized, device=self.device, dtype=self.recipe.dtype, kind=kind
+        )
         self.fingerprint = self.source.fingerprint
         short = ("random-" if self.source.is_random else "") + self.source.name.split("/")[-1].split(",")[0].removeprefix(RANDOM)
         self.name = f"{recipe.name}-{short}-{self._identity()}"

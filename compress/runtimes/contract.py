@@ -18,6 +18,8 @@ from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 
 TORCH = "torch"
 """The runtime that checkpoints run in, and the default of a recipe."""
+NUMPY = "numpy"
+"""The runtime of static tables, and the one that `compress.load` opens them in."""
 AUTO = "auto"
 """In place of a runtime's name: the fastest runtime that is installed and executes the model as it is stored."""
 # Default for the padded tokens in a batch of the torch runtime. On a CPU, what a batch of 1,024 tokens touches stays in the cache;
@@ -56,6 +58,10 @@ class Runtime:
     """Whether products of quantized activations need byte instructions that do not overflow (`BYTE_PRODUCTS`)."""
     uneven_groups: bool = True
     """Whether the last group of four-bit weights may be smaller than the others."""
+    static_only: bool = False
+    """Whether it executes static tables only; it is then not offered for other models."""
+    checkpoints: bool = False
+    """Whether it also opens checkpoints, not only variants."""
 
     @property
     def is_installed(self) -> bool:
@@ -77,6 +83,20 @@ _ALL_SCHEMES = _STATIC | {ActivationScheme.DYNAMIC_PER_TENSOR, ActivationScheme.
 RUNTIMES: Mapping[str, Runtime] = {
     runtime.name: runtime
     for runtime in (
+        Runtime(
+            name=NUMPY,
+            package="numpy",
+            opener="compress.runtimes.numpy_runtime",
+            extra=None,
+            numbers=frozenset({Numbers.INTEGER}),
+            bits=frozenset(range(2, 9)),
+            schemes=frozenset({ActivationScheme.NONE}),
+            product_bits=frozenset(),
+            dtypes=frozenset({"float32"}),
+            cpu_only=True,
+            static_only=True,
+            checkpoints=True,
+        ),
         Runtime(
             name="openvino",
             package="openvino",
@@ -116,6 +136,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             schemes=_ALL_SCHEMES,
             product_bits=frozenset(range(2, 9)),
             dtypes=frozenset({"float32", "float16", "bfloat16"}),
+            checkpoints=True,
         ),
     )
 }
@@ -136,26 +157,53 @@ def runtime_named(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
-def pick_runtime(wanted: str, quantized: Mapping[str, QuantizedLayer], *, device: str = "cpu", dtype: str | None = None) -> str:
-    """Return the name of the runtime that is to execute a variant.
+@dataclass(frozen=True)
+class Kind:
+    """What kind of model a runtime is asked to execute."""
+
+    static: bool = False
+    """Whether it is a static table."""
+    checkpoint: bool = False
+    """Whether it is a checkpoint, not a variant."""
+
+
+def pick_runtime(
+    wanted: str,
+    quantized: Mapping[str, QuantizedLayer],
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    kind: Kind = Kind(),
+) -> str:
+    """Return the name of the runtime that is to execute a model.
 
     Args:
         wanted: a runtime's name, or `auto`: the fastest that is installed and executes every layer as it is stored.
         quantized: the variant's quantized layers, by name.
         device: device to run on; only torch runs on other devices than a CPU.
         dtype: dtype of the arithmetic; None: any.
+        kind: what kind of model it is; by default a variant with blocks.
 
     Raises:
         UserError: the runtime is not known, is not installed, or does not execute a layer, the device or the dtype.
     """
     reasons = []
-    for runtime in RUNTIMES.values() if wanted == AUTO else [runtime_named(wanted)]:
-        reason = _refusal(runtime, quantized, device, dtype)
+    offered = [runtime for runtime in RUNTIMES.values() if not _unfit(runtime, kind)]
+    for runtime in offered if wanted == AUTO else [runtime_named(wanted)]:
+        reason = _unfit(runtime, kind) or _refusal(runtime, quantized, device, dtype)
         if reason is None:
             return runtime.name
         reasons.append(reason)
-    able = [other.name for other in RUNTIMES.values() if _refusal(other, quantized, device, dtype) is None]
+    able = [other.name for other in offered if _refusal(other, quantized, device, dtype) is None]
     raise UserError("; ".join(reasons), f"these do: {', '.join(able)}" if able else "")
+
+
+def _unfit(runtime: Runtime, kind: Kind) -> str | None:
+    if runtime.static_only and not kind.static:
+        return f"{runtime.name} executes static tables only"
+    if kind.checkpoint and not runtime.checkpoints:
+        return f"{runtime.name} executes variants, and this is a checkpoint"
+    return None
 
 
 def _refusal(runtime: Runtime, quantized: Mapping[str, QuantizedLayer], device: str, dtype: str | None) -> str | None:

@@ -16,7 +16,7 @@ from compress.models.files.headers import weight_bytes
 from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Batch, Ids
 from compress.runtimes.allocator import keep_freed_memory
-from compress.runtimes.contract import graph_file, pick_runtime
+from compress.runtimes.contract import Kind, graph_file, pick_runtime
 
 # Padded tokens in a batch. The data of such a batch stays in the caches of two cores. Measured with MiniLM in two streams: 512 to
 # 1,024 tokens are within 3 % of each other, 2,048 tokens are a tenth slower.
@@ -104,7 +104,7 @@ def lowered(folder: ModelFolder, runtime: str, dtype: str | None = None) -> Path
     Raises:
         UserError: the runtime does not support the variant's number formats or the dtype, or the graph could not be written.
     """
-    pick_runtime(runtime, folder.compressed.quantized, dtype=dtype)
+    pick_runtime(runtime, folder.compressed.quantized, dtype=dtype, kind=Kind(static=folder.is_static))
     path = graph_file(folder.path, runtime)
     if not path.exists():
         command = [sys.executable, "-m", "compress.runtimes.lower", str(folder.path), runtime]

@@ -12,7 +12,7 @@ from compress.common.memory import available_memory_bytes, gigabytes
 from compress.models.folder import ModelFolder
 from compress.models.source import DTYPE_BYTES, find
 from compress.models.text.sentence_transformers import TRANSFORMER
-from compress.runtimes.contract import AUTO, RUNTIMES, TORCH, pick_runtime, runtime_named
+from compress.runtimes.contract import AUTO, RUNTIMES, TORCH, Kind, pick_runtime, runtime_named
 from compress.runtimes.routed import RoutedEmbedder
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def runtime_of(source: ModelFolder, runtime: str | None = None, *, device: str |
     """Return the runtime that a model is opened in.
 
     Args:
-        source: the model. A checkpoint runs only in torch.
+        source: the model. A checkpoint runs in torch; one that is a static table in numpy too.
         runtime: a runtime's name; `auto` for the fastest one that is installed and executes the model as it is stored; None for the
             one that a variant was made for.
         device: device to run on; None for the GPU if there is one and the runtime is torch, else the CPU.
@@ -37,14 +37,18 @@ def runtime_of(source: ModelFolder, runtime: str | None = None, *, device: str |
     if runtime is not None and runtime != AUTO:
         runtime_named(runtime)
     if not source.is_variant:
-        if runtime not in (None, AUTO, TORCH):
+        if runtime not in (None, AUTO) and not RUNTIMES[runtime].checkpoints:
             raise UserError(
                 f"model {source.name!r}: {runtime} executes variants, and this is a checkpoint",
                 f"make a variant: compress run recipes/bf16-openvino.yaml --model {source.name}",
             )
-        return TORCH
+        kind = Kind(static=source.is_static, checkpoint=True)
+        if runtime in (None, AUTO, TORCH) and not kind.static:
+            return TORCH
+        return pick_runtime(runtime or AUTO, {}, device=device or "cpu", dtype=dtype, kind=kind)
     info = source.compressed
-    return pick_runtime(runtime or info.runtime, info.quantized, device=device or "cpu", dtype=dtype)
+    kind = Kind(static=source.is_static)
+    return pick_runtime(runtime or info.runtime, info.quantized, device=device or "cpu", dtype=dtype, kind=kind)
 
 
 def preload(model: str, runtime: str | None = None, **_: object) -> None:
@@ -78,9 +82,9 @@ def load(
     Args:
         model: a built-in name (`nano`, `minilm`), the folder of a model, a variant or a run, a name on the hub, or `random:`
             followed by one of these; see `compress.models.source.find`.
-        runtime: `torch`, `onnxruntime` or `openvino`, or `auto` for the fastest one that is installed and supports the variant's
-            number formats. Defaults to the runtime that the variant was made for and measured in. onnxruntime and openvino do not
-            need torch.
+        runtime: `torch`, `onnxruntime`, `openvino` or, for static tables, `numpy`; or `auto` for the fastest one that is installed
+            and supports the variant's number formats. Defaults to the runtime that the variant was made for and measured in, for
+            a static table that is not a variant to numpy. Only `torch` needs torch.
         device: `cpu`, `cuda`, `cuda:1`, ... Defaults to the GPU if there is one and the runtime is torch, else to the CPU.
         dtype: compute dtype: `float32`, `float16` or `bfloat16`. Defaults to the one that the variant was made for, else to float32
             on a CPU and float16 on a GPU.
@@ -127,8 +131,10 @@ def open_source(
         return _open_routes(
             source, source.routes, runtime=runtime, device=device, dtype=dtype, threads=threads, compile=compile, stream=stream
         )
-    name = runtime_of(source, runtime, device=device, dtype=dtype)
     info = source.variant
+    if info is None and (compile or stream):
+        runtime = runtime or TORCH  # only torch does either, and a static table would open in numpy
+    name = runtime_of(source, runtime, device=device, dtype=dtype)
     if info is not None and dtype is None:
         dtype = info.dtype if name == info.runtime else None
     if name != TORCH:

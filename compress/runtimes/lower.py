@@ -19,6 +19,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, CommonSubexpressionEliminationPass
 from onnxscript.optimizer import optimize_ir
 from torch import nn
+from transformers import PreTrainedModel
 
 from compress.common.errors import UserError
 from compress.layers.compressed import CompressedLayer
@@ -32,7 +33,8 @@ from compress.runtimes.lowered_layers import FOUR_BITS, OPSET, TracedLinear, Tra
 # The batch that is traced; its sizes are left free in the graph. Not 1, which tracing takes for a constant.
 TRACED_TEXTS, TRACED_TOKENS = 2, 5
 DTYPES = {
-    "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "I64": ir.DataType.INT64, "I8": ir.DataType.INT8, "U8": ir.DataType.UINT8,
+    "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "I64": ir.DataType.INT64,
+    "I32": ir.DataType.INT32, "I8": ir.DataType.INT8, "U8": ir.DataType.UINT8,
 }  # fmt: skip
 
 
@@ -66,7 +68,9 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
         network.set_submodule(name, stand_in)
     unread = _without_values(network)
     # Plain products and a softmax: both runtimes find attention in them and fuse it.
-    backbone_of(network).set_attn_implementation("eager")  # type: ignore[operator]
+    backbone = backbone_of(network)
+    if isinstance(backbone, PreTrainedModel):
+        backbone.set_attn_implementation("eager")
     names = graph_inputs(info.spec.pool_prompt)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, which no text network needs
     with warnings.catch_warnings():
@@ -170,21 +174,23 @@ def _refer(graph: ir.Graph, value: ir.Value, name: str, stored: StoredTensor) ->
             continue
         # Rows are cast after the lookup, so that a table stays as small as it is stored.
         looked_up = node.outputs[0]
-        cast = _cast(looked_up)
+        cast = _cast(looked_up, value)
         ir.convenience.replace_all_uses_with(looked_up, cast.outputs[0])
         cast.replace_input_with(0, looked_up)
         node.replace_input_with(0, kept)
         looked_up.type = kept.type
         graph.insert_after(node, cast)
     if value.uses():
-        cast = _cast(kept)
+        cast = _cast(kept, value)
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
         graph.insert_before(graph[0], cast)
 
 
-def _cast(value: ir.Value) -> ir.Node:
-    cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
-    cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+def _cast(value: ir.Value, traced: ir.Value) -> ir.Node:
+    """Return a node that casts a value to the dtype in which a weight was traced."""
+    assert traced.dtype is not None
+    cast = ir.node("Cast", [value], {"to": int(traced.dtype)})
+    cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(traced.dtype), value.shape
     return cast
 
 

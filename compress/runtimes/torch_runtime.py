@@ -78,9 +78,11 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
 
 def import_architecture(folder: ModelFolder) -> None:
     """Import the code of a model's architecture, which transformers otherwise imports during the load."""
-    from transformers import AutoModel
+    from transformers import AutoModel, PreTrainedConfig
 
-    AutoModel._model_mapping[type(folder.network_config)]
+    config = folder.network_config
+    if isinstance(config, PreTrainedConfig):  # a static table has none of transformers'
+        AutoModel._model_mapping[type(config)]
 
 
 def open_checkpoint(folder: ModelFolder, *, device: str | None = None, dtype: str | None = None) -> TorchEmbedder:

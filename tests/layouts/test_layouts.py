@@ -30,7 +30,6 @@ REFUSED = {
     "multi_vector_st6": "module 'MultiVectorMask' is not supported",
     "normalize_by_remote_module": "is code of the repository's own",
     "qwen2_remote_code": "the network is remote code",
-    "static_st": "module 'StaticEmbedding' is not supported",
 }
 """Layouts that are refused when they are loaded, and what the error says."""
 NOT_STREAMED = {
@@ -44,7 +43,8 @@ QUICK = (
     "bert_two_weight_files", "bert_vocab_txt", "distilbert_mean", "gemma3_no_dense", "labse_dense_tanh", "modernbert_mean", "mpnet_mean",
     "nomic_bert_hub_config",
     "normalize_twice", "pooling_max", "pooling_new_keys_two", "pooling_weighted", "prompt_left_out_cls", "prompt_left_out_last",
-    "prompt_left_out_mean", "qwen3_last", "qwen3_plain_causal", "roberta_mean", "stella_dense_up", "router_st", "weighted_layers_st", *TOO_LONG, *REFUSED,
+    "prompt_left_out_mean", "qwen3_last", "qwen3_plain_causal", "roberta_mean", "router_st", "static_st", "stella_dense_up",
+    "weighted_layers_st", *TOO_LONG, *REFUSED,
 )  # fmt: skip
 LAYOUTS = [
     pytest.param(name, marks=[] if name in QUICK else [pytest.mark.models])

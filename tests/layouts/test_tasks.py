@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st
 from tests_support import compress_to
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 import compress
@@ -164,6 +165,14 @@ def after_network(source: Path) -> list[Any]:
     return [st.Transformer(str(source)), st.Pooling(WIDTH, "mean"), router, st.Normalize()]
 
 
+def static_queries(source: Path) -> list[Any]:
+    """A static table for queries, which have to be fast, and a network for documents."""
+    torch.manual_seed(9)
+    table = st.StaticEmbedding(Tokenizer.from_file(str(source / "tokenizer.json")), embedding_dim=WIDTH)
+    sides = {"query": [table], "document": [st.Transformer(str(source)), st.Pooling(WIDTH, "mean")]}
+    return [st.Router(sides, default_route="document"), st.Normalize()]
+
+
 def two_routers(source: Path) -> list[Any]:
     """One Router before the pooling that is shared, and one after it."""
     first = st.Router({"query": [st.Transformer(str(source))], "document": [st.Transformer(str(source), max_seq_length=8)]})
@@ -185,7 +194,7 @@ def saved(tmp_path: Path, make: Callable[[Path], list[Any]], **settings: Any) ->
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("make", [two_networks, one_network, after_network, two_routers, mapped])
+@pytest.mark.parametrize("make", [two_networks, one_network, after_network, static_queries, two_routers, mapped])
 def test_texts_go_the_way_of_their_task(tmp_path: Path, make: Callable[[Path], list[Any]]) -> None:
     folder = saved(tmp_path, make, prompts={"query": "search: ", "document": "found: "}, default_prompt_name="document")
     check(folder)
@@ -287,10 +296,6 @@ def test_the_weights_of_routes_are_looked_for_where_they_are(tmp_path: Path, mon
     check(tmp_path / "converted")
 
 
-def _static(config: dict[str, Any]) -> None:
-    config["types"][next(iter(config["types"]))] = "sentence_transformers.models.StaticEmbedding"
-
-
 def _remote(config: dict[str, Any]) -> None:
     config["types"][next(iter(config["types"]))] = "custom_st.Transformer"
 
@@ -310,7 +315,6 @@ def _headless(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_static, "router_config.json: module 'StaticEmbedding' is not supported"),
         (_remote, "module 'custom_st.Transformer' is code of the repository's own"),
         (_outside, "types: '../elsewhere' is not a folder in the Router's own"),
         (_missing, "structure.query: 'query_9_Dense' is not one of types"),

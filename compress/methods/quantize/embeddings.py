@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 class Embeddings(Method):
     """Round the token embedding table to symmetric integers, with one scale per row or per group of a row.
 
-    The table holds 53 % of MiniLM's parameters and 2 % of NV-Embed-v2's. Tables of positions and token types are left unchanged.
+    The table holds 53 % of MiniLM's parameters, 2 % of NV-Embed-v2's and all of a static model's. Tables of positions and token
+    types are left unchanged.
     """
 
     family: ClassVar[str] = "quantized"
     method: Literal["embeddings"] = "embeddings"
+    without_blocks: ClassVar[bool] = True
     bits: Bits = 8
     """Bits per value."""
     group_size: int | None = Field(None, ge=8)

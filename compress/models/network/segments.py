@@ -141,7 +141,8 @@ def blocks_of(network: nn.Module) -> tuple[str, nn.ModuleList]:
 def _blocks_path(backbone: nn.Module) -> str:
     count = int(backbone.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
     for path, module in backbone.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(block) for block in module}) == 1:
+        # A static table has an empty list.
+        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(block) for block in module}) <= 1:
             return str(path)
     raise UserError(f"{type(backbone).__name__} cannot be walked block by block: it has no list of {count} blocks")
 
@@ -246,6 +247,8 @@ def _begin(
     norms = sum(len(segment.paths) for segment in segments if segment.kind is Kind.NORM)
     with replaced(network, embeddings), _forward_replaced(answers):
         output = backbone(input_ids=batch[0], attention_mask=batch[1]).last_hidden_state
+    if not answers:  # a static table: its rows are the hidden states
+        return output, []
     # Each block and norm must have run exactly once, with nothing after them.
     if len(arguments) != len(answers) - norms or calls != [True] * norms or output is not hidden[0]:
         raise UserError(f"{type(backbone).__name__} cannot be walked block by block: it does more than run its blocks and a norm")

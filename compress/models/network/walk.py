@@ -150,8 +150,9 @@ class Carry:
         self.network, self._layers = network, layers
         blocks = [index for index, segment in enumerate(segments) if segment.kind is Kind.BLOCK]
         self._block_number = {index: number for number, index in enumerate(blocks)}
-        norm = next((index for index, segment in enumerate(segments) if segment.kind is Kind.NORM), blocks[-1])
-        self._state_number = {index: number for number, index in enumerate([*blocks[:-1], norm], start=1)}
+        norms = [index for index, segment in enumerate(segments) if segment.kind is Kind.NORM]
+        last = norms[:1] or blocks[-1:]  # none in a static table
+        self._state_number = {index: number for number, index in enumerate([*blocks[:-1], *last], start=1)}
         for batch, (ids, mask) in enumerate(self.batches):
             hidden, arguments = begin(network, segments, embeddings, *(torch.from_numpy(x).to(self._device) for x in (ids, mask)))
             self._arguments.append(arguments)

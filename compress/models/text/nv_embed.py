@@ -45,13 +45,13 @@ def backbone_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**text, "sliding_window": None, "use_cache": False}
 
 
-def read_config(folder: Path) -> Any:
-    """Return the backbone's config for transformers, without a causal mask."""
+def read_config(config: Mapping[str, Any]) -> Any:
+    """Return the backbone's config for transformers, without a causal mask; `config`: the content of `config.json`."""
     from transformers import MistralConfig
 
-    config = MistralConfig(**backbone_settings(read_json(folder / "config.json")))
-    config.is_causal = False
-    return config
+    backbone = MistralConfig(**backbone_settings(config))
+    backbone.is_causal = False
+    return backbone
 
 
 def read_spec(folder: Path) -> EmbedderSpec:

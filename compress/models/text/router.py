@@ -14,12 +14,12 @@ from typing import Any
 
 from compress.common.errors import UserError, nearest
 from compress.common.inputs import read_json
-from compress.models.text.sentence_transformers import ROUTERS, TRANSFORMER, Module, kind_of
+from compress.models.text.sentence_transformers import ROUTERS, STATIC, TRANSFORMER, Module, kind_of
 from compress.models.text.spec import TASKS, UnknownTask
 
 ROUTER_FILES = ("router_config.json", "config.json")
 """Names of a Router's file, in the order in which sentence-transformers looks for them; Asym had the second."""
-INPUTS = (TRANSFORMER,)
+INPUTS = (TRANSFORMER, STATIC)
 """What a route may begin with: modules that take texts, and that `compress.load` opens."""
 TEXT = "text"
 """The modality of what is embedded here, by sentence-transformers' name."""

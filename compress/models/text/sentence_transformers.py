@@ -17,6 +17,8 @@ from compress.models.text.spec import EmbedderSpec, HeadModule, Pooling, Weighte
 PACKAGE = "sentence_transformers."
 """The package of the modules that are read; classes of a repository's own are remote code."""
 TRANSFORMER, WEIGHTED_LAYERS = "Transformer", "WeightedLayerPooling"
+STATIC = "StaticEmbedding"
+"""The module of a static table; see `compress.models.text.static`."""
 ROUTERS = ("Router", "Asym")
 """The module that has modules of its own, by its name and its older one; see `compress.models.text.router`."""
 SETTINGS_FILES = tuple(
@@ -83,15 +85,15 @@ def kind_of(path: Path, name: str) -> str:
         raise UserError(
             f"{path}: module {name!r} is code of the repository's own, which is never run", "use a model without remote code"
         )
-    known = [TRANSFORMER, *ROUTERS, *MODULES]
+    known = [TRANSFORMER, STATIC, *ROUTERS, *MODULES]
     if kind not in known:
         raise UserError(f"{path}: module {kind!r} is not supported", nearest(kind, known))
     return kind
 
 
 def transformer_of(folder: Path, modules: Sequence[Module]) -> Path:
-    """Return where the network's own files are: the Transformer module's folder; the model's own where none is listed."""
-    return next((module.folder for module in modules if module.kind == TRANSFORMER), folder)
+    """Return where the network's own files are: the folder of the Transformer or the static table; else the model's own."""
+    return next((module.folder for module in modules if module.kind in (TRANSFORMER, STATIC)), folder)
 
 
 def read_settings(transformer: Path) -> TransformerSettings:
@@ -199,10 +201,16 @@ def read_spec(
             found |= read
     if not gives_all_layers(settings, config):
         found.pop("layers", None)  # WeightedLayerPooling then passes on what it is given, the last block's output
-    found["normalize"] = bool(after) and after[-1].kind == "Normalize"
-    while after and after[-1].kind == "Normalize":
-        after.pop()
-    return EmbedderSpec(**found, modules=tuple(after), **_read_prompts(folder / PROMPTS_FILE))
+    left, normalize = without_last_normalize(after)
+    return EmbedderSpec(**found, modules=left, normalize=normalize, **read_prompts(folder / PROMPTS_FILE))
+
+
+def without_last_normalize(after: Sequence[HeadModule]) -> tuple[tuple[HeadModule, ...], bool]:
+    """Return modules without the normalisation at their end, and whether there is one."""
+    left = list(after)
+    while left and left[-1].kind == "Normalize":
+        left.pop()
+    return tuple(left), len(left) < len(after)
 
 
 def gives_all_layers(settings: TransformerSettings, config: Mapping[str, Any]) -> bool:
@@ -313,7 +321,7 @@ MODULES: Mapping[str, Callable[[Path], HeadModule | dict[str, Any]]] = {
 """Modules that a model may have after its Transformer: from the module's folder to a `HeadModule`, or to fields of the spec."""
 
 
-def _read_prompts(path: Path) -> dict[str, Any]:
+def read_prompts(path: Path) -> dict[str, Any]:
     """Return what the model's own settings say of prompts and of the vectors' width."""
     if not path.exists():
         return {}

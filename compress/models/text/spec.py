@@ -83,6 +83,10 @@ class EmbedderSpec(BaseModel):
     """Longest input in tokens, special tokens counted; None: what the tokenizer or the network's positions allow."""
     truncation_side: Literal["right", "left"] = "right"
     """The end at which longer texts are cut."""
+    max_characters: int | None = None
+    """Longest text in characters, the prompt counted; longer ones are cut before they are tokenized (model2vec). None: any."""
+    skip_unknown: bool = False
+    """Whether the tokenizer's unknown token is left out of a text, after the text has been cut (model2vec)."""
     lowercase: bool = False
     """Whether texts are lowercased before they are tokenized. Variants of version 0.1 only: tokenizers now do it themselves."""
     suffix: str = ""

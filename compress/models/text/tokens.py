@@ -41,6 +41,15 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
+def unknown_token(tokenizer: Tokenizer) -> int | None:
+    """Return the id of the token that stands for what a tokenizer has no token for; None if it has no such token."""
+    model = tokenizer.model
+    if hasattr(model, "unk_token"):  # WordPiece, BPE and WordLevel
+        return None if model.unk_token is None else tokenizer.token_to_id(model.unk_token)
+    found: int | None = json.loads(tokenizer.to_str())["model"].get("unk_id")
+    return found
+
+
 class TextTokenizer:
     """The model's own tokenizer. It truncates to the model's maximum length and does not pad; `pad_batch` does."""
 
@@ -66,7 +75,15 @@ class TextTokenizer:
             texts = [text.lower() for text in texts]
         if self._spec.suffix:
             texts = [text + self._spec.suffix for text in texts]
-        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        if self._spec.max_characters is not None:
+            texts = [text[: self._spec.max_characters] for text in texts]
+        rows = [np.asarray(encoding.ids, dtype=np.int64) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        return rows if self._skipped is None else [row[row != self._skipped] for row in rows]
+
+    @cached_property
+    def _skipped(self) -> int | None:
+        """The id of the token that is left out of every text; None: none is."""
+        return unknown_token(self._tokenizer) if self._spec.skip_unknown else None
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, including special tokens, before truncation."""
