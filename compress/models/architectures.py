@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Sublayer = Literal["attention", "mlp"]
 
@@ -136,6 +136,21 @@ OWN_ARCHITECTURES: Mapping[str, OwnArchitecture] = {
     ),
 }
 """The architectures by `model_type`. A checkpoint of one holds exactly the network's tensors, under their names in the network."""
+
+
+ENCODERS = ("t5", "mt5", "umt5")
+"""Encoder-decoders by `model_type` whose encoder alone is the network, as sentence-transformers loads them."""
+AUTO_CLASSES: Mapping[str, str] = dict.fromkeys(ENCODERS, "AutoModelForTextEncoding")
+"""The class of transformers that builds an architecture's network, by `model_type`; `AutoModel` for all others."""
+
+
+def one_set_of_blocks(config: Mapping[str, Any]) -> str | None:
+    """Return why blocks cannot be worked on one by one, if they share their weights, as ALBERT's do; else None."""
+    groups, blocks = config.get("num_hidden_groups"), config.get("num_hidden_layers")
+    if not isinstance(groups, int) or not isinstance(blocks, int) or groups >= blocks:
+        return None
+    shared = "one set" if groups == 1 else f"{groups} sets"
+    return f"all {blocks} blocks share {shared} of weights, and run them again and again"
 
 
 # Block prefixes of the common architectures: encoder.layer.3., layers.3., h.3., blocks.3., transformer.layer.3.

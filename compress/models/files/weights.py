@@ -14,6 +14,7 @@ from torch import nn
 from compress.common.errors import UserError
 from compress.layers.bitmask import decode
 from compress.models.files.headers import MASK, StoredTensor
+from compress.models.network.tied import stored_once
 
 # Layer-norm parameters as old checkpoints name them, and their names today.
 _LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
@@ -43,7 +44,7 @@ class Weights:
         """
         self._wanted = network.state_dict(keep_vars=True)
         found: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
-        for stored, tensor in tensors.items():
+        for stored, tensor in (tensors if exact else stored_once(tensors, network)).items():
             name = stored if exact else _network_name(stored, network)
             found[name] = (tensor.path, tensor.name, tensor.info.shape, tensor.info.dtype)
         self._masks = {name: found.pop(name + MASK)[:2] for name in self._wanted if name + MASK in found}

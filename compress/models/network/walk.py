@@ -5,8 +5,9 @@ plus the hidden states of the texts, which can be on disk. Both give the same re
 the same batches with the same arguments, in the same order (see `compress.models.network.segments`). They differ only in when the
 weights are loaded.
 
-A `Carry` takes texts through the walk. Between two segments it holds the hidden states of every batch. For the whole walk it holds
-the other arguments of each block (masks, rotary embeddings), which the embeddings pass recorded once.
+A `Carry` takes texts through the walk. Between two segments it holds the hidden states of every batch, and what earlier blocks made
+for later ones (T5's position bias). For the whole walk it holds the other arguments of each block (masks, rotary embeddings), which
+the embeddings pass recorded once.
 """
 
 from __future__ import annotations
@@ -25,8 +26,22 @@ from torch import nn
 
 from compress.common.files import write_text_atomic
 from compress.models.files.weights import Weights
-from compress.models.network.segments import BlockArguments, Kind, Parts, Segment, begin, run_block, segments_of
+from compress.models.network.segments import (
+    BlockArguments,
+    Kind,
+    Output,
+    Parts,
+    Segment,
+    State,
+    begin,
+    run_block,
+    segments_of,
+)
 from compress.models.text.tokens import Batch
+
+
+HIDDEN = "hidden"
+"""Name of the hidden states in a carry's files."""
 
 
 class Source(Protocol):
@@ -103,7 +118,7 @@ class Carry:
         self.network: nn.Module | None = None
         """The network of the walk; None before `enter`."""
         self._arguments: list[list[BlockArguments]] = []
-        self._memory: dict[int, torch.Tensor] = {}
+        self._memory: dict[int, State] = {}
         self._block_number: dict[int, int] = {}
         self.passed = 0
         """Number of segments that all batches have passed."""
@@ -114,11 +129,15 @@ class Carry:
 
     def hidden(self, index: int) -> torch.Tensor:
         """Return the hidden states of a batch at the walk's current position, [texts, length, width]."""
+        return self._state(index).hidden
+
+    def _state(self, index: int) -> State:
+        """Return what a batch has at the walk's current position."""
         if self._folder is None:
             return self._memory[index]
         with safe_open(self._file(self.passed, index), framework="pt", device=str(self._device)) as file:
-            found: torch.Tensor = file.get_tensor("hidden")
-        return found
+            names = [name for name in file.keys() if name != HIDDEN]  # noqa: SIM118  safe_open is no mapping
+            return State(file.get_tensor(HIDDEN), {Output.of(name): file.get_tensor(name) for name in names})
 
     def enter(self, network: nn.Module, segments: list[Segment], embeddings: Parts) -> None:
         """Run the embeddings on all batches and record the arguments of the blocks.
@@ -140,7 +159,7 @@ class Carry:
             hidden, arguments = begin(network, segments, embeddings, *(torch.from_numpy(x).to(self._device) for x in (ids, mask)))
             self._arguments.append(arguments)
             if self.passed == 0:
-                self._put(1, batch, hidden)
+                self._put(1, batch, State(hidden, {}))
         if self.passed == 0:
             self._arrive(1)
 
@@ -152,11 +171,17 @@ class Carry:
             parts: the segment's modules.
             batch: number of the batch.
         """
-        number = self._block_number.get(index)
-        hidden = self.hidden(batch)
+        return self._through(index, parts, batch).hidden
+
+    def _through(self, index: int, parts: Parts, batch: int) -> State:
+        number, state = self._block_number.get(index), self._state(batch)
+        if number is not None:
+            (block,) = parts.values()
+            return run_block(block, number, state, self._arguments[batch])
+        hidden = state.hidden
         for module in parts.values():
-            hidden = module(hidden) if number is None else run_block(module, hidden, self._arguments[batch][number])
-        return hidden
+            hidden = module(hidden)
+        return State(hidden, {})
 
     def advance(self, index: int, parts: Parts) -> None:
         """Run all batches through a block or norm, and move the carry's position after it.
@@ -166,20 +191,22 @@ class Carry:
             parts: the segment's modules.
         """
         for batch in range(len(self.batches)):
-            self._put(index + 1, batch, self.through(index, parts, batch))
+            self._put(index + 1, batch, self._through(index, parts, batch))
         self._arrive(index + 1)
 
     def _file(self, passed: int, index: int) -> Path:
         assert self._folder is not None
         return self._folder / f"{passed:04d}" / f"{index:06d}.safetensors"
 
-    def _put(self, passed: int, index: int, hidden: torch.Tensor) -> None:
+    def _put(self, passed: int, index: int, state: State) -> None:
         if self._folder is None:
-            self._memory[index] = hidden
+            self._memory[index] = state
         else:
             path = self._file(passed, index)
             path.parent.mkdir(exist_ok=True)
-            save_file({"hidden": hidden.contiguous()}, path)
+            # Copies of outputs: a block may hand on the tensor that it was given, and files hold no tensor twice.
+            outputs = {mark.key: output.clone().contiguous() for mark, output in state.outputs.items()}
+            save_file({HIDDEN: state.hidden.contiguous(), **outputs}, path)
 
     def _arrive(self, passed: int) -> None:
         """Record that all batches have passed `passed` segments, and delete the hidden states of the position before."""
