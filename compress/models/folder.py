@@ -208,7 +208,7 @@ class ModelFolder:
     @cached_property
     def shape(self) -> ModelShape:
         """The model's tensors and config, from which costs are computed."""
-        return ModelShape(self.name, without_task_head(self.headers), self.config)
+        return ModelShape(self.name, without_task_head(self.headers, self.config.get("model_type")), self.config)
 
     @property
     def dimension(self) -> int:
