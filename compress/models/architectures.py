@@ -188,6 +188,9 @@ ENCODERS = ("t5", "mt5", "umt5")
 AUTO_CLASSES: Mapping[str, str] = dict.fromkeys(ENCODERS, "AutoModelForTextEncoding")
 """The class of transformers that builds an architecture's network, by `model_type`; `AutoModel` for all others."""
 
+TRANSPOSED = ("gpt2", "openai-gpt")
+"""Architectures by `model_type` whose blocks have transformers' Conv1D for linear layers: their weights are stored [in, out]."""
+
 
 def one_set_of_blocks(config: Mapping[str, Any]) -> str | None:
     """Return why blocks cannot be worked on one by one, if they share their weights, as ALBERT's do; else None."""

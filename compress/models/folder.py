@@ -213,7 +213,7 @@ class ModelFolder:
     @property
     def dimension(self) -> int:
         """Width of the model's vectors."""
-        return self.spec.dimension(self.shape.hidden_size)
+        return self.spec.dimension(self.shape.output_width)
 
     @cached_property
     def spec(self) -> EmbedderSpec:

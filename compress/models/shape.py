@@ -23,6 +23,9 @@ HALF_BYTES = 2
 _TABLE = re.compile(r"(?:embed\w*|wte|wpe|shared)\.weight$")
 
 
+_PROJECTION = re.compile(r"^(?:model\.)?embedding_projection\.weight$")
+
+
 def with_backbone(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     """Return a copy of a `config.json` with settings of the transformer changed, in `text_config` if it has one.
 
@@ -133,6 +136,12 @@ class ModelShape:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self._required("hidden_size"))
+
+    @property
+    def output_width(self) -> int:
+        """Width of the hidden states that leave the network: that of the residual stream, or of a projection after the last norm."""
+        rows = [info.shape[0] for name, info in self.tensors.items() if _PROJECTION.search(name)]
+        return rows[0] if rows else self.hidden_size
 
     @property
     def blocks(self) -> int:

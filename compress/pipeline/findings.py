@@ -70,7 +70,7 @@ def assemble(
             licence=info.licence,
             weights="pretrained" if info.pretrained else "random",
             parameters=shape.parameters,
-            dimension=shape.hidden_size,
+            dimension=info.spec.dimension(shape.output_width),
             max_length=info.max_length,
         ),
         steps=found.steps,

@@ -299,7 +299,7 @@ def _begin(
         given: torch.Tensor = positional[0] if positional else named.pop("hidden_states")
         # Each block returns its input, so the next one must get the very same tensor. If not, the backbone changes hidden states
         # between blocks, which running the blocks one by one would miss.
-        if (hidden and given is not hidden[0]) or finals:
+        if (hidden and not _same(given, hidden[0])) or finals:
             raise UserError(f"{unlike}: something happens between its blocks")
         hidden.append(given)
         arguments.append(BlockArguments(positional[1:], named))
@@ -307,7 +307,7 @@ def _begin(
 
     def final(path: str) -> Callable[[torch.Tensor], torch.Tensor]:
         def passed(given: torch.Tensor) -> torch.Tensor:
-            finals.append(path if hidden and given is hidden[0] else f"{path} of something else")
+            finals.append(path if hidden and _same(given, hidden[0]) else f"{path} of something else")
             return given
 
         return passed
@@ -325,9 +325,15 @@ def _begin(
     with replaced(network, embeddings), _forward_replaced(answers):
         output = backbone(input_ids=batch[0], attention_mask=batch[1]).last_hidden_state
     # Each block and each final module must have run exactly once, in order, with nothing after them.
-    if len(arguments) != len(answers) - len(expected) or finals != expected or output is not hidden[0]:
+    if len(arguments) != len(answers) - len(expected) or finals != expected or not _same(output, hidden[0]):
         raise UserError(f"{unlike}: it does more than run its blocks and a norm")
     return hidden[0], arguments
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are one, or views of one that show the same numbers."""
+    alike = one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+    return one is other or (alike and one.dtype == other.dtype and one.numel() > 0)
 
 
 def run_block(block: nn.Module, number: int, state: State, arguments: Sequence[BlockArguments]) -> State:
