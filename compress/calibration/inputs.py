@@ -5,7 +5,7 @@ Padding never enters a statistic: padded rows are removed by the batch's mask be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -36,8 +36,9 @@ class Inputs:
 
         Args:
             parts: the segment's modules.
-            layers: modules inside of them, by name. Layers that get the same tensor form a group, which is named after the first.
-            receive: called for each batch and each group.
+            layers: modules inside of them, by name. Layers that get the same tensors form a group, which is named after the first.
+            receive: called for each batch and each input of a group. Most layers have one. DeBERTa's query and key layers are
+                called with the hidden states and with a table of relative positions, whose rows then count like tokens.
             pooled_only: weigh tokens as in their text's mean: a pooled token counts 1 / their number, others count nothing.
 
         Returns:
@@ -47,22 +48,24 @@ class Inputs:
             ValueError: a layer is never called, or its input is not finite.
         """
         groups: dict[str, list[str]] = {}
+        calls = 0
         for batch in range(len(self._texts.batches)):
-            caught: dict[str, torch.Tensor] = {}
+            caught: dict[str, list[torch.Tensor]] = {}
             with ExitStack() as hooks:
                 for name, layer in layers.items():
-                    hooks.callback(layer.register_forward_pre_hook(_keeping(caught, name, len(layers))).remove)
+                    hooks.callback(layer.register_forward_pre_hook(_keeping(caught, name, calls)).remove)
                 with suppress(_AllSeen):
                     self._run(parts, batch)
             if not groups:
-                groups = _grouped(caught)
+                groups, calls = _grouped(caught), sum(map(len, caught.values()))
                 if missing := layers.keys() - caught.keys():
                     raise ValueError(f"{sorted(missing)[0]} is never called when its segment runs")
             for leader in groups:
-                rows, counts = self._rows(caught[leader], batch, pooled_only)
-                if not torch.isfinite(rows).all():
-                    raise ValueError(f"the input of {leader} on the calibration texts holds NaN or infinity")
-                receive(leader, rows, counts)
+                for given in caught[leader]:
+                    rows, counts = self._rows(given, batch, pooled_only)
+                    if not torch.isfinite(rows).all():
+                        raise ValueError(f"the input of {leader} on the calibration texts holds NaN or infinity")
+                    receive(leader, rows, counts)
         return {leader: tuple(names) for leader, names in groups.items()}
 
     def gather(
@@ -98,10 +101,15 @@ class Inputs:
         return vectors
 
     def _rows(self, given: torch.Tensor, batch: int, pooled_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rows of unmasked tokens [n, in] and their weights [n]. Inputs of the head are such rows already."""
-        if given.dim() == 2:
-            return given, torch.ones(len(given), device=given.device)
+        """Return the rows of unmasked tokens [n, in] and their weights [n]; all rows of what is not of tokens.
+
+        Those are inputs of the head, which are rows already, and tables of relative positions, which count as one more text.
+        """
         mask = torch.from_numpy(self._texts.batches[batch][1]).to(given.device)
+        if given.dim() == 2 or (given.shape[0] == 1 and given.shape[:2] != mask.shape):
+            rows = given.reshape(-1, given.shape[-1])
+            weight = 1 / len(rows) if pooled_only and given.dim() > 2 else 1.0
+            return rows, torch.full((len(rows),), weight, device=given.device)
         if given.shape[:2] != mask.shape:
             raise ValueError(f"{self._segment.name}: a layer's input is {list(given.shape)}, its texts are {list(mask.shape)}")
         counts = mask.float()
@@ -113,23 +121,25 @@ class Inputs:
 
 
 class _AllSeen(Exception):
-    """Raised when every layer has its input, to skip the rest of the segment, above all a block's last and widest product."""
+    """Raised when every layer has its inputs, to skip the rest of the segment, above all a block's last and widest product."""
 
 
-def _keeping(caught: dict[str, torch.Tensor], name: str, count: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _keeping(caught: dict[str, list[torch.Tensor]], name: str, calls: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Return a hook that keeps a layer's inputs; `calls`: number of calls of all layers, 0 where it is not known yet."""
+
     def keep(_: nn.Module, given: tuple[Any, ...]) -> None:
-        caught[name] = given[0]
-        if len(caught) == count:
+        caught.setdefault(name, []).append(given[0])
+        if sum(map(len, caught.values())) == calls:
             raise _AllSeen
 
     return keep
 
 
-def _grouped(caught: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
-    """Group layers that got the same tensor. All these tensors are alive, so no two share an address."""
+def _grouped(caught: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, list[str]]:
+    """Group layers that got the same tensors. All these tensors are alive, so no two share an address."""
     leaders: dict[Any, str] = {}
     groups: dict[str, list[str]] = {}
-    for name, given in caught.items():
-        leader = leaders.setdefault((given.data_ptr(), given.shape, given.stride()), name)
+    for name, inputs in caught.items():
+        leader = leaders.setdefault(tuple((given.data_ptr(), given.shape, given.stride()) for given in inputs), name)
         groups.setdefault(leader, []).append(name)
     return groups

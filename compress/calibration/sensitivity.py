@@ -6,7 +6,7 @@ different set of parts left out before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch
 from compress.calibration.texts import CalibrationTexts
 from compress.models.architectures import Sublayer
 from compress.models.network.pooling import head_of
-from compress.models.network.segments import Kind, Parts, begin, blocks_of, replaced, run_block, segments_of
+from compress.models.network.segments import Kind, Parts, State, begin, blocks_of, leave_out, replaced, run_block, segments_of
 from compress.models.network.surgery import signature, without
 from compress.models.network.walk import Streamed
 from compress.models.opened import OpenModel
@@ -138,25 +138,26 @@ class Survey:
             for batch in self.texts.batches
         ]
         del embeddings
-        states: dict[Left, list[torch.Tensor]] = {frozenset(): [hidden for hidden, _ in entered]}
+        states: dict[Left, list[State]] = {frozenset(): [State(hidden, {}) for hidden, _ in entered]}
         if before:
-            yield -1, states
+            yield -1, _hidden_of(states)
         for number, segment in enumerate(blocks):
             (block,) = self._source.load(segment).values()
-            made: dict[Left, list[torch.Tensor]] = {}
+            made: dict[Left, list[State]] = {}
             for case in wanted(number):
                 here = [name for at, name in case if at == number]
                 arriving = states[frozenset(part for part in case if part[0] < number)]
                 if "block" in here:
-                    made[case] = arriving
+                    made[case] = [
+                        leave_out(number, state, arguments) for state, (_, arguments) in zip(arriving, entered, strict=True)
+                    ]
                     continue
                 with without(block, [name for name in here if name != "block"]):
                     made[case] = [
-                        run_block(block, hidden, arguments[number])
-                        for hidden, (_, arguments) in zip(arriving, entered, strict=True)
+                        run_block(block, number, state, arguments) for state, (_, arguments) in zip(arriving, entered, strict=True)
                     ]
             states = made
-            yield number, states
+            yield number, _hidden_of(states)
 
     def _after_blocks(self) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """Return a function from hidden states after the last block, and the batch's number, to vectors [texts, dimension]."""
@@ -173,3 +174,8 @@ class Survey:
             return vectors
 
         return finish
+
+
+def _hidden_of(states: Mapping[Left, Sequence[State]]) -> dict[Left, list[torch.Tensor]]:
+    """Return the hidden states of each case, batch by batch."""
+    return {case: [state.hidden for state in batches] for case, batches in states.items()}

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel
 
 from compress.common.errors import UserError
 from compress.common.files import write_json
@@ -21,6 +20,7 @@ from compress.layers.torch_packing import pack
 from compress.models.files.shards import join_shards, shard, write_tensors
 from compress.models.files.variant import VariantInfo
 from compress.models.folder import ModelFolder
+from compress.models.network.build import auto_class
 from compress.models.network.pooling import TokenPooling, head_of
 from compress.models.network.segments import HEAD, Kind, Segment, segments_of
 from compress.models.network.walk import Streamed
@@ -101,7 +101,7 @@ def open_for_export(source: ModelFolder, layout: str, numbers: frozenset[Numbers
             "use the variant as it is (compress encode)",
         )
     with torch.device("meta"):
-        full = AutoModel.from_config(source.network_config)
+        full = auto_class(source).from_config(copy.deepcopy(source.network_config))
     plain = [name for name, module in full.named_modules() if isinstance(module, nn.Linear) and name not in linears]
     block = next(segment for segment in segments_of(network) if segment.kind is Kind.BLOCK)
     prefix = str(getattr(network, "base_model_prefix", "") or "")

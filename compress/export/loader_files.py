@@ -37,7 +37,7 @@ def write_tokenizer(opened: Exportable, folder: Path) -> None:
 def write_modules(opened: Exportable, folder: Path) -> None:
     """Write the files of sentence-transformers: modules, pooling, prompts, maximum length."""
     spec = opened.info.spec
-    width = spec.token_width or opened.folder.shape.hidden_size
+    width = spec.token_width or opened.folder.shape.output_width
     for name, content in sentence_transformers_files(opened.info, width).items():
         write_json(folder / name, content)
     for path, kind in listed_modules(spec):

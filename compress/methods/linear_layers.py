@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from compress.methods.base import Method
-from compress.models.architectures import is_block_linear, is_head_linear
+from compress.models.architectures import TRANSPOSED, is_block_linear, is_head_linear
 from compress.models.files.headers import TensorInfo
 from compress.models.shape import ModelShape, check_patterns, matching
 
@@ -56,12 +56,15 @@ class LinearsMethod(Method):
         """Return the linear layers of a segment that the method works on, by name.
 
         Raises:
-            ValueError: a weight is NaN or infinite.
+            ValueError: a weight is NaN or infinite, or a layer that multiplies by a matrix is not an `nn.Linear`.
         """
         import torch
         from torch import nn
 
+        from compress.layers.compressed import CompressedLayer
+
         found: dict[str, nn.Linear] = {}
+        others: dict[str, str] = {}
         for path, part in parts.items():
             for inner, module in part.named_modules():
                 name = f"{path}.{inner}"
@@ -69,6 +72,11 @@ class LinearsMethod(Method):
                     is_block_linear(f"{name}.weight", module.weight.dim()) or (self.head and is_head_linear(f"{name}.weight"))
                 ):
                     found[name] = module
+                elif isinstance(getattr(module, "weight", None), nn.Parameter) and not isinstance(module, CompressedLayer):
+                    if is_block_linear(f"{name}.weight", module.weight.dim()):  # type: ignore[operator, union-attr]
+                        others[name] = type(module).__name__
+        for name in self.chosen(others):
+            raise ValueError(f"{name} is a {others[name]}, not an nn.Linear; {self.method} does not change it: name it in `skip`")
         chosen = {name: found[name] for name in self.chosen(found)}
         for name, linear in chosen.items():
             if not torch.isfinite(linear.weight).all():
@@ -110,8 +118,12 @@ class LinearsMethod(Method):
         """Return a shape's linear layers, by name, and the names of those that the method works on.
 
         Raises:
-            ValueError: a pattern matches no layer, there is no folded head, or no layer is left.
+            ValueError: a pattern matches no layer, there is no folded head, no layer is left, or the layers are stored transposed.
         """
+        if shape.setting("model_type") in TRANSPOSED:
+            raise ValueError(
+                f"{shape.name}: its blocks have Conv1D layers, whose weights are stored [in, out]; {self.method} takes only nn.Linear"
+            )
         linears = {**shape.block_linears, **(shape.head_linears if self.head else {})}
         check_patterns(linears, self.patterns())
         chosen = self.chosen(linears)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Sublayer = Literal["attention", "mlp"]
 
@@ -32,10 +32,15 @@ class Anatomy:
     """Number of stacked matrices in each expanding layer: 2 where one layer holds gate and value, one after the other."""
     heads_in_config: bool = True
     """Whether the architecture's own config can store the number of heads independently of their width."""
+    channels_key: str = "intermediate_size"
+    """Key of `config.json` for the number of the MLP's channels."""
+    refused: Mapping[Literal["heads", "attention"], str] = field(default_factory=dict, compare=False)
+    """What cannot be dropped, and why not, in words that follow "because"."""
     distinguishing_module: str = field(default="", compare=False)
     """Name of a module that only this layout has; empty where the linear layers already identify it."""
 
 
+_SHARED_BIAS = "the position bias has a column for each head, and all blocks share it"
 # BERT's norms follow the residual addition, and stay. Measured on MiniLM without two of its MLPs: cosine 0.77 to the original when
 # their norms are dropped too, 0.90 when only the MLPs are.
 _BERT_MLP = {"intermediate": "First", "output.dense": "Zeros"}
@@ -47,6 +52,14 @@ _DECODER = {
 }
 _NORMS_AFTER: Mapping[Sublayer, Mapping[str, str]] = {"attention": {"self_attn": "ZerosOfTwo"}, "mlp": {"mlp": "Zeros"}}
 """Where the norms follow the residual addition, as in BERT."""
+_T5 = {
+    "attention": tuple(f"layer.0.SelfAttention.{name}" for name in "qkv"),
+    "output": "layer.0.SelfAttention.o",
+    "down": "layer.1.DenseReluDense.wo",
+    "replacements": {"mlp": {"layer.1": "First"}},
+    "channels_key": "d_ff",
+    "refused": {"heads": _SHARED_BIAS, "attention": "attention makes the position bias and hands it on to the next block"},
+}
 BLOCK_LAYOUTS = {
     "BERT, RoBERTa, XLM-RoBERTa": Anatomy(
         attention=("attention.self.query", "attention.self.key", "attention.self.value"),
@@ -63,6 +76,33 @@ BLOCK_LAYOUTS = {
         down="output.dense",
         replacements={"attention": {"attention.attn": "ZerosOfTwo"}, "mlp": _BERT_MLP},
         heads_in_config=False,
+        refused={"heads": _SHARED_BIAS},
+    ),
+    "DeBERTa v2, v3": Anatomy(
+        attention=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+        output="attention.output.dense",
+        up=("intermediate.dense",),
+        down="output.dense",
+        replacements={"attention": {"attention.self": "FirstOfTwo", "attention.output.dense": "Zeros"}, "mlp": _BERT_MLP},
+        heads_in_config=False,
+        refused={"heads": "its relative positions are projected to each head too"},
+    ),
+    "DistilBERT": Anatomy(
+        attention=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        output="attention.out_lin",
+        up=("ffn.lin1",),
+        down="ffn.lin2",
+        replacements={"attention": {"attention": "ZerosOfTwo"}, "mlp": {"ffn": "Zeros"}},
+        heads_in_config=False,
+        channels_key="hidden_dim",
+    ),
+    "T5": Anatomy(
+        **_T5,  # type: ignore[arg-type]
+        up=("layer.1.DenseReluDense.wi",),
+    ),
+    "T5 1.1, mT5, UMT5": Anatomy(
+        **_T5,  # type: ignore[arg-type]
+        up=("layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wi_1"),
     ),
     "NomicBert, Gte": Anatomy(
         **_DECODER,  # type: ignore[arg-type]
@@ -114,13 +154,18 @@ def anatomy_of(tensors: Iterable[str]) -> Anatomy:
         ValueError: the names match none of `BLOCK_LAYOUTS`.
     """
     names = set(tensors)
+    halves: list[Anatomy] = []
     for layout in BLOCK_LAYOUTS.values():
         attention = all(f"{layer}.weight" in names for layer in (*layout.attention, layout.output))
         mlp = all(f"{layer}.weight" in names for layer in (*layout.up, layout.down))
-        # One sublayer is enough: a variant may have dropped the other.
-        distinguished = not layout.distinguishing_module or f"{layout.distinguishing_module}.weight" in names
-        if (attention or mlp) and distinguished:
+        if layout.distinguishing_module and f"{layout.distinguishing_module}.weight" not in names:
+            continue
+        if attention and mlp:
             return layout
+        if attention or mlp:
+            halves.append(layout)
+    if halves:  # one sublayer is enough: a variant may have dropped the other
+        return halves[0]
     example = f" (such as {min(names)})" if names else ""
     raise ValueError(f"the layout of its blocks{example} is unknown; known layouts: {'; '.join(BLOCK_LAYOUTS)}")
 
@@ -155,6 +200,24 @@ OWN_ARCHITECTURES: Mapping[str, OwnArchitecture] = {
     ),
 }
 """The architectures by `model_type`. A checkpoint of one holds exactly the network's tensors, under their names in the network."""
+
+
+ENCODERS = ("t5", "mt5", "umt5")
+"""Encoder-decoders by `model_type` whose encoder alone is the network, as sentence-transformers loads them."""
+AUTO_CLASSES: Mapping[str, str] = dict.fromkeys(ENCODERS, "AutoModelForTextEncoding")
+"""The class of transformers that builds an architecture's network, by `model_type`; `AutoModel` for all others."""
+
+TRANSPOSED = ("gpt2", "openai-gpt")
+"""Architectures by `model_type` whose blocks have transformers' Conv1D for linear layers: their weights are stored [in, out]."""
+
+
+def one_set_of_blocks(config: Mapping[str, Any]) -> str | None:
+    """Return why blocks cannot be worked on one by one, if they share their weights, as ALBERT's do; else None."""
+    groups, blocks = config.get("num_hidden_groups"), config.get("num_hidden_layers")
+    if not isinstance(groups, int) or not isinstance(blocks, int) or groups >= blocks:
+        return None
+    shared = "one set" if groups == 1 else f"{groups} sets"
+    return f"all {blocks} blocks share {shared} of weights, and run them again and again"
 
 
 # Block prefixes of the common architectures: encoder.layer.3., layers.3., h.3., blocks.3., transformer.layer.3.

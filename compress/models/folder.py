@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from compress.common.errors import UserError
 from compress.common.inputs import read_json
 from compress.common.lazy import attribute
-from compress.models.architectures import OWN_ARCHITECTURES, OwnArchitecture
+from compress.models.architectures import ENCODERS, OWN_ARCHITECTURES, OwnArchitecture
 from compress.models.files.headers import StoredTensor, TensorInfo, fingerprint, stored_tensors, weight_files
 from compress.models.files.variant import VARIANT_FILE, VariantInfo
 from compress.models.remote_config import RENAMED_SETTINGS, own_settings
@@ -217,7 +217,7 @@ class ModelFolder:
             )
         except (ValueError, KeyError) as error:
             raise UserError(f"{path}: model_type {kind!r} is not an architecture that this version runs") from error
-        if config.is_encoder_decoder:
+        if config.is_encoder_decoder and config.model_type not in ENCODERS:
             raise UserError(f"{path}: {config.model_type} is an encoder-decoder; embedders are encoders or decoders")
         return config
 
@@ -266,12 +266,12 @@ class ModelFolder:
     @cached_property
     def shape(self) -> ModelShape:
         """The model's tensors and config, from which costs are computed."""
-        return ModelShape(self.name, without_task_head(self.headers), self.config)
+        return ModelShape(self.name, without_task_head(self.headers, self.config.get("model_type")), self.config)
 
     @property
     def dimension(self) -> int:
         """Width of the model's vectors."""
-        return self.spec.dimension(self.shape.hidden_size)
+        return self.spec.dimension(self.shape.output_width)
 
     @cached_property
     def spec(self) -> EmbedderSpec:

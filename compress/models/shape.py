@@ -16,18 +16,24 @@ from importlib import resources
 from typing import Any
 
 from compress.common.errors import UserError
-from compress.models.architectures import BLOCK, Anatomy, anatomy_of, is_block_linear, is_head_linear, place_in_block
+from compress.models.architectures import BLOCK, ENCODERS, Anatomy, anatomy_of, is_block_linear, is_head_linear, place_in_block
 from compress.models.files.headers import TensorInfo
 
 HALF_BYTES = 2
-_TABLE = re.compile(r"(?:embed\w*|wte|wpe)\.weight$")
+_TABLE = re.compile(r"(?:embed\w*|wte|wpe|shared)\.weight$")
+
+
+_PROJECTION = re.compile(r"^(?:model\.)?embedding_projection\.weight$")
 
 
 def with_backbone(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """Return a copy of a `config.json` with settings of the transformer changed, in `text_config` if it has one."""
+    """Return a copy of a `config.json` with settings of the transformer changed, in `text_config` if it has one.
+
+    A setting that the architecture has under a name of its own is changed there.
+    """
     if config.get("text_config"):
-        return {**config, "text_config": {**config["text_config"], **changes}}
-    return {**config, **changes}
+        return {**config, "text_config": with_backbone(config["text_config"], **changes)}
+    return {**config, **{key if key in config else own_key(config, key): value for key, value in changes.items()}}
 
 
 def own_key(config: Mapping[str, Any], key: str) -> str:
@@ -130,6 +136,12 @@ class ModelShape:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self._required("hidden_size"))
+
+    @property
+    def output_width(self) -> int:
+        """Width of the hidden states that leave the network: that of the residual stream, or of a projection after the last norm."""
+        rows = [info.shape[0] for name, info in self.tensors.items() if _PROJECTION.search(name)]
+        return rows[0] if rows else self.hidden_size
 
     @property
     def blocks(self) -> int:
@@ -253,6 +265,12 @@ def _listing(name: str) -> dict[str, Any] | None:
     return listing
 
 
-def without_task_head(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors that an embedder uses: all but BERT's pooler and language-model heads, which the loaders drop too."""
-    return {name: info for name, info in tensors.items() if not re.search(r"(?:^|\.)pooler\.|^(?:lm_head|cls)\.", name)}
+def without_task_head(tensors: Mapping[str, TensorInfo], kind: object = None) -> dict[str, TensorInfo]:
+    """Return the tensors that an embedder uses: all but BERT's pooler and language-model heads, which the loaders drop too.
+
+    `kind`: the `model_type`; of an encoder-decoder only the encoder is used, and its token table once.
+    """
+    unused = r"(?:^|\.)pooler\.|^(?:lm_head|cls)\."
+    if kind in ENCODERS:
+        unused += r"|^decoder\." + (r"|^encoder\.embed_tokens\." if "shared.weight" in tensors else "")
+    return {name: info for name, info in tensors.items() if not re.search(unused, name)}

@@ -17,6 +17,7 @@ from compress.common.memory import available_memory_bytes, gigabytes
 from compress.layers.scheme import QuantizedLayer
 from compress.methods import METHODS, method_class
 from compress.methods.base import Estimate
+from compress.models.architectures import one_set_of_blocks
 from compress.models.shape import ModelShape
 from compress.pipeline.recipe import Recipe, steps_for
 from compress.runtimes.contract import CPU_BATCH_TOKENS, Kind, pick_runtime
@@ -65,8 +66,12 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
     """Plan a recipe for a model's shape.
 
     Raises:
-        UserError: a step does not fit the model; for example, a pattern matches none of its layers.
+        UserError: a step does not fit the model, for example because a pattern matches none of its layers; or no variant can be
+            made of it.
     """
+    shared = one_set_of_blocks(shape.config)
+    if shared is not None:
+        raise UserError(f"{shape.name}: cannot be compressed block by block: {shared}", "compress.load runs the model as it is")
     after, step_memory, touched, operations, notes = shape.as_stored(), 0, 0, 0.0, []
     quantized: dict[str, QuantizedLayer] = {}
     gpus: dict[str, str] = {}

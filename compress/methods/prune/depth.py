@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -62,13 +62,13 @@ class Depth(Method):
         """Choose what to drop, and take it out of the network.
 
         Raises:
-            ValueError: a block is named that does not exist, or whose place no other block can take; or the model's head averages
-                the outputs of several blocks.
+            ValueError: a block is named that does not exist, that other blocks depend on, or whose place no other block can take;
+                or the model's head averages the outputs of several blocks.
         """
         from compress.models.network.segments import blocks_of
         from compress.models.network.surgery import drop_blocks, drop_sublayer
 
-        _check_head(model.network.state_dict())
+        self.estimate(model.shape)  # raises what can be known without the weights
         if self.drop is None:
             chosen = bench.once(lambda: {"drop": self.choose(survey)})["drop"]
             drop = sorted(model.layers[place] for place in chosen)
@@ -160,10 +160,12 @@ class Depth(Method):
                 head averages the outputs of several blocks.
         """
         _check_head(shape.tensors)
-        layers = shape.layers
+        layers, owned = shape.layers, own_tensors(shape)
         if self.drop is None:
-            goes = self._goes(len(layers))
-            places = list(range(len(layers) - goes, len(layers)))
+            goes, free = self._goes(len(layers)), [place for place in range(len(layers)) if place not in owned]
+            if goes > len(free):
+                raise ValueError(f"`keep: {self.keep}` drops {goes} of the {self.what}, and only {len(free)} can be dropped")
+            places = free[len(free) - goes :]
         else:
             for number in self.drop:
                 if number not in layers:
@@ -171,6 +173,7 @@ class Depth(Method):
             places = [layers.index(number) for number in self.drop]
             if len(places) == len(layers) and self.what == "blocks":
                 raise ValueError(f"`drop` leaves none of {len(layers)} blocks")
+        self._check(shape, places, owned)
         after = self._without_blocks(shape, places) if self.what == "blocks" else self._without_sublayers(shape, places, self.what)
         saved, many = shape.parameters - after.parameters, len(places) > 1
         named = "" if self.drop is None else f" ({', '.join(map(str, self.drop))})"
@@ -182,8 +185,25 @@ class Depth(Method):
             bytes_touched=0,
             passes=rounds * len(layers) / 2 + (1 if self.surveys else 0),
             copies=len(layers) if rounds else 2,
-            note=f"{len(places)} of {len(layers)} {what}{named} {'are' if many else 'is'} dropped, {saved / 1e6:,.1f} M parameters",
+            note=f"{len(places)} of {len(layers)} {what}{named} {'are' if many else 'is'} dropped, {saved / 1e6:,.1f} M parameters"
+            + "".join(f"; block {layers[place]} stays, because only it has {tensor}" for place, tensor in owned.items()),
         )
+
+    def _check(self, shape: ModelShape, places: Sequence[int], owned: Mapping[int, str]) -> None:
+        """See that nothing else in the model depends on what is dropped.
+
+        Raises:
+            ValueError: something does.
+        """
+        for place in places:
+            if place in owned and self.what != "mlp":
+                raise ValueError(
+                    f"block {shape.layers[place]} cannot be dropped: only it has {owned[place]}, which the others need"
+                )
+        if self.what == "blocks" and places and shape.setting("hidden_size_per_layer_input"):
+            raise ValueError(f"{shape.name}: blocks cannot be dropped: its tables hold a row of numbers for each block")
+        if self.what == "attention" and "attention" in shape.anatomy.refused:
+            raise ValueError(f"{shape.name}: attention cannot be dropped: {shape.anatomy.refused['attention']}")
 
     @staticmethod
     def _without_blocks(shape: ModelShape, places: Sequence[int]) -> ModelShape:
@@ -219,6 +239,27 @@ def _check_head(tensors: Iterable[str]) -> None:
     """
     if LAYER_WEIGHTS in tensors:
         raise ValueError("WeightedLayerPooling averages the outputs of several blocks, and has a weight for each; keep all blocks")
+
+
+def own_tensors(shape: ModelShape) -> dict[int, str]:
+    """Return the blocks that have a layer which no other block has, by position, with that layer's name in the block.
+
+    The others get what it makes: T5's first block has the table of position biases. Sublayers that were dropped elsewhere do not
+    count.
+    """
+    owners: dict[str, set[int]] = {}
+    for name in shape.tensors:
+        at = place_in_block(name)
+        if at is not None:
+            owners.setdefault(at[1].rpartition(".")[0], set()).add(at[0])
+    alone = {layer: min(places) for layer, places in owners.items() if len(places) == 1 and shape.blocks > 1}
+    if not alone:
+        return {}
+    try:
+        sublayers = [f"{name}." for names in shape.anatomy.replacements.values() for name in names]
+    except ValueError:  # of an unknown layout, and so whole in every block
+        sublayers = []
+    return {place: layer for layer, place in alone.items() if not f"{layer}.".startswith(tuple(sublayers))}
 
 
 def _losses(survey: Survey, cases: Sequence[Left]) -> list[float]:

@@ -200,7 +200,7 @@ class Width(Method):
 
         Raises:
             ValueError: nothing would be left, the blocks' layout is not known, one layer makes queries, keys and values together,
-                or layers are quantized already.
+                heads depend on what blocks share, or layers are quantized already.
         """
         anatomy = shape.anatomy
         rows, columns = self._left_of(shape, anatomy)
@@ -216,7 +216,7 @@ class Width(Method):
                 tensors[name] = TensorInfo(info.dtype, (info.shape[0], columns[layer]))
         changes = {}
         if anatomy.down in columns:
-            changes["intermediate_size"] = columns[anatomy.down]
+            changes[anatomy.channels_key] = columns[anatomy.down]
         if anatomy.output in columns and anatomy.heads_in_config:
             queries, keys = (rows[anatomy.attention[index]] // shape.head_width for index in (0, 1))
             changes |= {"num_attention_heads": queries, "num_key_value_heads": keys, "head_dim": shape.head_width}
@@ -248,6 +248,8 @@ class Width(Method):
             columns[anatomy.down] = self._channels(sizes[f"{anatomy.down}.weight"][1])
             rows |= dict.fromkeys(anatomy.up, anatomy.halves * columns[anatomy.down])
         if self.heads < 1:
+            if "heads" in anatomy.refused:
+                raise ValueError(f"{shape.name}: heads cannot be dropped, because {anatomy.refused['heads']}; leave `heads` out")
             if len(anatomy.attention) == 1:
                 raise ValueError(f"{shape.name}: {anatomy.attention[0]} makes queries, keys and values in one; leave `heads` out")
             width = shape.head_width

@@ -16,6 +16,7 @@ from compress.common.errors import UserError
 from compress.layers.bitmask import decode
 from compress.models.files.conversion import in_network
 from compress.models.files.headers import MASK, StoredTensor
+from compress.models.network.tied import stored_once
 
 UNUSED = re.compile(
     r"(?:^|\.)(?:pooler|lm_head|cls|vocab_transform|vocab_layer_norm|vocab_projector|generator_predictions|generator_lm_head)\."
@@ -40,7 +41,7 @@ class Weights:
             UserError: a tensor is missing, unexpected (if `exact`) or of another shape.
         """
         self._wanted = network.state_dict(keep_vars=True)
-        found = dict(tensors) if exact else in_network(tensors, network)
+        found = dict(tensors) if exact else in_network(stored_once(tensors, network), network)
         self._masks = {name: found.pop(name + MASK) for name in self._wanted if name + MASK in found}
         missing = sorted(self._wanted.keys() - found.keys())
         extra = sorted(name for name in found.keys() - self._wanted.keys() if exact or not UNUSED.search(name))

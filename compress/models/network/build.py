@@ -8,17 +8,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModel
 
 from compress.common.errors import UserError
 from compress.common.lazy import attribute
+from compress.models.architectures import AUTO_CLASSES
 from compress.models.files.conversion import in_network
 from compress.models.files.headers import StoredTensor
 from compress.models.files.weights import UNUSED, Weights
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import attach_head, head_of
 from compress.models.network.segments import HEAD
+from compress.models.network.tied import name_tables_once, stored_once
 
 
 def _quietly() -> None:
@@ -40,7 +42,7 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
         Weights(folder.tensors, model, exact=True).fill(model, dtype=dtype)
         return model
     network: nn.Module
-    network, report = AutoModel.from_pretrained(
+    network, report = auto_class(folder).from_pretrained(
         folder.transformer,
         config=_uncached(folder),
         dtype=dtype,
@@ -58,12 +60,13 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
         raise UserError(
             f"{folder.transformer}: the checkpoint has {len(unused)} tensors that its network has not, such as {unused[0]!r}"
         )
-    return _with_head(_without_pooler(network), folder, dtype)
+    return _with_head(_as_it_runs(network), folder, dtype)
 
 
 def _with_head(network: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
     """Give a network of transformers the head of a checkpoint, with its weights, and return the network."""
     attach_head(network, folder.spec)
+    stored_once(folder.tensors, network)  # or else one of two tables with different values would be left out without a word
     head = nn.ModuleDict({HEAD: head_of(network)})
     mine = {name: tensor for name, tensor in folder.tensors.items() if name.startswith(f"{HEAD}.")}
     Weights(mine, head, exact=True).fill(head, dtype=dtype)
@@ -73,7 +76,7 @@ def _with_head(network: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> n
 def stored_in_network(folder: ModelFolder, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Return a folder's stored tensors by their names in its network; see `compress.models.files.conversion.in_network`."""
     with _parameters_on_meta():
-        return in_network(tensors, _without_pooler(AutoModel.from_config(_uncached(folder))))
+        return in_network(tensors, _as_it_runs(auto_class(folder).from_config(_uncached(folder))))
 
 
 def sharing_network(network: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
@@ -89,6 +92,11 @@ def sharing_network(network: nn.Module, folder: ModelFolder, dtype: torch.dtype)
     return _with_head(made, folder, dtype)
 
 
+def auto_class(folder: ModelFolder) -> Any:
+    """Return the class of transformers that builds a folder's network."""
+    return getattr(transformers, AUTO_CLASSES.get(str(folder.config.get("model_type")), "AutoModel"))
+
+
 def _uncached(folder: ModelFolder) -> Any:
     """Return the network's config without a key/value cache. An embedder reads each text once, so a cache only costs memory."""
     config = copy.deepcopy(folder.network_config)
@@ -101,6 +109,40 @@ def _without_pooler(model: nn.Module) -> nn.Module:
     if getattr(model, "pooler", None) is not None:
         setattr(model, "pooler", None)  # noqa: B010  a plain assignment is typed as a module
     return model
+
+
+def _as_it_runs(model: nn.Module) -> nn.Module:
+    """Leave a network of transformers what embedding needs: no pooler, each table under one name, layers that can be replaced."""
+    name_tables_once(_without_pooler(model))
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith(("T5DenseActDense", "T5DenseGatedActDense")):
+            model.set_submodule(name, T5FeedForward(module))
+    return model
+
+
+class T5FeedForward(nn.Module):
+    """The MLP of T5 and, with a gate, of T5 1.1.
+
+    transformers' own casts what enters `wo` to the dtype of `wo.weight`. Packed layers have no such attribute, and that of a layer
+    of integers is not what it multiplies in.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        """Take the layers of transformers' module, under their names."""
+        super().__init__()
+        for name, layer in original.named_children():
+            self.add_module(name, layer)
+        self.gated = hasattr(original, "wi_1")
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map [..., width] to [..., width]."""
+        layers: Any = self
+        first = layers.wi_0 if self.gated else layers.wi
+        risen = layers.act(first(hidden_states))
+        if self.gated:
+            risen = risen * layers.wi_1(hidden_states)
+        fallen: torch.Tensor = layers.wo(layers.dropout(risen))
+        return fallen
 
 
 @contextmanager
@@ -135,6 +177,6 @@ def empty_network(folder: ModelFolder) -> nn.Module:
         if own is not None:
             network: nn.Module = attribute(own.network)(folder)
             return network.eval()
-        network = AutoModel.from_config(_uncached(folder))
+        network = auto_class(folder).from_config(_uncached(folder))
         attach_head(network, folder.spec)
-    return _without_pooler(network.eval())  # a new network is one to be trained, with dropout at work
+    return _as_it_runs(network.eval())  # a new network is one to be trained, with dropout at work

@@ -2,27 +2,32 @@
 
 A block runs by itself exactly as its network would run it. `begin` runs the network's own forward once, with each block replaced by
 a function that records its arguments (masks, rotary embeddings, whether attention is causal) and returns its input. So this module
-needs no argument list of any architecture, and a bidirectional decoder stays bidirectional.
+needs no argument list of any architecture, and a bidirectional decoder stays bidirectional. What a block computes for later blocks
+(T5's position bias) is seen there too: a stand-in returns a mark for each of its other outputs, and a later block is given the mark.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from compress.common.errors import UserError
+from compress.models.architectures import one_set_of_blocks
 from compress.models.network.pooling import backbone_of
 
-# What common architectures call the norm between the last block and the output.
 HEAD = "text_head"
 """Name of the head of a network of transformers; see `compress.models.network.pooling.attach_head`."""
-FINAL_NORMS = ("norm", "final_norm", "ln_f", "final_layernorm", "final_layer_norm")
+FINAL = ("norm", "final_norm", "ln_f", "final_layernorm", "final_layer_norm", "embedding_norm", "embedding_projection")
+"""What common architectures call the modules between the last block and the output, in the order in which they run: a norm, and
+EmbeddingGemma 2's projection to the width of its vectors. `begin` sees whether a network really runs them like that."""
 
 Parts = dict[str, nn.Module]
 """The modules of a segment, by their names in the network."""
@@ -65,6 +70,67 @@ class BlockArguments:
     named: Mapping[str, Any]
     """The keyword arguments."""
 
+    @cached_property
+    def marks(self) -> set[Output]:
+        """The outputs of earlier blocks that are among them."""
+        return _marks_in((self.positional, dict(self.named)))
+
+    def given(self, outputs: Mapping[Output, Any]) -> BlockArguments:
+        """Return the arguments with the marks replaced by what the blocks really returned."""
+        if not self.marks:
+            return self
+        return BlockArguments(_unmarked(self.positional, outputs), _unmarked(dict(self.named), outputs))
+
+
+@dataclass(frozen=True)
+class Output:
+    """A mark for what a block returns next to the hidden states, before the block has run."""
+
+    block: int
+    """The number of the block."""
+    index: int
+    """The number of the output, from 1: output 0 is the hidden states."""
+
+    @property
+    def key(self) -> str:
+        """Its name in files."""
+        return f"output.{self.block}.{self.index}"
+
+    @classmethod
+    def of(cls, key: str) -> Output:
+        """Return the mark of a name in a file."""
+        _, block, index = key.split(".")
+        return cls(int(block), int(index))
+
+
+@dataclass(frozen=True)
+class State:
+    """What passes from one segment to the next."""
+
+    hidden: torch.Tensor
+    """The hidden states, [batch, length, width]."""
+    outputs: Mapping[Output, torch.Tensor]
+    """Other outputs of the blocks so far that a later block takes; empty for most architectures."""
+    total: torch.Tensor | None = None
+    """The weighted sum of the blocks' outputs so far, where the head averages them."""
+
+
+def _marks_in(value: Any) -> set[Output]:
+    """Return the marks inside an argument."""
+    if isinstance(value, Output):
+        return {value}
+    inside = value.values() if type(value) is dict else value if type(value) in (tuple, list) else ()
+    return {mark for one in inside for mark in _marks_in(one)}
+
+
+def _unmarked(value: Any, outputs: Mapping[Output, Any]) -> Any:
+    """Return an argument with its marks replaced."""
+    if isinstance(value, Output):
+        return outputs[value]
+    if type(value) is dict:
+        return {key: _unmarked(one, outputs) for key, one in value.items()}
+    return type(value)(_unmarked(one, outputs) for one in value) if type(value) in (tuple, list) else value
+
 
 def segments_of(network: nn.Module) -> list[Segment]:
     """Split a network into segments, in the order of its forward pass. Segments without tensors are left out.
@@ -84,7 +150,10 @@ def segments_of(network: nn.Module) -> list[Segment]:
         before += [f"{owner_path}{name}" for name, _ in owner.named_children() if name not in (step, HEAD)]
         owner, owner_path = owner.get_submodule(step), f"{owner_path}{step}."
     above = ".".join(steps[:-1])
-    norms = [path for path in before if path.rpartition(".")[::2] in {(above, name) for name in FINAL_NORMS}]
+    norms = sorted(
+        (path for path in before if path.rpartition(".")[::2] in {(above, name) for name in FINAL}),
+        key=lambda path: FINAL.index(path.rpartition(".")[2]),
+    )
     found = [
         (Kind.EMBEDDINGS, [_join(prefix, path) for path in before if path not in norms]),
         *((Kind.BLOCK, [_join(prefix, f"{blocks_path}.{index}")]) for index in range(len(owner))),  # type: ignore[arg-type]
@@ -144,7 +213,8 @@ def _blocks_path(backbone: nn.Module) -> str:
         # A static table has an empty list.
         if isinstance(module, nn.ModuleList) and len(module) == count and len({type(block) for block in module}) <= 1:
             return str(path)
-    raise UserError(f"{type(backbone).__name__} cannot be walked block by block: it has no list of {count} blocks")
+    reason = one_set_of_blocks(backbone.config.to_dict()) or f"it has no list of {count} blocks"  # type: ignore[union-attr, operator]
+    raise UserError(f"{type(backbone).__name__} cannot be walked block by block: {reason}")
 
 
 @contextmanager
@@ -194,24 +264,26 @@ def begin(
         UserError: the backbone does more than run its blocks and a final norm, one after another.
     """
     first: Exception | None = None
-    for answer in ANSWERS:
+    for form in (_FORMS[network],) if network in _FORMS else FORMS:
         try:
-            return _begin(network, segments, embeddings, (ids, mask), answer)
+            found = _begin(network, segments, embeddings, (ids, mask), form)
         except (UserError, ValueError, TypeError, IndexError, AttributeError) as error:  # blocks of this network answer otherwise
             first = first or error
+        else:
+            _FORMS[network] = form
+            return found
     assert first is not None
     if isinstance(first, UserError):
         raise first
     raise UserError(f"{type(backbone_of(network)).__name__} cannot be walked block by block: {first}") from first
 
 
-ANSWERS: tuple[Callable[[torch.Tensor], Any], ...] = (
-    lambda hidden: hidden,
-    lambda hidden: (hidden,),
-    lambda hidden: (hidden, None),
-)
-"""What a block's forward returns: the hidden states; a tuple that begins with them; or with attention weights, where none are asked
-for. A form that is not the network's own is noticed: its next block is then not given what the first one got."""
+Form = int
+FORMS: tuple[Form, ...] = (0, 1, 2, 3, 4)
+"""What a block's forward returns: 0: the hidden states; n: a tuple of n that begins with them, such as attention weights after
+them. A form that is not the network's own is noticed: its next block is then not given what the first one got."""
+_FORMS: WeakKeyDictionary[nn.Module, Form] = WeakKeyDictionary()
+"""The form of each network that was walked, found with its first batch."""
 
 
 def _begin(
@@ -219,47 +291,94 @@ def _begin(
     segments: list[Segment],
     embeddings: Parts,
     batch: tuple[torch.Tensor, torch.Tensor],
-    answer: Callable[[torch.Tensor], Any],
+    form: Form,
 ) -> tuple[torch.Tensor, list[BlockArguments]]:
-    """Do what `begin` says, for a network whose blocks answer in one of the forms of `ANSWERS`."""
-    backbone, arguments, calls = backbone_of(network), [], []
+    """Do what `begin` says, for a network whose blocks answer in one of `FORMS`."""
+    backbone, arguments, finals = backbone_of(network), list[BlockArguments](), list[str]()
     hidden: list[torch.Tensor] = []
+    unlike = f"{type(backbone).__name__} cannot be walked block by block"
 
     def block(*positional: Any, **named: Any) -> Any:
         given: torch.Tensor = positional[0] if positional else named.pop("hidden_states")
         # Each block returns its input, so the next one must get the very same tensor. If not, the backbone changes hidden states
         # between blocks, which running the blocks one by one would miss.
-        if hidden and given is not hidden[0]:
-            raise UserError(f"{type(backbone).__name__} cannot be walked block by block: something happens between its blocks")
+        if (hidden and not _same(given, hidden[0])) or finals:
+            raise UserError(f"{unlike}: something happens between its blocks")
         hidden.append(given)
         arguments.append(BlockArguments(positional[1:], named))
-        return answer(given)
+        return (given, *(Output(len(arguments) - 1, index) for index in range(1, form))) if form else given
 
-    def norm(given: torch.Tensor) -> torch.Tensor:
-        calls.append(given is hidden[0] if hidden else False)
-        return given
+    def final(path: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def passed(given: torch.Tensor) -> torch.Tensor:
+            finals.append(path if hidden and _same(given, hidden[0]) else f"{path} of something else")
+            return given
 
-    # The final norm returns its input too. So the backbone's output must be the tensor that entered the first block.
+        return passed
+
+    # The final modules return their input too. So the backbone's output must be the tensor that entered the first block.
     answers: dict[nn.Module, Callable[..., Any]] = {}
+    expected: list[str] = []
     for segment in segments:
-        if segment.kind in (Kind.BLOCK, Kind.NORM):
-            answers |= {network.get_submodule(path): block if segment.kind is Kind.BLOCK else norm for path in segment.paths}
-    norms = sum(len(segment.paths) for segment in segments if segment.kind is Kind.NORM)
+        for path in segment.paths:
+            if segment.kind is Kind.BLOCK:
+                answers[network.get_submodule(path)] = block
+            elif segment.kind is Kind.NORM:
+                answers[network.get_submodule(path)] = final(path)
+                expected.append(path)
     with replaced(network, embeddings), _forward_replaced(answers):
         output = backbone(input_ids=batch[0], attention_mask=batch[1]).last_hidden_state
     if not answers:  # a static table: its rows are the hidden states
         return output, []
-    # Each block and norm must have run exactly once, with nothing after them.
-    if len(arguments) != len(answers) - norms or calls != [True] * norms or output is not hidden[0]:
-        raise UserError(f"{type(backbone).__name__} cannot be walked block by block: it does more than run its blocks and a norm")
+    # Each block and each final module must have run exactly once, in order, with nothing after them.
+    if len(arguments) != len(answers) - len(expected) or finals != expected or not _same(output, hidden[0]):
+        raise UserError(f"{unlike}: it does more than run its blocks and a norm")
     return hidden[0], arguments
 
 
-def run_block(block: nn.Module, hidden: torch.Tensor, arguments: BlockArguments) -> torch.Tensor:
-    """Run a block as its network would: hidden states [batch, length, width] in, hidden states of the same shape out."""
-    output = block(hidden, *arguments.positional, **arguments.named)
-    result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return result
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are one, or views of one that show the same numbers."""
+    alike = one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+    return one is other or (alike and one.dtype == other.dtype and one.numel() > 0)
+
+
+def run_block(block: nn.Module, number: int, state: State, arguments: Sequence[BlockArguments]) -> State:
+    """Run a block as its network would.
+
+    Args:
+        block: the block.
+        number: its number.
+        state: what arrives at it.
+        arguments: those of all blocks of the network, as `begin` recorded them.
+
+    Returns:
+        The hidden states after it, of the same shape, and the outputs that later blocks take.
+    """
+    mine = arguments[number].given(state.outputs)
+    answer = block(state.hidden, *mine.positional, **mine.named)
+    returned = answer if isinstance(answer, tuple) else (answer,)
+    made = {Output(number, index): output for index, output in enumerate(returned) if index}
+    return State(returned[0], _wanted(arguments, number, {**state.outputs, **made}))
+
+
+def leave_out(number: int, state: State, arguments: Sequence[BlockArguments]) -> State:
+    """Return what arrives at the next block if a network lacks this block: there the block before it hands on its outputs.
+
+    Raises:
+        UserError: no block before it has made what later blocks take.
+    """
+    handed = dict(state.outputs)
+    for mark in {mark for later in arguments[number + 1 :] for mark in later.marks if mark.block == number}:
+        before = Output(number - 1, mark.index)
+        if before not in handed:
+            raise UserError(f"block {number} cannot be left out: later blocks take what it returns next to the hidden states")
+        handed[mark] = handed[before]
+    return State(state.hidden, _wanted(arguments, number, handed))
+
+
+def _wanted(arguments: Sequence[BlockArguments], number: int, outputs: Mapping[Output, Any]) -> dict[Output, torch.Tensor]:
+    """Return those outputs that blocks after this one take."""
+    wanted = {mark for later in arguments[number + 1 :] for mark in later.marks}
+    return {mark: output for mark, output in outputs.items() if mark in wanted}
 
 
 def replace_module(parts: Parts, name: str, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from compress.models.network.pooling import backbone_of
 from compress.models.network.segments import blocks_of
 
 # Attributes in which attention modules keep their numbers of query heads and of key/value heads.
-_COUNTS = ("num_attention_heads", "num_heads")
+_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 _KEY_COUNTS = ("num_key_value_heads",)
 
 

@@ -5,9 +5,10 @@ plus the hidden states of the texts, which can be on disk. Both give the same re
 the same batches with the same arguments, in the same order (see `compress.models.network.segments`). They differ only in when the
 weights are loaded.
 
-A `Carry` takes texts through the walk. Between two segments it holds the hidden states of every batch. For the whole walk it holds
-the other arguments of each block (masks, rotary embeddings), which the embeddings pass recorded once. Where the head averages the
-outputs of several blocks, it also holds their weighted sum, and the mean takes the place of the hidden states before the head.
+A `Carry` takes texts through the walk. Between two segments it holds the hidden states of every batch, and what earlier blocks made
+for later ones (T5's position bias). For the whole walk it holds the other arguments of each block (masks, rotary embeddings), which
+the embeddings pass recorded once. Where the head averages the outputs of several blocks, it also holds their weighted sum, and the
+mean takes the place of the hidden states before the head.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -27,8 +29,22 @@ from torch import nn
 from compress.common.files import write_text_atomic
 from compress.models.files.weights import Weights
 from compress.models.network.pooling import LayerMean, head_of
-from compress.models.network.segments import HEAD, BlockArguments, Kind, Parts, Segment, begin, run_block, segments_of
+from compress.models.network.segments import (
+    HEAD,
+    BlockArguments,
+    Kind,
+    Output,
+    Parts,
+    Segment,
+    State,
+    begin,
+    run_block,
+    segments_of,
+)
 from compress.models.text.tokens import Batch
+
+HIDDEN, TOTAL = "hidden", "total"
+"""Names of the hidden states and of their weighted sum in a carry's files."""
 
 
 class Source(Protocol):
@@ -81,10 +97,6 @@ class Streamed:
         return dict(zip(parts, holder, strict=True))
 
 
-Tensors = dict[str, torch.Tensor]
-"""What a carry holds of a batch: its `hidden` states and, where the head averages blocks, the weighted `sum` of their outputs."""
-
-
 class Carry:
     """Carries texts through the network during a walk, as the hidden states of each batch.
 
@@ -109,7 +121,7 @@ class Carry:
         self.network: nn.Module | None = None
         """The network of the walk; None before `enter`."""
         self._arguments: list[list[BlockArguments]] = []
-        self._memory: dict[int, Tensors] = {}
+        self._memory: dict[int, State] = {}
         self._block_number: dict[int, int] = {}
         self._state_number: dict[int, int] = {}
         self._layers: LayerMean | None = None
@@ -122,16 +134,16 @@ class Carry:
 
     def hidden(self, index: int) -> torch.Tensor:
         """Return the hidden states of a batch at the walk's current position, [texts, length, width]."""
-        found = self._get(index, "hidden")
-        assert found is not None
-        return found
+        return self._state(index).hidden
 
-    def _get(self, index: int, what: str) -> torch.Tensor | None:
-        """Return a tensor of a batch at the current position; None where there is none of this name."""
+    def _state(self, index: int) -> State:
+        """Return what a batch has at the walk's current position."""
         if self._folder is None:
-            return self._memory[index].get(what)
+            return self._memory[index]
         with safe_open(self._file(self.passed, index), framework="pt", device=str(self._device)) as file:
-            return file.get_tensor(what) if what in set(file.keys()) else None  # type: ignore[no-any-return]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
+        hidden, total = tensors.pop(HIDDEN), tensors.pop(TOTAL, None)
+        return State(hidden, {Output.of(name): tensor for name, tensor in tensors.items()}, total)
 
     def enter(self, network: nn.Module, segments: list[Segment], embeddings: Parts, layers: LayerMean | None = None) -> None:
         """Run the embeddings on all batches and record the arguments of the blocks.
@@ -157,7 +169,7 @@ class Carry:
             hidden, arguments = begin(network, segments, embeddings, *(torch.from_numpy(x).to(self._device) for x in (ids, mask)))
             self._arguments.append(arguments)
             if self.passed == 0:
-                self._put(1, batch, self._with_sum(hidden, 0, None))
+                self._put(1, batch, self._with_sum(State(hidden, {}), 0, None))
         if self.passed == 0:
             self._arrive(1)
 
@@ -169,11 +181,17 @@ class Carry:
             parts: the segment's modules.
             batch: number of the batch.
         """
-        number = self._block_number.get(index)
-        hidden = self.hidden(batch)
+        return self._through(index, parts, batch).hidden
+
+    def _through(self, index: int, parts: Parts, batch: int) -> State:
+        number, state = self._block_number.get(index), self._state(batch)
+        if number is not None:
+            (block,) = parts.values()
+            return run_block(block, number, state, self._arguments[batch])
+        hidden = state.hidden
         for module in parts.values():
-            hidden = module(hidden) if number is None else run_block(module, hidden, self._arguments[batch][number])
-        return hidden
+            hidden = module(hidden)
+        return State(hidden, {})
 
     def advance(self, index: int, parts: Parts) -> None:
         """Run all batches through a block or norm, and move the carry's position after it.
@@ -183,38 +201,41 @@ class Carry:
             parts: the segment's modules.
         """
         for batch in range(len(self.batches)):
-            before = None if self._layers is None else self._get(batch, "sum")
-            hidden = self.through(index, parts, batch)
-            self._put(index + 1, batch, self._with_sum(hidden, self._state_number.get(index), before))
+            before = self._state(batch).total if self._layers is not None else None
+            state = self._through(index, parts, batch)
+            self._put(index + 1, batch, self._with_sum(state, self._state_number.get(index), before))
         self._arrive(index + 1)
 
-    def _with_sum(self, hidden: torch.Tensor, number: int | None, before: torch.Tensor | None) -> Tensors:
-        """Return what is held of a batch: hidden states and the weighted sum for the head, or at the end the mean alone.
+    def _with_sum(self, state: State, number: int | None, before: torch.Tensor | None) -> State:
+        """Return what is held of a batch: its state and the weighted sum for the head, or at the end the mean as hidden states.
 
         Args:
-            hidden: the batch's hidden states.
-            number: their number as `LayerMean` counts; None: they do not count.
+            state: the batch's state.
+            number: its number as `LayerMean` counts; None: its hidden states do not count.
             before: the weighted sum of those before them; None: there is none.
         """
         if self._layers is None:
-            return {"hidden": hidden}
-        total = before if number is None else self._layers.add(before, number, hidden)
+            return state
+        total = before if number is None else self._layers.add(before, number, state.hidden)
         if number == self._layers.blocks:
             assert total is not None, "the last one always counts"
-            return {"hidden": self._layers.mean(total)}
-        return {"hidden": hidden} if total is None else {"hidden": hidden, "sum": total}
+            return replace(state, hidden=self._layers.mean(total))
+        return replace(state, total=total)
 
     def _file(self, passed: int, index: int) -> Path:
         assert self._folder is not None
         return self._folder / f"{passed:04d}" / f"{index:06d}.safetensors"
 
-    def _put(self, passed: int, index: int, tensors: Tensors) -> None:
+    def _put(self, passed: int, index: int, state: State) -> None:
         if self._folder is None:
-            self._memory[index] = tensors
+            self._memory[index] = state
         else:
             path = self._file(passed, index)
             path.parent.mkdir(exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+            # Copies of outputs: a block may hand on the tensor that it was given, and files hold no tensor twice.
+            tensors = {mark.key: output.clone() for mark, output in state.outputs.items()}
+            tensors |= {} if state.total is None else {TOTAL: state.total}
+            save_file({name: tensor.contiguous() for name, tensor in {HIDDEN: state.hidden, **tensors}.items()}, path)
 
     def _arrive(self, passed: int) -> None:
         """Record that all batches have passed `passed` segments, and delete the hidden states of the position before."""

@@ -20,7 +20,7 @@ from compress.methods.quantize.rtn import RTN
 from compress.models.files.variant import VariantInfo
 from compress.models.network.build import load_network
 from compress.models.network.nv_embed import NVEmbedNetwork, fold, mean_of_rows
-from compress.models.network.segments import begin, run_block, segments_of
+from compress.models.network.segments import State, begin, run_block, segments_of
 from compress.models.shape import known_shape
 from compress.models.text.nv_embed import PREFIX, instruction_prompts
 from compress.pipeline.recipe import steps_for
@@ -187,7 +187,7 @@ def test_a_block_that_is_called_alone_is_not_causal(checkpoint: Path) -> None:
     for ids in ([[1, 50, 60, 70]], [[1, 50, 60, 99]]):
         with torch.inference_mode():
             hidden, arguments = begin(network, segments, {}, torch.tensor(ids), torch.ones(1, 4, dtype=torch.long))
-            outputs.append(run_block(network.embedding_model.layers[0], hidden, arguments[0]))
+            outputs.append(run_block(network.embedding_model.layers[0], 0, State(hidden, {}), arguments).hidden)
     assert (outputs[0][:, 0] - outputs[1][:, 0]).abs().max() > 1e-4
 
 
