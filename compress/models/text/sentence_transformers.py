@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from compress.common.errors import UserError, nearest
-from compress.common.inputs import read_json
-from compress.models.text.spec import EmbedderSpec, HeadModule, Pooling
+from compress.common.inputs import checked, checked_by, inside, read_json, read_object
+from compress.models.text.spec import EmbedderSpec, HeadModule, Pooling, Similarity
 
 PACKAGE = "sentence_transformers."
 """The package of the modules that are read; classes of a repository's own are remote code."""
@@ -31,6 +33,70 @@ LEGACY_POOLINGS = {
     "pooling_mode_lasttoken": Pooling.LAST,
 }
 """Keys of `Pooling` before sentence-transformers 5.2, in the order in which their results are concatenated."""
+
+
+Width = Annotated[int, Field(ge=1, le=10**9)]
+
+
+class _File(BaseModel):
+    """Keys of a settings file whose types are checked; all others are judged by the code that reads the file."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Entry(_File):
+    """An entry of `modules.json`."""
+
+    type: str
+    path: str
+
+
+class _SettingsFile(_File):
+    """The settings of the Transformer module; `null` is no setting."""
+
+    max_seq_length: Annotated[int, Field(ge=1)] | None = None
+    do_lower_case: bool | None = None
+    processor_kwargs: dict[str, Any] | None = None
+    config_kwargs: dict[str, Any] | None = None
+    model_kwargs: dict[str, Any] | None = None
+    modality_config: dict[str, Any] | None = None
+
+
+class _PoolingFile(_File):
+    """The settings of a Pooling module."""
+
+    word_embedding_dimension: Width | None = None
+    embedding_dimension: Width | None = None
+    pooling_mode: str | list[str] | None = None
+    include_prompt: bool = True
+
+
+class _DenseFile(_File):
+    """The settings of a Dense module."""
+
+    in_features: Width
+    out_features: Width
+    bias: bool = True
+    activation_function: str = "torch.nn.modules.activation.Tanh"
+    use_residual: bool = False
+
+
+class _LayerNormFile(_File):
+    """The settings of a LayerNorm module."""
+
+    dimension: Width
+
+
+class _PromptsFile(_File):
+    """What the model's own settings say of prompts, of the vectors' width and of how they are compared."""
+
+    prompts: dict[str, str | None] | None = None
+    default_prompt_name: str | None = None
+    truncate_dim: Width | None = None
+    similarity_fn_name: Similarity | None = None
+
+
+_ENTRIES = TypeAdapter(list[_Entry])
 
 
 @dataclass(frozen=True)
@@ -65,8 +131,8 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
     if not path.exists():
         return ()
     modules = []
-    for entry in read_json(path):
-        name = str(entry["type"])
+    for number, entry in enumerate(checked_by(read_json(path), _ENTRIES, str(path))):
+        name = entry.type
         kind = name.rpartition(".")[2]
         if not name.startswith(PACKAGE):
             raise UserError(
@@ -74,7 +140,7 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
             )
         if kind not in MODULES and kind != TRANSFORMER:
             raise UserError(f"{path}: module {kind!r} is not supported", nearest(kind, [TRANSFORMER, *MODULES]))
-        modules.append(Module(kind, folder / str(entry["path"])))
+        modules.append(Module(kind, inside(folder, entry.path, f"{path}: {number}.path")))
     return tuple(modules)
 
 
@@ -92,10 +158,11 @@ def read_settings(transformer: Path) -> TransformerSettings:
     path = next((transformer / name for name in SETTINGS_FILES if (transformer / name).exists()), None)
     if path is None:
         return TransformerSettings()
-    settings = dict(read_json(path))
+    settings = read_object(path)
     for old, new in (("tokenizer_args", "processor_kwargs"), ("config_args", "config_kwargs"), ("model_args", "model_kwargs")):
         if old in settings:
             settings[new] = settings.pop(old)
+    checked(settings, _SettingsFile, str(path))
     found = TransformerSettings(
         max_length=settings.pop("max_seq_length", None),
         lowercase=bool(settings.pop("do_lower_case", False)),
@@ -197,15 +264,20 @@ def _default_pooling(config: Mapping[str, Any]) -> Pooling:
     return Pooling.LAST if causal else Pooling.MEAN
 
 
-def _read_config(folder: Path, kind: str) -> tuple[Path, dict[str, Any]]:
+def _read_config(folder: Path, kind: str, keys: type[_File]) -> tuple[Path, dict[str, Any]]:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{path}: missing, although modules.json names a {kind} module there", "download the model again")
-    return path, dict(read_json(path))
+    config = read_object(path)
+    checked(config, keys, str(path))
+    return path, config
 
 
 def _read_pooling(folder: Path) -> dict[str, Any]:
-    path, config = _read_config(folder, "Pooling")
+    path, config = _read_config(folder, "Pooling", _PoolingFile)
+    for key in LEGACY_POOLINGS:
+        if not isinstance(config.get(key, False), bool):
+            raise UserError(f"{path}: {key}: must be true or false, got {config[key]!r}")
     width = config.pop("word_embedding_dimension", None)
     width = config.pop("embedding_dimension", width)
     legacy = [mode for key, mode in LEGACY_POOLINGS.items() if config.pop(key, False)]
@@ -222,7 +294,7 @@ def _read_pooling(folder: Path) -> dict[str, Any]:
 
 
 def _read_dense(folder: Path) -> HeadModule:
-    path, config = _read_config(folder, "Dense")
+    path, config = _read_config(folder, "Dense", _DenseFile)
     for key in ("module_input_name", "module_output_name"):
         if config.pop(key, None) not in (None, "sentence_embedding"):
             raise UserError(f"{path}: {key} must be sentence_embedding: Dense is supported after Pooling only")
@@ -242,7 +314,7 @@ def _read_dense(folder: Path) -> HeadModule:
 
 
 def _read_layer_norm(folder: Path) -> HeadModule:
-    _, config = _read_config(folder, "LayerNorm")
+    _, config = _read_config(folder, "LayerNorm", _LayerNormFile)
     return HeadModule(kind="LayerNorm", width=config["dimension"])
 
 
@@ -268,7 +340,8 @@ def _read_prompts(path: Path) -> dict[str, Any]:
     """Return what the model's own settings say of prompts and of the vectors' width."""
     if not path.exists():
         return {}
-    config = dict(read_json(path))
+    config = read_object(path)
+    checked(config, _PromptsFile, str(path))
     kind = config.pop("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise UserError(f"{path}: model_type {kind!r} is no embedder with one vector for a text")
@@ -280,8 +353,8 @@ def _read_prompts(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: default_prompt_name {default!r} is not among the prompts", nearest(str(default), prompts))
         found["default_prompt"] = prompts[default] or ""
     found["dimensions"] = config.pop("truncate_dim", None)
-    for key in ("__version__", "similarity_fn_name"):
-        config.pop(key, None)
+    found["similarity"] = config.pop("similarity_fn_name", None) or "cosine"
+    config.pop("__version__", None)
     if config:
         known = ["prompts", "default_prompt_name", "truncate_dim", "similarity_fn_name"]
         raise UserError(f"{path}: key {next(iter(config))!r} is not known", nearest(next(iter(config)), known))

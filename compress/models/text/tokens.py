@@ -14,10 +14,13 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from compress.common.errors import UserError
+from compress.common.inputs import read_text
 from compress.models.text.spec import EmbedderSpec
 
 Ids = npt.NDArray[np.int64]
 
+TOKENIZER_BYTES = 256 * 2**20
+"""Largest `tokenizer.json`; one of 500,000 tokens and their merges has 40 MB."""
 # In tokens. Longer texts are batched only with texts of equal length, so no padding is needed.
 LONGEST_PADDED = 2_048
 # A post-processor of `tokenizer.json` that adds no special tokens.
@@ -33,12 +36,16 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     """Open a folder's `tokenizer.json`.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it is not a tokenizer.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{folder}: no tokenizer.json")
-    return Tokenizer.from_file(str(path))
+    content = read_text(path, TOKENIZER_BYTES)
+    try:
+        return Tokenizer.from_str(content)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{path}: not a tokenizer ({str(error).strip() or type(error).__name__})") from error
 
 
 class TextTokenizer:
