@@ -250,4 +250,3 @@ def own_file(folder: Path, path: Path) -> Path:
     if not any(real.is_relative_to(place) for place in roots):
         raise UserError(f"{path}: a link to {real}, outside of {folder}, which is not copied", "copy the file into the folder")
     return path
-

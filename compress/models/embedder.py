@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from compress.common.errors import BadTextError, NotFiniteError
 from compress.models.text.spec import EmbedderSpec
 from compress.models.text.tokens import Batch, Ids, TextTokenizer, batches_by_tokens, pad_batch
 
@@ -105,7 +106,7 @@ class BatchedEmbedder(ABC):
         pool_from = self.tokenizer.prompt_length(prompt) if prompt and not self.spec.pool_prompt else 0
 
         if pool_from >= self.tokenizer.max_length:
-            raise ValueError(
+            raise BadTextError(
                 f"the prompt's {pool_from} tokens leave nothing of {self.tokenizer.max_length} for a text to be pooled"
             )
         chunks: list[Vectors] = []
@@ -119,7 +120,7 @@ class BatchedEmbedder(ABC):
                 vectors[batch] = made
             if not np.isfinite(vectors).all():
                 first = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-                raise FloatingPointError(f"{self.name} gave a vector that is not finite, for {chunk[first][:80]!r}")
+                raise NotFiniteError(f"{self.name} gave a vector that is not finite, for {chunk[first][:80]!r}")
             chunks.append(vectors)
         return np.concatenate(chunks) if chunks else np.empty((0, self.dimension), dtype=np.float32)
 
@@ -132,9 +133,10 @@ class BatchedEmbedder(ABC):
         limit = self.tokenizer.positions
         for index, row in enumerate(rows) if limit is not None else ():
             if len(row) > limit:  # type: ignore[operator]
-                raise ValueError(
+                raise BadTextError(
                     f"texts[{before + index}] has {len(row)} tokens; {self.name} has positions for {limit}, "
-                    f"although its settings allow {self.tokenizer.max_length}"
+                    f"although its settings allow {self.tokenizer.max_length}",
+                    "lower max_seq_length in the model's sentence_bert_config.json, or cut the text",
                 )
 
     def _tokenized(self, texts: Iterable[str], prompt: str) -> Iterator[tuple[list[str], list[Ids]]]:

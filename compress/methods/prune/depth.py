@@ -49,6 +49,8 @@ class Depth(Method):
             raise ValueError("`keep` says how many blocks stay, `drop` which ones are dropped; give one of them")
         if self.drop is not None and len(set(self.drop)) != len(self.drop):
             raise ValueError("`drop` names a block twice")
+        if self.drop == ():
+            raise ValueError("`drop` names no block; leave the step out")
         if self.criterion == "angular" and self.what != "blocks":
             raise ValueError("`criterion: angular` compares runs of whole blocks; use greedy, pooled or influence")
         return self
@@ -159,6 +161,8 @@ class Depth(Method):
         layers = shape.layers
         if self.drop is None:
             goes = self._goes(len(layers))
+            if goes == 0:
+                raise ValueError(f"`keep: {self.keep}` of {len(layers)} blocks drops none; lower it, or leave the step out")
             places = list(range(len(layers) - goes, len(layers)))
         else:
             for number in self.drop:
