@@ -1,7 +1,8 @@
 """The one room that reads files from outside. What it hands on is bounded, of the right types and inside its folder.
 
-Each file is a regular one, at most as large as its kind needs, UTF-8, nested a few levels and free of NaN and infinity. Its content
-is a pydantic model that stands where the file's meaning is known. Whatever is wrong is a `UserError` that names the file and the key.
+Each file is a regular one, at most as large as its kind needs, UTF-8, nested a few levels and free of NaN and infinity. Its
+content is a pydantic model that stands where the file's meaning is known. Whatever is wrong is a `UserError` that names the file
+and the key.
 """
 
 from __future__ import annotations

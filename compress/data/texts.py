@@ -45,7 +45,7 @@ def read_lines(path: Path, *, blank: bool = False) -> Iterator[tuple[int, str]]:
         blank: whether lines without any text are yielded too.
 
     Raises:
-        UserError: the file is missing or no regular one, is not UTF-8, is not valid gzip, or has a line of more than 64 M characters.
+        UserError: the file is missing or no regular one, is not UTF-8, is not valid gzip, or has a line of 64 M characters.
     """
     number = 1
     try:
@@ -206,8 +206,42 @@ READERS: Mapping[str, Callable[[Path, bool], list[str]]] = {
 }
 """What reads a file of texts, by its suffix; a name with another one holds a text per line. All but `.parquet` may be gzipped."""
 OTHER_FORMATS = frozenset(
-    ".arrow .avro .bin .bz2 .db .doc .docx .feather .h5 .hdf5 .html .ipynb .lz4 .npy .npz .odt .orc .pdf .pickle .pkl .pt .rtf"
-    " .safetensors .sqlite .tar .tgz .xls .xlsx .xml .xz .yaml .yml .zip .zst".split()
+    [
+        ".arrow",
+        ".avro",
+        ".bin",
+        ".bz2",
+        ".db",
+        ".doc",
+        ".docx",
+        ".feather",
+        ".h5",
+        ".hdf5",
+        ".html",
+        ".ipynb",
+        ".lz4",
+        ".npy",
+        ".npz",
+        ".odt",
+        ".orc",
+        ".pdf",
+        ".pickle",
+        ".pkl",
+        ".pt",
+        ".rtf",
+        ".safetensors",
+        ".sqlite",
+        ".tar",
+        ".tgz",
+        ".xls",
+        ".xlsx",
+        ".xml",
+        ".xz",
+        ".yaml",
+        ".yml",
+        ".zip",
+        ".zst",
+    ]
 )
 """Suffixes of formats whose lines are no texts."""
 

@@ -27,7 +27,6 @@ from compress.measure.accuracy.tasks import Task, load_data
 from compress.models.embedder import Embedder, Vectors
 from compress.models.text.spec import Similarity
 
-
 Compare = Callable[[Any, Any], Any]
 
 

@@ -1,4 +1,4 @@
-"""A network's `config.json`: the types of its keys, and whether the weights next to it are those that it describes. No torch here."""
+"""A network's `config.json`: the types of its keys, and whether the weights next to it are those it describes. No torch here."""
 
 from __future__ import annotations
 
