@@ -182,7 +182,7 @@ def _of_table(separator: str) -> Callable[[Path, bool], list[str]]:
 
 def _of_parquet(path: Path, rows: bool) -> list[str]:
     """Read the column `text`."""
-    from pyarrow import ArrowException, parquet
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 
     with open_file(path) as file:
         try:
@@ -206,42 +206,13 @@ READERS: Mapping[str, Callable[[Path, bool], list[str]]] = {
 }
 """What reads a file of texts, by its suffix; a name with another one holds a text per line. All but `.parquet` may be gzipped."""
 OTHER_FORMATS = frozenset(
-    [
-        ".arrow",
-        ".avro",
-        ".bin",
-        ".bz2",
-        ".db",
-        ".doc",
-        ".docx",
-        ".feather",
-        ".h5",
-        ".hdf5",
-        ".html",
-        ".ipynb",
-        ".lz4",
-        ".npy",
-        ".npz",
-        ".odt",
-        ".orc",
-        ".pdf",
-        ".pickle",
-        ".pkl",
-        ".pt",
-        ".rtf",
-        ".safetensors",
-        ".sqlite",
-        ".tar",
-        ".tgz",
-        ".xls",
-        ".xlsx",
-        ".xml",
-        ".xz",
-        ".yaml",
-        ".yml",
-        ".zip",
-        ".zst",
-    ]
+    f".{name}"
+    for names in (
+        "arrow avro feather h5 hdf5 npy npz orc bin pickle pkl pt safetensors db sqlite",
+        "doc docx html ipynb odt pdf rtf xls xlsx xml yaml yml",
+        "bz2 lz4 tar tgz xz zip zst",
+    )
+    for name in names.split()
 )
 """Suffixes of formats whose lines are no texts."""
 

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from compress.common.errors import BadTextError, NotFiniteError
+from compress.common.errors import BadTextError, NotFiniteError, UserError
 from compress.models.text.spec import EmbedderSpec
 from compress.models.text.tokens import Batch, Ids, TextTokenizer, batches_by_tokens, pad_batch
 
@@ -117,6 +117,8 @@ class BatchedEmbedder(ABC):
             batches = [pad_batch([rows[index] for index in batch]) for batch in order]
             show = len(rows) >= LONG_WORK_TEXTS if progress is None else progress
             for batch, made in zip(order, self.forward(batches, pool_from, show), strict=True):
+                if made.shape[1] != self.dimension:
+                    raise UserError(f"{self.name}: its settings say {self.dimension} dimensions, its network gives {made.shape[1]}")
                 vectors[batch] = made
             if not np.isfinite(vectors).all():
                 first = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.common.errors import UserError
+from compress.common.errors import UserError, first_line
 from compress.common.inputs import read_text
 from compress.common.lazy import attribute
 from compress.models.architectures import OWN_ARCHITECTURES, OwnArchitecture
@@ -130,9 +130,10 @@ class ModelFolder:
             )
         kind = str(config.get("model_type"))
         if "AutoModel" in (config.get("auto_map") or {}) and kind not in (*OWN_ARCHITECTURES, *NATIVE):
+            own = f"transformers' own {kind}" if kind in _architectures() else f"anything: model_type {kind!r} is not known"
             raise UserError(
                 f"{path}: auto_map: the network is remote code ({config['auto_map']['AutoModel']}), which is never run, "
-                f"and may compute something else than transformers' own {kind}",
+                f"and may compute something else than {own}",
                 "if transformers' own is meant, remove auto_map from config.json",
             )
         architecture = str((config.get("architectures") or [""])[0])
@@ -156,7 +157,7 @@ class ModelFolder:
             return attribute(own.config)(self.transformer)
         from transformers import AutoConfig
 
-        path, kind = self.transformer / "config.json", self.config.get("model_type", "missing")
+        path, kind = self.transformer / CONFIG_FILE, self.config.get("model_type", "missing")
         try:
             config = AutoConfig.from_pretrained(
                 self.transformer, local_files_only=True, trust_remote_code=False, **self.settings.config
@@ -185,23 +186,21 @@ class ModelFolder:
         """The tensors of the network and of the modules after it, by the names that they have or will have in the network.
 
         Raises:
-            UserError: weights of a checkpoint are not floating-point numbers, or not those that its config describes.
+            UserError: weights of a checkpoint are not floating-point numbers.
         """
         if self.is_variant:
             return stored_tensors(self.transformer)
         found = self._with_head(stored_tensors(self.transformer))
         check_floating(found, NOT_WEIGHTS)
-        self._check_sizes(found)
         return found
 
-    def _check_sizes(self, found: Mapping[str, StoredTensor]) -> None:
+    def check_sizes(self) -> None:
         """See that the config asks for no more blocks, tokens and positions than the files have: else memory runs out first.
 
         Raises:
             UserError: it does.
         """
-        infos = {name: tensor.info for name, tensor in found.items()}
-        place, shape = self.transformer / CONFIG_FILE, ModelShape(self.name, infos, self.config)
+        place, infos, shape = self.transformer / CONFIG_FILE, self.headers, self.shape
         sizes = self.config.get("text_config") or self.config
         if isinstance(sizes.get("num_hidden_layers"), int) and sizes.get("model_type") not in SHARED_BLOCKS:
             check_blocks(place, sizes["num_hidden_layers"], infos)
@@ -251,7 +250,15 @@ class ModelFolder:
         if own is not None:
             spec: EmbedderSpec = attribute(own.spec)(self.transformer)
             return spec
-        return read_spec(self.path, self.modules, self.settings, self.config, self._transformers_tokenizer[2])
+        found = read_spec(self.path, self.modules, self.settings, self.config, self._transformers_tokenizer[2])
+        sizes = [*self.config.values(), *(self.config.get("text_config") or {}).values()]
+        if found.token_width is not None and found.token_width not in sizes:
+            raise UserError(
+                f"{self.path}: its Pooling module has word_embedding_dimension {found.token_width}, and config.json has hidden_size "
+                f"{self.shape.hidden_size}",
+                "the two are of different models",
+            )
+        return found
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -338,11 +345,6 @@ class ModelFolder:
             return None
         found = re.search(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$", read_text(card), re.M | re.S)
         return found.group(1).strip("\"'") if found else None
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _architectures() -> Any:

@@ -55,6 +55,8 @@ def empty_model(folder: ModelFolder) -> nn.Module:
 
     A variant's changes to the architecture are applied: pruned heads, dropped sublayers, quantized layers.
     """
+    if not folder.is_variant:
+        folder.check_sizes()
     model = empty_network(folder)
     info = folder.variant
     if info is None:

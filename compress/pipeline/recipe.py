@@ -53,7 +53,7 @@ class Calibration(Section):
     texts: str = "embedded"
     """JSONL file with a `text` key (`.gz` allowed), plain text file with one text per line, or `embedded`: 512 texts of many kinds
     that come with the project."""
-    count: int = Field(512, ge=1)
+    count: int = Field(512, ge=1, le=10**6)
     """Number of texts to use, drawn with the recipe's seed."""
     max_tokens: int = Field(512, ge=8)
     """Length at which texts are cut, in tokens, prompt included."""
@@ -70,7 +70,7 @@ class Measure(Section):
     texts: str = "mini"
     """Texts for speed, memory and fidelity: a JSONL file with a `text` key (`.gz` allowed), a plain text file with one text per
     line, or `mini`: texts of mixed lengths made from the embedded suite."""
-    count: int = Field(256, ge=8)
+    count: int = Field(256, ge=8, le=10**6)
     """Number of texts that each round of the throughput measurement encodes."""
     rounds: int = Field(5, ge=1)
     """Number of rounds. Baselines and variant take turns within each round; medians are reported."""
@@ -82,7 +82,7 @@ class Measure(Section):
     """Text lengths, in tokens, to time. Every batch size is timed at every length; empty: none."""
     batch_tokens: int | None = Field(None, ge=1)
     """Padded tokens that a batch may hold. Defaults to what suits the device."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of each measured process. Defaults to all cores."""
 
     @model_validator(mode="after")

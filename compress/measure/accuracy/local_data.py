@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow
+import pyarrow  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict
 from mteb.abstasks import (
     AbsTask,

@@ -36,7 +36,7 @@ def _distance(order: int, pairwise: bool) -> Compare:
     def compare(a: Any, b: Any) -> Any:
         import torch
 
-        first, second = (torch.atleast_2d(torch.as_tensor(vectors).float()) for vectors in (a, b))
+        first, second = (torch.as_tensor(vectors).float().reshape(-1, np.shape(vectors)[-1]) for vectors in (a, b))
         return -(first - second).norm(p=order, dim=-1) if pairwise else -torch.cdist(first, second, p=order)
 
     return compare

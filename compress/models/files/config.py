@@ -64,7 +64,7 @@ def read_config(transformer: Path) -> dict[str, Any]:
             f"{transformer}: no config.json", "a model's folder holds config.json, tokenizer files and safetensors weights"
         )
     config = read_object(path)
-    checked(config, _ConfigFile, str(path))
+    check_config(config, str(path))
     for section, keys in (("", config), ("text_config.", config.get("text_config") or {})):
         for key in ("quantization_config", "compression_config"):
             if keys.get(key):
@@ -74,6 +74,15 @@ def read_config(transformer: Path) -> dict[str, Any]:
     if found is not None:
         raise _quantized(f"{transformer / found}", "the weights next to it are quantized by another library")
     return config
+
+
+def check_config(config: Mapping[str, Any], place: str) -> None:
+    """See that the keys of a config are of the right types and of sizes that a network can have; `place` names it in errors.
+
+    Raises:
+        UserError: one is not.
+    """
+    checked(config, _ConfigFile, place)
 
 
 def _quantized(place: str, what: str) -> UserError:

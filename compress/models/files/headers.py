@@ -167,6 +167,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             if name in found:
                 raise UserError(f"{folder}: tensor {name!r} is in {found[name].path.name} and in {path.name}")
             found[name] = tensor
+    if not found:
+        raise UserError(f"{', '.join(map(str, weight_files(folder)))}: holds no tensors", "download or write it again")
     missing = next((name for name in places if name not in found), None)
     if missing is not None:
         raise UserError(f"{folder / places[missing]}: tensor {missing!r} is missing, although {INDEX_FILE} names it")

@@ -131,7 +131,8 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
     if not path.exists():
         return ()
     modules = []
-    for number, entry in enumerate(checked_by(read_json(path), _ENTRIES, str(path))):
+    entries = checked_by(read_json(path), _ENTRIES, str(path))
+    for number, entry in enumerate(entries):
         name = entry.type
         kind = name.rpartition(".")[2]
         if not name.startswith(PACKAGE):
