@@ -12,7 +12,7 @@ from compress.common.inputs import read_as
 from compress.models.embedder import BatchedEmbedder, Vectors, with_progress
 from compress.models.text.spec import EmbedderSpec, Similarity
 from compress.models.text.tokens import Batch, Ids, TextTokenizer, open_tokenizer
-from compress.runtimes.contract import RUNTIMES
+from compress.runtimes.contract import RUNTIMES, opening
 from compress.runtimes.graph_embedder import BATCH_TOKENS, pooled_from
 
 SETTINGS_FILE = "embedder.json"
@@ -92,7 +92,8 @@ def _in_onnxruntime(graph: Path, inputs: Sequence[str]) -> Run:
     options.log_severity_level = 3  # errors alone
     # As the export's own example: inputs of layers whose weights alone are integers stay in float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    with opening(graph):
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def run(arrays: Sequence[Ids]) -> Vectors:
         vectors: Vectors = session.run(None, dict(zip(inputs, arrays, strict=True)))[0]
@@ -105,7 +106,8 @@ def _in_openvino(graph: Path, inputs: Sequence[str]) -> Run:
     import openvino
 
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}  # as the export's own example
-    compiled = openvino.Core().compile_model(graph, "CPU", exact)
+    with opening(graph):
+        compiled = openvino.Core().compile_model(graph, "CPU", exact)
 
     def run(arrays: Sequence[Ids]) -> Vectors:
         vectors: Vectors = compiled(list(arrays))[0]

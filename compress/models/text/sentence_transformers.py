@@ -54,7 +54,7 @@ class _Entry(_File):
 class _SettingsFile(_File):
     """The settings of the Transformer module; `null` is no setting."""
 
-    max_seq_length: Annotated[int, Field(ge=1)] | None = None
+    max_seq_length: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     do_lower_case: bool | None = None
     processor_kwargs: dict[str, Any] | None = None
     config_kwargs: dict[str, Any] | None = None
