@@ -254,8 +254,8 @@ class ModelFolder:
         sizes = [*self.config.values(), *(self.config.get("text_config") or {}).values()]
         if found.token_width is not None and found.token_width not in sizes:
             raise UserError(
-                f"{self.path}: its Pooling module has word_embedding_dimension {found.token_width}, and config.json has hidden_size "
-                f"{self.shape.hidden_size}",
+                f"{self.path}: its Pooling module has word_embedding_dimension {found.token_width}, "
+                f"and config.json has hidden_size {self.shape.hidden_size}",
                 "the two are of different models",
             )
         return found
