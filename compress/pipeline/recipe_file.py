@@ -20,6 +20,7 @@ from compress.pipeline.recipe import Recipe
 
 # Quoted strings, and comments to the end of the line: brackets in them nest nothing.
 _QUOTED = re.compile(r"'[^']*'|\"(?:\\\\.|[^\"\\\\])*\"|(?:^|\s)#.*$")
+_LONG_NUMBER = re.compile(r"(?<![\w.])[-+]?[0-9_]{4000}")
 Fault = tuple[int, str]
 """A line number, from 1 (0 if there is no file), and what is wrong there."""
 
@@ -58,8 +59,8 @@ def read_recipe(path: Path | str) -> Recipe:
     return recipe if "name" in recipe.model_fields_set else recipe.model_copy(update={"name": path.stem})
 
 
-RECIPE_BYTES = 2**18
-MOST_VALUES = 10_000
+RECIPE_BYTES = 2**19
+MOST_VALUES = 100_000
 """Values of a recipe, each counted wherever an alias repeats it. The longest one here has 60."""
 MOST_FAULTS = 50
 """Faults that are named; those of further steps are found once these are mended."""
@@ -68,14 +69,16 @@ DEEPEST = 32
 
 
 def _check_brackets(text: str, path: Path) -> None:
-    """See that lists in brackets are not nested deeply: the YAML reader takes seconds for each hundred levels, then overflows.
+    """See that lists in brackets are not nested deeply, for which the YAML reader takes seconds, and that numbers have few digits.
 
     Raises:
-        UserError: they are; names the line.
+        UserError: they are, or have not; names the line.
     """
     depth = 0
     for number, line in enumerate(text.splitlines(), start=1):
         bare = _QUOTED.sub("", line)
+        if _LONG_NUMBER.search(bare):
+            raise UserError(f"{path}, line {number}: a number has too many digits")
         for character in bare if "[" in bare or "{" in bare or depth else "":
             depth += (character in "[{") - (character in "]}")
             if depth > DEEPEST:
