@@ -125,7 +125,9 @@ def plan(recipe: RecipeArgument, model: ModelOption = None, runs: RunsOption = P
 @app.command(cls=accepting(TO_BEFORE))
 def encode(
     model: ModelArgument,
-    texts: Annotated[Path, typer.Argument(metavar="TEXTS", help="Texts, one per line, or JSON lines with a `text` key.")],
+    texts: Annotated[
+        Path, typer.Argument(metavar="TEXTS", help="Texts, one per line, or the `text` of .jsonl, .json, .csv, .tsv, .parquet.")
+    ],
     to: Annotated[Path, typer.Option("--to", "-o", metavar="FILE", help="File for the vectors: float32, .npy.")],
     prompt: Annotated[str | None, typer.Option(metavar="P", help="Prompt that is put before every text.")] = None,
     task: Annotated[
@@ -139,7 +141,9 @@ def encode(
     """Embed texts."""
     from compress.data.texts import read_texts
 
-    lines = read_texts(texts)
+    if to.suffix.lower() not in (".npy", ""):
+        raise UserError(f"{to}: vectors are written as .npy, not as {to.suffix}", f"-o {to.with_suffix('.npy')}")
+    lines = read_texts(texts, rows=True)
     with stoppable():
         from compress.common.files import save_array
         from compress.runtimes.loading import load

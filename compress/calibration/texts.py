@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from compress.models.text.tokens import TextTokenizer
 
 
+FEWEST_TEXTS, FEWEST_TOKENS = 8, 64
+"""Distinct texts, and tokens in them, below which a static scale would be one of those texts alone."""
+ENOUGH_TEXTS, ENOUGH_TOKENS = 64, 2_048
+"""From here on nothing is warned of."""
+
+
+def _told(distinct: set[str]) -> str:
+    return f"{len(distinct)} distinct text{'s' if len(distinct) != 1 else ''}"
+
+
 @dataclass(frozen=True)
 class CalibrationSource:
     """The texts that methods calibrate on."""
@@ -25,6 +35,33 @@ class CalibrationSource:
     """Prompts that are put before the texts in turn; None: the model's own."""
     max_tokens: int
     """Number of tokens at which texts are cut, with their prompts."""
+
+    def check(self, tokenizer: TextTokenizer | None) -> str | None:
+        """See that the texts can say something of a model's inputs; return a warning where they say little.
+
+        Args:
+            tokenizer: the model's, where a step stores static scales: what a scale has not seen, it cuts. None: no step does.
+
+        Raises:
+            UserError: the texts are blank, or too few for a static scale.
+        """
+        distinct = {text for text in self.texts if text.strip()}
+        if not distinct:
+            raise UserError(
+                f"calibration: none of {len(self.texts)} texts has a word in it", "give texts like those to be embedded"
+            )
+        if tokenizer is None:
+            return f"{_told(distinct)} to calibrate on: they stand for no others" if len(distinct) < FEWEST_TEXTS else None
+        tokens = sum(min(length, self.max_tokens) for length in tokenizer.lengths(sorted(distinct)))
+        if len(distinct) < FEWEST_TEXTS or tokens < FEWEST_TOKENS:
+            raise UserError(
+                f"calibration: {_told(distinct)} of {tokens:,} tokens are too few for static scales, which need "
+                f"{FEWEST_TEXTS} and {FEWEST_TOKENS}",
+                "give more texts, or take `activations: dynamic_per_token`",
+            )
+        if len(distinct) < ENOUGH_TEXTS or tokens < ENOUGH_TOKENS:
+            return f"static scales of {_told(distinct)} and {tokens:,} tokens: larger values of other texts will be cut"
+        return None
 
     def batches(self, tokenizer: TextTokenizer, spec: EmbedderSpec) -> CalibrationTexts:
         """Tokenize and batch the texts."""

@@ -18,6 +18,19 @@ class UserError(Exception):
         self.hint = hint
 
 
+class BadTextError(UserError, ValueError):
+    """Texts or settings of a call that a model cannot take; also a `ValueError`, as callers from Python expect."""
+
+
+class NotFiniteError(UserError, FloatingPointError):
+    """A model's numbers are not finite; also a `FloatingPointError`, as callers from Python expect."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Suggest which of `names` was meant, or list them when none is close.
 

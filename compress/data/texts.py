@@ -1,12 +1,15 @@
-"""Texts from files: JSON lines (gzipped or not) and plain text; errors name file and line. No torch here."""
+"""Texts from files: JSON, tables and plain text, gzipped or not; errors name file and line. No torch here."""
 
 from __future__ import annotations
 
+import csv
 import gzip
-import json
+import io
 import os
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -15,52 +18,86 @@ from typing import Any
 import numpy as np
 
 from compress.common.errors import UserError, nearest
+from compress.common.inputs import open_file, parse_json
 
 SUITE = Path(str(resources.files("compress.data"))) / "suite"
 CALIBRATION = SUITE.with_name("calibration.jsonl")
 # Longest text of `mixed_texts` in words: about 250 tokens, where a MiniLM truncates.
 LONGEST_WORDS = 190
 HUB = "hub:"
+LONGEST_LINE = 2**26
+"""Characters of a line from which on a file is not one of texts."""
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a text file, gzipped or not, with their numbers from 1; blank lines are skipped.
+@contextmanager
+def _text_file(path: Path) -> Iterator[io.TextIOWrapper]:
+    """Open a UTF-8 text file, gzipped or not; a byte order mark at its start is dropped."""
+    with open_file(path) as file, gzip.open(file) if path.suffix.lower() == ".gz" else nullcontext(file) as content:
+        yield io.TextIOWrapper(content, encoding="utf-8-sig")  # type: ignore[arg-type]
+
+
+def read_lines(path: Path, *, blank: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text file, gzipped or not, with their numbers from 1.
+
+    Args:
+        path: the file.
+        blank: whether lines without any text are yielded too.
 
     Raises:
-        UserError: the file is missing, is not UTF-8, or is not valid gzip.
+        UserError: the file is missing or no regular one, is not UTF-8, is not valid gzip, or has a line of 64 M characters.
     """
+    number = 1
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
+        with _text_file(path) as file:
+            while line := file.readline(LONGEST_LINE):
+                if len(line) == LONGEST_LINE:
+                    raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} characters")
+                if blank or line.strip():
                     yield number, line.rstrip("\n")
+                number += 1
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason})") from error
+        raise UserError(f"{path}: not UTF-8 text ({error.reason})", "save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def read_jsonl(path: Path, required: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Read JSON lines.
+def read_rows(path: Path, required: tuple[str, ...] = ()) -> list[tuple[int, dict[str, Any]]]:
+    """Read JSON lines with their numbers from 1.
 
     Raises:
-        UserError: a line is not a JSON object or lacks a required key, or there are no rows; names file and line.
+        UserError: a line is not a JSON object, lacks a required key or holds NaN, or there are no rows; names file and line.
     """
     rows = []
     for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
+        row = parse_json(line, f"{path}, line {number}")
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
         missing = [key for key in required if key not in row]
         if missing:
             raise UserError(f"{path}, line {number}: lacks {missing[0]!r}; it has {', '.join(sorted(row))}")
-        rows.append(row)
+        rows.append((number, row))
     if not rows:
         raise UserError(f"{path}: has no rows")
     return rows
+
+
+def read_jsonl(path: Path, required: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Read JSON lines; see `read_rows`."""
+    return [row for _, row in read_rows(path, required)]
+
+
+def check_text(value: Any, place: str) -> str:
+    """Return a value that must be a text.
+
+    Raises:
+        UserError: it is none, or holds half of a surrogate pair, which JSON can write and no encoding of texts has.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{place} is {'null' if value is None else type(value).__name__}, not a string")
+    if not value.isascii() and (found := _SURROGATE.search(value)):
+        raise UserError(f"{place} holds half of a surrogate pair, {found.group(0)!r}", "join the two halves, or remove it")
+    return value
 
 
 def is_hub(source: Path | str) -> bool:
@@ -68,11 +105,13 @@ def is_hub(source: Path | str) -> bool:
     return str(source).startswith(HUB)
 
 
-def read_texts(source: Path | str) -> list[str]:
-    """Read texts: the `text` of each row of a JSONL file (`.jsonl`, `.jsonl.gz`), the lines of another text file, or a hub dataset.
+def read_texts(source: Path | str, *, rows: bool = False) -> list[str]:
+    """Read texts: the `text` of each row of JSON lines, a JSON list, a table or a parquet file, the lines of another file, or a
+    dataset of the hub.
 
     Args:
         source: a path, or `hub:OWNER/NAME:COLUMN[:SPLIT]`; the split defaults to `train`.
+        rows: whether a blank line is an empty text, so that texts and lines have the same numbers; otherwise it is passed over.
 
     Raises:
         UserError: the source cannot be read, or does not hold text.
@@ -80,14 +119,102 @@ def read_texts(source: Path | str) -> list[str]:
     if is_hub(source):
         return _hub_texts(str(source))
     path = Path(source)
-    if ".jsonl" in path.suffixes:
-        texts = []
-        for number, row in enumerate(read_jsonl(path, ("text",)), start=1):
-            if not isinstance(row["text"], str):
-                raise UserError(f"{path}, row {number}: 'text' is {type(row['text']).__name__}, not a string")
-            texts.append(row["text"])
-        return texts
-    return [line for _, line in read_lines(path)]
+    return _reader(path)(path, rows)
+
+
+def _reader(path: Path) -> Callable[[Path, bool], list[str]]:
+    """Return what reads a file of texts, by its name.
+
+    Raises:
+        UserError: the name is that of a format that is not read.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    last = (suffixes[:-1] if suffixes[-1:] == [".gz"] else suffixes)[-1:]
+    suffix = last[0] if last else ""
+    if suffix in OTHER_FORMATS:
+        raise UserError(f"{path}: {suffix} files are not read", f"texts come as {', '.join(READERS)}, or one per line (.txt)")
+    return READERS.get(suffix, _of_lines)
+
+
+def _of_lines(path: Path, rows: bool) -> list[str]:
+    return [line for _, line in read_lines(path, blank=rows)]
+
+
+def _of_json_lines(path: Path, rows: bool) -> list[str]:
+    return [check_text(row["text"], f"{path}, line {number}: 'text'") for number, row in read_rows(path, ("text",))]
+
+
+def _of_json(path: Path, rows: bool) -> list[str]:
+    """Read a list of strings, or of objects with a `text`."""
+    content = parse_json("\n".join(line for _, line in read_lines(path, blank=True)), str(path))
+    if not isinstance(content, list):
+        raise UserError(f"{path}: must hold a list of texts, this is a {type(content).__name__}", "an object per line is .jsonl")
+    found = []
+    for number, item in enumerate(content):
+        if isinstance(item, dict) and "text" not in item:
+            raise UserError(f"{path}: {number}: lacks 'text'; it has {', '.join(sorted(item))}")
+        found.append(check_text(item["text"] if isinstance(item, dict) else item, f"{path}: {number}"))
+    return found
+
+
+def _of_table(separator: str) -> Callable[[Path, bool], list[str]]:
+    """Return what reads the column `text` of a table whose first line names its columns."""
+
+    def read(path: Path, rows: bool) -> list[str]:
+        lines = (f"{line}\n" for _, line in read_lines(path, blank=True))
+        csv.field_size_limit(LONGEST_LINE)
+        table = csv.reader(lines, delimiter=separator, strict=True)
+        try:
+            names = next(table, [])
+            if names.count("text") != 1:
+                raise UserError(f"{path}, line 1: has no column 'text'", f"its columns: {', '.join(names)[:200] or 'none'}")
+            place, found = names.index("text"), []
+            for row in table:
+                if row and len(row) != len(names):
+                    raise UserError(f"{path}, line {table.line_num}: has {len(row)} columns, line 1 has {len(names)}")
+                found += [row[place]] if row else [""] if rows and len(names) == 1 else []
+        except csv.Error as error:
+            raise UserError(f"{path}, line {table.line_num}: {error}") from error
+        return found
+
+    return read
+
+
+def _of_parquet(path: Path, rows: bool) -> list[str]:
+    """Read the column `text`."""
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+
+    with open_file(path) as file:
+        try:
+            opened = parquet.ParquetFile(file)
+            names = opened.schema_arrow.names
+            if "text" not in names:
+                raise UserError(f"{path}: has no column 'text'", f"its columns: {', '.join(names)[:200] or 'none'}")
+            values = opened.read(columns=["text"]).column("text").to_pylist()
+        except (ArrowException, OSError) as error:
+            raise UserError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from error
+    return [check_text(value, f"{path}, row {number}: 'text'") for number, value in enumerate(values, start=1)]
+
+
+READERS: Mapping[str, Callable[[Path, bool], list[str]]] = {
+    ".jsonl": _of_json_lines,
+    ".ndjson": _of_json_lines,
+    ".json": _of_json,
+    ".csv": _of_table(","),
+    ".tsv": _of_table("\t"),
+    ".parquet": _of_parquet,
+}
+"""What reads a file of texts, by its suffix; a name with another one holds a text per line. All but `.parquet` may be gzipped."""
+OTHER_FORMATS = frozenset(
+    f".{name}"
+    for names in (
+        "arrow avro feather h5 hdf5 npy npz orc bin pickle pkl pt safetensors db sqlite",
+        "doc docx html ipynb odt pdf rtf xls xlsx xml yaml yml",
+        "bz2 lz4 tar tgz xz zip zst",
+    )
+    for name in names.split()
+)
+"""Suffixes of formats whose lines are no texts."""
 
 
 def keep_to_endpoint() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from compress.common.errors import UserError
 from compress.common.files import write_json
+from compress.common.inputs import own_file
 from compress.export.reader import Reader
 from compress.models.files.headers import INDEX_FILE, weight_files
 from compress.models.folder import ModelFolder
@@ -93,7 +94,7 @@ def _lowered(source: ModelFolder, folder: Path, runtime: str) -> Path:
     pick_runtime(runtime, source.compressed.quantized, kind=Kind(static=source.is_static))
     for path in (*source.weight_files, *(source.path / name for name in ("config.json", "variant.json", INDEX_FILE))):
         if path.exists():
-            shutil.copy(path, folder / path.name)
+            shutil.copyfile(own_file(source.path, path), folder / path.name)
     lower(ModelFolder(source.name, folder), runtime)
     for name in ("config.json", "variant.json"):
         (folder / name).unlink()
@@ -128,6 +129,7 @@ def _reader(source: ModelFolder, folder: Path, runtime: str, words: dict[str, st
         "lowercase": spec.lowercase,
         "suffix": spec.suffix,
         "normalized": spec.normalize,
+        "similarity": spec.similarity,
         "inputs": list(graph_inputs(spec.pool_prompt)),
     }
     write_json(folder / SETTINGS_FILE, settings)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from compress.common.files import write_json
-from compress.common.inputs import read_json
+from compress.common.inputs import own_file, read_object
 from compress.export.base import Exportable, head_tensors
 from compress.models.files.shards import write_tensors
 from compress.models.files.variant import VariantInfo
 from compress.models.text.sentence_transformers import LEGACY_POOLINGS, TRANSFORMER, WEIGHTED_LAYERS
 from compress.models.text.spec import EmbedderSpec, HeadModule
+from compress.models.text.tokens import TOKENIZER_BYTES
 
 MODULES = "sentence_transformers.models"
 # Usual names of special tokens, for tokenizers whose special tokens no file describes.
@@ -28,8 +29,8 @@ USUAL = {
 def write_tokenizer(opened: Exportable, folder: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`."""
     config = opened.folder.config
-    shutil.copy(opened.folder.path / "tokenizer.json", folder / "tokenizer.json")
-    settings = tokenizer_config(read_json(folder / "tokenizer.json"), config, opened.info.max_length)
+    shutil.copyfile(own_file(opened.folder.path, opened.folder.path / "tokenizer.json"), folder / "tokenizer.json")
+    settings = tokenizer_config(read_object(folder / "tokenizer.json", TOKENIZER_BYTES), config, opened.info.max_length)
     settings["truncation_side"] = opened.info.spec.truncation_side
     write_json(folder / "tokenizer_config.json", settings)
 
@@ -111,7 +112,7 @@ def sentence_transformers_files(info: VariantInfo, width: int) -> dict[str, Any]
         "config_sentence_transformers.json": {
             "prompts": prompts,
             "default_prompt_name": default,
-            "similarity_fn_name": "cosine",
+            "similarity_fn_name": spec.similarity,
             **({"truncate_dim": spec.dimensions} if spec.dimensions else {}),
         },
         **{

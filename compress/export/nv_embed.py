@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compress.common.errors import UserError
 from compress.common.files import write_json
+from compress.common.inputs import own_file
 from compress.export.base import Exportable, half_values, refusal, write_weights
 from compress.export.reader import OURS, Reader
 from compress.models.folder import ModelFolder
@@ -44,5 +45,5 @@ def write(source: ModelFolder, folder: Path) -> Reader:
     write_weights(Exportable(info, source, empty_model(source), {}, [], [], "", ""), folder, half_values)
     write_json(folder / "config.json", source.config)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": info.max_length, "do_lower_case": False})
-    shutil.copy(source.path / "tokenizer.json", folder / "tokenizer.json")
+    shutil.copyfile(own_file(source.path, source.path / "tokenizer.json"), folder / "tokenizer.json")
     return Reader(OURS, (OURS,), EXAMPLE)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compress.common.errors import UserError
-from compress.models.hub import HubName, failures, first_line
+from compress.common.errors import UserError, first_line
+from compress.models.hub import HubName, failures
 
 LOGIN = "a token that may write: `hf auth login`, or HF_TOKEN in the environment"
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from compress.common.errors import UserError
 from compress.common.files import write_text_atomic
+from compress.common.inputs import read_as
 from compress.common.machine import Machine
 from compress.measure.accuracy.statistics import Interval
 from compress.measure.speed.timing import Speed
@@ -143,14 +143,7 @@ class Record(RecordPart):
         Raises:
             UserError: there is none, or it does not fit this schema.
         """
-        path = folder / RECORD_FILE
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        return read_as(folder / RECORD_FILE, cls)
 
     def row(self, name: str) -> Row:
         """Return the row of that name."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.common.cache import use
+from compress.common.errors import UserError
 from compress.common.journal import Journal
 from compress.common.machine import gpu_name, machine, versions
 from compress.measure.vectors.codec import VectorFormat
@@ -55,7 +56,9 @@ class Scored:
 
         if self._scores is None:
             return score_task(self.embedder, task, None, self._prompts)
-        decided = json.dumps([task.name, task.fingerprint, self._prompts], sort_keys=True)
+        similarity = self.embedder.spec.similarity
+        compared = [] if similarity == "cosine" else [similarity]  # without it, keys are those of earlier versions
+        decided = json.dumps([task.name, task.fingerprint, self._prompts, *compared], sort_keys=True)
         name = f"{task.name}-{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
         return TaskScore(
             **self._scores.once(name, lambda: score_task(self.embedder, task, None, self._prompts).model_dump(mode="json"))
@@ -71,10 +74,21 @@ class Scored:
     def vector_formats(
         self, formats: Sequence[VectorFormat], tasks: Sequence[Task], texts: Sequence[str], margin: float
     ) -> list[VectorFormatRow]:
-        """Score retrieval with the documents' vectors stored in each format; formats are fitted on the vectors of `texts`."""
+        """Score retrieval with the documents' vectors stored in each format; formats are fitted on the vectors of `texts`.
+
+        Raises:
+            UserError: the model's similarity depends on the vectors' length, which no format keeps.
+        """
         from compress.measure.accuracy.score import score_task
         from compress.measure.vectors.index import score_vector_formats
 
+        spec = self.embedder.spec
+        if spec.similarity != "cosine" and not spec.normalize:
+            raise UserError(
+                f"model {self.embedder.name!r}: vector formats store vectors at unit length, and its own are compared by "
+                f"{spec.similarity}",
+                "leave out the vector formats",
+            )
         searched = {task.name: task for task in tasks if task.mteb.metadata.type == "Retrieval"}
         return score_vector_formats(
             formats,

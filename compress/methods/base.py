@@ -78,7 +78,7 @@ def share_of(share: float, count: int) -> int:
 class Method(BaseModel):
     """A step of a recipe. Its fields are the keys that a recipe may set."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     method: str
     """Name of the method."""

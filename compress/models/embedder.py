@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from compress.common.errors import BadTextError, NotFiniteError, UserError
 from compress.models.text.spec import EmbedderSpec
 from compress.models.text.tokens import Batch, Ids, TextTokenizer, batches_by_tokens, pad_batch
 
@@ -107,7 +108,7 @@ class TextEmbedder(ABC):
         pool_from = self.tokenizer.prompt_length(prompt) if prompt and not self.spec.pool_prompt else 0
 
         if pool_from >= self.tokenizer.max_length:
-            raise ValueError(
+            raise BadTextError(
                 f"the prompt's {pool_from} tokens leave nothing of {self.tokenizer.max_length} for a text to be pooled"
             )
         chunks: list[Vectors] = []
@@ -116,7 +117,7 @@ class TextEmbedder(ABC):
             vectors = self.embed(rows, budget, pool_from, len(rows) >= LONG_WORK_TEXTS if progress is None else progress)
             if not np.isfinite(vectors).all():
                 first = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-                raise FloatingPointError(f"{self.name} gave a vector that is not finite, for {chunk[first][:80]!r}")
+                raise NotFiniteError(f"{self.name} gave a vector that is not finite, for {chunk[first][:80]!r}")
             chunks.append(vectors)
         return np.concatenate(chunks) if chunks else np.empty((0, self.dimension), dtype=np.float32)
 
@@ -129,9 +130,10 @@ class TextEmbedder(ABC):
         limit = self.tokenizer.positions
         for index, row in enumerate(rows) if limit is not None else ():
             if len(row) > limit:  # type: ignore[operator]
-                raise ValueError(
+                raise BadTextError(
                     f"texts[{before + index}] has {len(row)} tokens; {self.name} has positions for {limit}, "
-                    f"although its settings allow {self.tokenizer.max_length}"
+                    f"although its settings allow {self.tokenizer.max_length}",
+                    "lower max_seq_length in the model's sentence_bert_config.json, or cut the text",
                 )
 
     def _tokenized(self, texts: Iterable[str], prompt: str) -> Iterator[tuple[list[str], list[Ids]]]:
@@ -174,6 +176,8 @@ class BatchedEmbedder(TextEmbedder):
         order = list(batches_by_tokens([len(row) for row in rows], budget))
         batches = [pad_batch([rows[index] for index in batch]) for batch in order]
         for batch, made in zip(order, self.forward(batches, pool_from, show), strict=True):
+            if made.shape[1] != self.dimension:
+                raise UserError(f"{self.name}: its settings say {self.dimension} dimensions, its network gives {made.shape[1]}")
             vectors[batch] = made
         return vectors
 

@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.common.errors import UserError
-from compress.common.inputs import read_json
+from compress.common.errors import UserError, first_line
+from compress.common.inputs import read_text
 from compress.common.lazy import attribute
 from compress.models.architectures import ENCODERS, OWN_ARCHITECTURES, OwnArchitecture
+from compress.models.files.config import CONFIG_FILE, check_blocks, check_floating, check_rows, read_config
 from compress.models.files.headers import StoredTensor, TensorInfo, fingerprint, stored_tensors, weight_files
 from compress.models.files.variant import VARIANT_FILE, VariantInfo
 from compress.models.remote_config import RENAMED_SETTINGS, own_settings
@@ -35,7 +36,7 @@ from compress.models.text.sentence_transformers import (
 from compress.models.text.spec import EmbedderSpec
 from compress.models.text.static import MODEL_TYPE as STATIC_TYPE
 from compress.models.text.static import StaticFiles, read_static
-from compress.models.text.tokens import TextTokenizer, open_tokenizer
+from compress.models.text.tokens import TextTokenizer, check_tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -54,6 +55,10 @@ FAIRSEQ_POSITIONS = (
     "xmod",
     "data2vec-text",
 )
+SHARED_BLOCKS = ("albert",)
+"""Model types that use the weights of one block several times."""
+NOT_WEIGHTS = re.compile(r"(?:^|\.)(?:position_ids|token_type_ids|num_batches_tracked|masked_bias|bias_mask|attn\.bias)$")
+"""Buffers of checkpoints that are integers or truth values."""
 NATIVE = ("nomic_bert", "jina_embeddings_v3", "gte")
 """Model types whose checkpoints name remote code, and which transformers 5 computes itself, from the same files. The files keep the
 names that the remote code gives to tensors."""
@@ -150,21 +155,16 @@ class ModelFolder:
         """The network's `config.json`; for a static table the one that its variants have.
 
         Raises:
-            UserError: the file is missing, or is not JSON.
+            UserError: see `read_config`; or the folder is not that of an embedder.
         """
         if self.static is not None:
             return self.static.config
-        path = self.transformer / "config.json"
-        if not path.exists():
-            raise UserError(
-                f"{self.transformer}: no config.json", "a model's folder holds config.json, tokenizer files and safetensors weights"
-            )
-        config: dict[str, Any] = read_json(path)
-        self._check_config(path, config)
-        return own_settings(path, config)
+        config = read_config(self.transformer)
+        self._check_config(self.transformer / CONFIG_FILE, config)
+        return own_settings(self.transformer / CONFIG_FILE, config)
 
     def _check_config(self, path: Path, config: Mapping[str, Any]) -> None:
-        """See that the folder is that of an embedder, whole, and in floating point.
+        """See that the folder is that of an embedder, and whole.
 
         Raises:
             UserError: it is not.
@@ -174,17 +174,12 @@ class ModelFolder:
                 f"{self.transformer}: a LoRA adapter lies next to the weights, which are those of its base model",
                 "merge it first: peft's PeftModel.merge_and_unload() and save_pretrained()",
             )
-        if "quantization_config" in config:
-            method = config["quantization_config"].get("quant_method", "unknown")
-            raise UserError(
-                f"{path}: quantization_config: quantized by another library ({method})",
-                "start from the model that it was made from",
-            )
         kind = str(config.get("model_type"))
         if "AutoModel" in (config.get("auto_map") or {}) and kind not in (*OWN_ARCHITECTURES, *NATIVE):
+            own = f"transformers' own {kind}" if kind in _architectures() else f"anything: model_type {kind!r} is not known"
             raise UserError(
                 f"{path}: auto_map: the network is remote code ({config['auto_map']['AutoModel']}), which is never run, "
-                f"and may compute something else than transformers' own {kind}",
+                f"and may compute something else than {own}",
                 "if transformers' own is meant, remove auto_map from config.json",
             )
         architecture = str((config.get("architectures") or [""])[0])
@@ -208,7 +203,7 @@ class ModelFolder:
             return attribute(own.config)(self.config)
         from transformers import AutoConfig
 
-        path, kind = self.transformer / "config.json", self.config.get("model_type", "missing")
+        path, kind = self.transformer / CONFIG_FILE, self.config.get("model_type", "missing")
         try:
             if kind in RENAMED_SETTINGS:  # which transformers would not recognise in the file
                 return AutoConfig.for_model(**{**self.config, **self.settings.config})
@@ -216,7 +211,11 @@ class ModelFolder:
                 self.transformer, local_files_only=True, trust_remote_code=False, **self.settings.config
             )
         except (ValueError, KeyError) as error:
+            if kind in _architectures():
+                raise UserError(f"{path}: {first_line(error)}") from error
             raise UserError(f"{path}: model_type {kind!r} is not an architecture that this version runs") from error
+        except Exception as error:  # of the types and values of its keys: whatever it is, transformers does not take them
+            raise UserError(f"{path}: transformers does not take it: {first_line(error)}") from error
         if config.is_encoder_decoder and config.model_type not in ENCODERS:
             raise UserError(f"{path}: {config.model_type} is an encoder-decoder; embedders are encoders or decoders")
         return config
@@ -232,7 +231,11 @@ class ModelFolder:
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """The tensors of the network and of the modules after it, by the names that they have or will have in the network."""
+        """The tensors of the network and of the modules after it, by the names that they have or will have in the network.
+
+        Raises:
+            UserError: weights of a checkpoint are not floating-point numbers.
+        """
         if self.static is not None:
             return self._with_head(dict(self.static.tensors))
         found = stored_tensors(self.transformer)
@@ -240,7 +243,24 @@ class ModelFolder:
             return found
         if self.config.get("model_type") in NATIVE:  # others' names are the network's, but for what stands before them
             found = attribute("compress.models.network.build:stored_in_network")(self, found)
-        return self._with_head(found)
+        found = self._with_head(found)
+        check_floating(found, NOT_WEIGHTS)
+        return found
+
+    def check_sizes(self) -> None:
+        """See that the config asks for no more blocks, tokens and positions than the files have: else memory runs out first.
+
+        Raises:
+            UserError: it does.
+        """
+        place, infos, shape = self.transformer / CONFIG_FILE, self.headers, self.shape
+        sizes = self.config.get("text_config") or self.config
+        if isinstance(sizes.get("num_hidden_layers"), int) and sizes.get("model_type") not in SHARED_BLOCKS:
+            check_blocks(place, sizes["num_hidden_layers"], infos)
+        table = f"{shape.token_table}.weight"
+        check_rows(place, "vocab_size", sizes.get("vocab_size"), infos[table].shape[0] if table in infos else None)
+        rows = max((info.shape[0] for name, info in infos.items() if LEARNED_POSITIONS.search(name)), default=None)
+        check_rows(place, "max_position_embeddings", sizes.get("max_position_embeddings"), rows)
 
     def _with_head(self, found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         """Add the tensors of the modules that have some, each of which has a folder of its own."""
@@ -288,7 +308,15 @@ class ModelFolder:
         if own is not None:
             spec: EmbedderSpec = attribute(own.spec)(self.transformer)
             return spec
-        return read_spec(self.path, self.modules, self.settings, self.config, self._transformers_tokenizer[2])
+        found = read_spec(self.path, self.modules, self.settings, self.config, self._transformers_tokenizer[2])
+        sizes = [*self.config.values(), *(self.config.get("text_config") or {}).values()]
+        if found.token_width is not None and found.token_width not in sizes:
+            raise UserError(
+                f"{self.path}: its Pooling module has word_embedding_dimension {found.token_width}, "
+                f"and config.json has hidden_size {self.shape.hidden_size}",
+                "the two are of different models",
+            )
+        return found
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -301,7 +329,8 @@ class ModelFolder:
             UserError: there is no tokenizer, or it has no Rust implementation.
         """
         if self.variant is not None:
-            return TextTokenizer(open_tokenizer(self.path), self.variant.max_length, self.spec, self.positions)
+            backend = open_tokenizer(self.path)
+            return TextTokenizer(backend, self.variant.max_length, self.spec, self.positions, self._token_rows)
         if self.static is not None:
             return TextTokenizer(self.static.tokenizer, self.spec.max_length or LONGEST, self.spec)
         if self.own_architecture is not None:
@@ -309,7 +338,17 @@ class ModelFolder:
             return TextTokenizer(open_tokenizer(self.transformer), self.spec.max_length or LONGEST, self.spec)
         backend, longest, _ = self._transformers_tokenizer
         positions = getattr(self.network_config, "max_position_embeddings", None) or LONGEST
-        return TextTokenizer(backend, self.spec.max_length or min(longest, positions, LONGEST), self.spec, self.positions)
+        return TextTokenizer(
+            backend, self.spec.max_length or min(longest, positions, LONGEST), self.spec, self.positions, self._token_rows
+        )
+
+    @property
+    def _token_rows(self) -> int | None:
+        """Number of rows of the token table; None where it is not known by its name, or tokens may share rows."""
+        if self.is_static:
+            return None
+        table = f"{self.shape.token_table}.weight"
+        return self.shape.tensors[table].shape[0] if table in self.shape.tensors else None
 
     @property
     def positions(self) -> int | None:
@@ -336,13 +375,13 @@ class ModelFolder:
         from tokenizers import Tokenizer, normalizers
         from transformers import AutoTokenizer
 
+        check_tokenizer(self.transformer)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 self.transformer, local_files_only=True, trust_remote_code=False, **self.settings.tokenizer
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.transformer}: no tokenizer that transformers can load ({reason})") from error
+        except Exception as error:  # of its own, of JSON and of the Rust library: whatever it is, there is no tokenizer
+            raise UserError(f"{self.transformer}: no tokenizer that transformers can load ({first_line(error)})") from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise UserError(f"{self.transformer}: {type(tokenizer).__name__} has no Rust tokenizer (tokenizer.json)")
@@ -366,8 +405,14 @@ class ModelFolder:
         card = self.path / "README.md"
         if not card.exists():
             return None
-        found = re.search(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text(encoding="utf-8"), re.M | re.S)
+        found = re.search(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$", read_text(card), re.M | re.S)
         return found.group(1).strip("\"'") if found else None
+
+
+def _architectures() -> Any:
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING
 
 
 def _lowercases(tokenizer: Tokenizer) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress.common.errors import UserError
+from compress.common.errors import UserError, first_line
 from compress.models.text.router import every_module
 from compress.models.text.sentence_transformers import read_modules
 
@@ -127,11 +127,6 @@ def _unreachable(model: HubName, error: Exception) -> tuple[str, str]:
         f"no such folder here, and it cannot be downloaded from {constants.ENDPOINT} ({first_line(error)})",
         "the same command continues a download that broke off; a local folder or a built-in model needs none",
     )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _refuse_pickles(model: HubName, folder: Path) -> None:

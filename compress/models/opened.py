@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress.common.errors import UserError, first_line
 from compress.layers.empty import empty_layer
 from compress.models.architectures import Sublayer
 from compress.models.files.headers import TensorInfo
+from compress.models.files.variant import VARIANT_FILE
 from compress.models.files.weights import Weights
 from compress.models.folder import ModelFolder
 from compress.models.network.build import empty_network
@@ -55,17 +57,28 @@ def empty_model(folder: ModelFolder) -> nn.Module:
     """Build the network of a model or variant, with its parameters on the meta device.
 
     A variant's changes to the architecture are applied: pruned heads, dropped sublayers, quantized layers.
+
+    Raises:
+        UserError: the variant names a block or a layer that the network does not have.
     """
+    if not folder.is_variant:
+        folder.check_sizes()
     model = empty_network(folder)
     info = folder.variant
     if info is None:
         return model
     if info.heads is not None:
         keep_heads(model, info.heads)
+    blocks = blocks_of(model)[1]
     for number, sublayer in info.dropped:
-        drop_sublayer(blocks_of(model)[1][number], sublayer)
+        if not 0 <= number < len(blocks):
+            raise UserError(f"{folder.path / VARIANT_FILE}: dropped: block {number}, and config.json has {len(blocks)} blocks")
+        drop_sublayer(blocks[number], sublayer)
     for name, layer in info.quantized.items():
-        model.set_submodule(name, empty_layer(model.get_submodule(name), layer))
+        try:
+            model.set_submodule(name, empty_layer(model.get_submodule(name), layer))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{folder.path / VARIANT_FILE}: quantized.{name}: {first_line(error)}") from error
     return model
 
 

@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from compress.common.cache import cache_root
 from compress.common.errors import UserError, nearest
-from compress.common.inputs import read_json
+from compress.common.inputs import own_file, read_json, read_object
 from compress.data.texts import suite_texts
+from compress.models.files.config import check_config
 from compress.models.files.headers import TensorInfo
 from compress.models.folder import RANDOM_FILE, ModelFolder
 from compress.models.shape import ModelShape, known_config
+from compress.models.text.sentence_transformers import TRANSFORMER
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +60,8 @@ class RandomSpec:
             UserError: an override is not of the form `field=value`.
         """
         model, *settings = text.removeprefix(PREFIX).split(",")
+        if model.startswith(PREFIX):
+            raise UserError(f"model {text!r}: random weights of {model!r}, which are random already", f"example: {PREFIX}minilm")
         overrides = {}
         for setting in settings:
             field, sign, value = setting.partition("=")
@@ -65,7 +69,7 @@ class RandomSpec:
                 raise UserError(f"model {text!r}: {setting!r} is not field=value", f"example: {PREFIX}{model},num_hidden_layers=8")
             try:
                 overrides[field.strip()] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, MemoryError, RecursionError):  # of a literal that is nested thousands of levels deep
                 overrides[field.strip()] = value
         return cls(model, overrides)
 
@@ -94,6 +98,8 @@ def random_config(spec: RandomSpec, folder: ModelFolder | None) -> dict[str, Any
             section[field] = value
         if field == "hidden_size" and "latent_attention_config" in config:
             config["latent_attention_config"] |= {"hidden_dim": value, "latent_dim": value}
+    if spec.overrides:
+        check_config(config, f"model {spec.name[:200]!r}")
     return config
 
 
@@ -205,20 +211,36 @@ def _copy_text_files(folder: ModelFolder | None, target: Path, config: Mapping[s
         return
     for path in folder.transformer.iterdir():
         if path.suffix in (".json", ".txt", ".model") and path.name != "config.json" and "safetensors" not in path.name:
-            shutil.copy(path, target / path.name)
+            shutil.copyfile(own_file(folder.path, path), target / path.name)
     modules = folder.path / "modules.json"
     if not modules.exists():
         return
     entries = read_json(modules)
-    for entry in entries:
-        if str(entry["type"]).endswith(".Transformer"):
+    for entry, module in zip(entries, folder.modules, strict=True):  # whose paths were seen to stay inside of the folder
+        if module.kind == TRANSFORMER:
             entry["path"] = ""
-        elif entry["path"] and (folder.path / entry["path"]).is_dir():
-            shutil.copytree(folder.path / entry["path"], target / entry["path"], dirs_exist_ok=True)
+        elif entry["path"] and module.folder.is_dir():
+            _copy_module(folder.path, module.folder, target / entry["path"], config)
     (target / "modules.json").write_text(json.dumps(entries), encoding="utf-8")
     prompts = folder.path / "config_sentence_transformers.json"
     if prompts.exists():
-        shutil.copy(prompts, target / prompts.name)
+        shutil.copyfile(own_file(folder.path, prompts), target / prompts.name)
+
+
+def _copy_module(model: Path, folder: Path, target: Path, config: Mapping[str, Any]) -> None:
+    """Copy a module's settings and weights; Pooling is told the width of the network that the overrides have made."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_file():
+            shutil.copyfile(own_file(model, path), target / path.name)
+    settings = target / "config.json"
+    if not settings.exists():
+        return
+    content = read_object(settings)
+    for key in ("word_embedding_dimension", "embedding_dimension"):
+        if key in content and "hidden_size" in config and any(name.startswith("pooling_mode") for name in content):
+            content[key] = config["hidden_size"]
+    settings.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _stand_in_tokenizer(vocabulary: int, path: Path) -> None:

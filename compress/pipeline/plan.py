@@ -28,6 +28,7 @@ DISK_BYTES_PER_SECOND = 2.5e8  # writing with fsync
 EMBEDDED_TASK_TOKENS = 45_000  # the embedded suite, once
 GPU_OPERATIONS_PER_SECOND = 1.25e14  # 40 % of the 312 TFLOPS in bfloat16 of an A100's data sheet
 PROCESS_SECONDS = 8  # start of a measuring process
+LONGEST_TEXT = 8_192  # tokens, where a config gives no number of positions
 TYPICAL_LENGTH = 64  # tokens of a text that speed is measured on
 # Memory of compiled kernels and of the threads' buffers.
 RUNTIME_BYTES = 96e6
@@ -108,7 +109,10 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         notes.append(f"{step.method}: {estimate.note}")
         gpus |= {step.method: _on_gpus(estimate)} if estimate.gpus else {}
     variant_bytes = after.bytes
-    activations = ALLOCATOR_FACTOR * shape.activation_bytes(recipe.measure.batch_tokens or CPU_BATCH_TOKENS) + int(RUNTIME_BYTES)
+    # A batch is at most all texts.
+    longest = int(shape.setting("max_position_embeddings") or LONGEST_TEXT)
+    batch_tokens = min(recipe.measure.batch_tokens or CPU_BATCH_TOKENS, recipe.measure.count * longest)
+    activations = ALLOCATOR_FACTOR * shape.activation_bytes(batch_tokens) + int(RUNTIME_BYTES)
     rate = _float_operations_per_second()
     encode = shape.flops_per_token(TYPICAL_LENGTH) / rate
     texts_tokens = recipe.measure.count * TYPICAL_LENGTH

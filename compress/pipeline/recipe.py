@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from compress.export import FORMATS
 from compress.methods import method_class
@@ -24,7 +24,7 @@ else:  # the tables' names, so that a row there is all that a new runtime or for
 class Section(BaseModel):
     """A section of a recipe. Unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Evaluate(Section):
@@ -53,7 +53,7 @@ class Calibration(Section):
     texts: str = "embedded"
     """JSONL file with a `text` key (`.gz` allowed), plain text file with one text per line, or `embedded`: 512 texts of many kinds
     that come with the project."""
-    count: int = Field(512, ge=1)
+    count: int = Field(512, ge=1, le=10**6)
     """Number of texts to use, drawn with the recipe's seed."""
     max_tokens: int = Field(512, ge=8)
     """Length at which texts are cut, in tokens, prompt included."""
@@ -70,7 +70,7 @@ class Measure(Section):
     texts: str = "mini"
     """Texts for speed, memory and fidelity: a JSONL file with a `text` key (`.gz` allowed), a plain text file with one text per
     line, or `mini`: texts of mixed lengths made from the embedded suite."""
-    count: int = Field(256, ge=8)
+    count: int = Field(256, ge=8, le=10**6)
     """Number of texts that each round of the throughput measurement encodes."""
     rounds: int = Field(5, ge=1)
     """Number of rounds. Baselines and variant take turns within each round; medians are reported."""
@@ -82,23 +82,31 @@ class Measure(Section):
     """Text lengths, in tokens, to time. Every batch size is timed at every length; empty: none."""
     batch_tokens: int | None = Field(None, ge=1)
     """Padded tokens that a batch may hold. Defaults to what suits the device."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of each measured process. Defaults to all cores."""
+
+    @model_validator(mode="after")
+    def _cells_have_two_sides(self) -> Self:
+        if bool(self.batches) != bool(self.lengths):
+            given, lacking = ("batches", "lengths") if self.batches else ("lengths", "batches")
+            raise ValueError(f"`{given}` has no effect without `{lacking}`: every batch size is timed at every length")
+        return self
 
 
 class Gates(Section):
     """Bounds that the run must keep. A run that misses one ends with exit code 1."""
 
-    retained: float | None = Field(None, ge=0)
-    """Least share of the baseline's mean score that must be kept, judged by the lower end of the confidence interval."""
+    retained: float | None = Field(None, ge=0, le=1)
+    """Least share of the baseline's mean score that must be kept (0.98 for 98 %), judged by the lower end of the confidence
+    interval."""
     cosine_mean: float | None = Field(None, ge=-1, le=1)
     """Least mean cosine between the variant's and the baseline's vectors."""
     overlap_at_10: float | None = Field(None, ge=0, le=1)
     """Least share of a text's ten nearest neighbours that must be the same."""
     speedup: float | None = Field(None, ge=0)
     """Least throughput relative to the baseline: float32 on a CPU, float16 on a GPU."""
-    size_ratio: float | None = Field(None, ge=0)
-    """Largest size relative to the baseline in half precision."""
+    size_ratio: float | None = Field(None, ge=0, le=4)
+    """Largest size relative to the baseline in half precision (0.5 for half its size)."""
 
 
 class Recipe(Section):
@@ -115,7 +123,7 @@ class Recipe(Section):
     (static tables only), or `auto` for the fastest one that is installed and executes the numbers that the steps produce."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Dtype of the variant's floating-point arithmetic. Defaults to float32 on a CPU and float16 on a GPU."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed for everything that is sampled."""
     fold: bool = True
     """Whether the latent-attention head of an NV-Embed model is folded before the steps. Folding is exact."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,10 +13,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from compress.common.errors import UserError, nearest
+from compress.common.inputs import read_text
 from compress.methods import is_method, method_class, method_names
 from compress.methods.base import Method
 from compress.pipeline.recipe import Recipe
 
+# Quoted strings, and comments to the end of the line: brackets in them nest nothing.
+_QUOTED = re.compile(r"'[^']*'|\"(?:\\\\.|[^\"\\\\])*\"|(?:^|\s)#.*$")
+_LONG_NUMBER = re.compile(r"(?<![\w.])[-+]?[0-9_]{4000}")
 Fault = tuple[int, str]
 """A line number, from 1 (0 if there is no file), and what is wrong there."""
 
@@ -27,28 +32,83 @@ def read_recipe(path: Path | str) -> Recipe:
         UserError: the file is missing, is not YAML, or is not a valid recipe; every fault is named with its line.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    if not path.exists():
         siblings = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         hint = nearest(str(path), siblings) if siblings else ""
-        raise UserError(f"recipe {path}: cannot be read ({error.strerror})", hint) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"recipe {path}: not a text file ({error.reason} at byte {error.start})") from error
+        why = "a link to nothing" if path.is_symlink() else "no such file"
+        raise UserError(f"recipe {path}: cannot be read ({why})", hint)
+    text = read_text(path, RECIPE_BYTES)
+    _check_brackets(text, path)
     try:
         data = YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not YAML: {' '.join(str(error.problem or error.context).split())}") from error
-    except YAMLError as error:  # errors of the reader itself (control characters) carry no mark
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply for a recipe") from error
+    except (YAMLError, ValueError, TypeError, AttributeError) as error:
+        # Errors of the reader itself (control characters) and of its numbers, dates and keys carry no mark.
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, Mapping):
         raise UserError(
             f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}", "see recipes/int8.yaml"
         )
+    _check_size(data, path)
     recipe = parse_recipe(data, str(path))
     return recipe if "name" in recipe.model_fields_set else recipe.model_copy(update={"name": path.stem})
+
+
+RECIPE_BYTES = 2**19
+MOST_VALUES = 100_000
+"""Values of a recipe, each counted wherever an alias repeats it. The longest one here has 60."""
+MOST_FAULTS = 50
+"""Faults that are named; those of further steps are found once these are mended."""
+DEEPEST = 32
+"""Levels of nested lists and mappings."""
+
+
+def _check_brackets(text: str, path: Path) -> None:
+    """See that lists in brackets are not nested deeply, for which the YAML reader takes seconds, and that numbers have few digits.
+
+    Raises:
+        UserError: they are, or have not; names the line.
+    """
+    depth = 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        bare = _QUOTED.sub("", line)
+        if _LONG_NUMBER.search(bare):
+            raise UserError(f"{path}, line {number}: a number has too many digits")
+        for character in bare if "[" in bare or "{" in bare or depth else "":
+            depth += (character in "[{") - (character in "]}")
+            if depth > DEEPEST:
+                raise UserError(f"{path}, line {number}: nested more than {DEEPEST} levels deep")
+        depth = max(depth, 0)
+
+
+def _check_size(data: Any, path: Path) -> None:
+    """See that a recipe has as many values as a person writes, those that aliases repeat counted each time, and none inside itself.
+
+    Raises:
+        UserError: it has more; names the line of the key that holds them.
+    """
+    level: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
+    count = 0
+    for _ in range(DEEPEST):
+        below = []
+        for place, value in level:
+            items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, set)) else ()
+            for key, item in items:
+                count += 1
+                if count > MOST_VALUES:
+                    line = _line(data, place)
+                    raise UserError(f"{path}, line {line}: with its aliases the recipe has more than {MOST_VALUES:,} values")
+                if isinstance(item, (Mapping, list, set)):
+                    below.append(((*place, key), item))
+        if not below:
+            return
+        level = below
+    raise UserError(f"{path}, line {_line(data, level[0][0])}: nested more than {DEEPEST} levels deep, or an alias holds itself")
 
 
 def parse_recipe(data: Mapping[str, Any], place: str = "recipe") -> Recipe:
@@ -65,6 +125,8 @@ def parse_recipe(data: Mapping[str, Any], place: str = "recipe") -> Recipe:
         faults.append(_fault(data, ("steps",), "must be a list of steps, each with a 'method'"))
         raw_steps = ()
     for index, raw in enumerate(raw_steps):
+        if len(faults) >= MOST_FAULTS:
+            break
         step = _parse_step(raw, data, index, faults)
         if step is not None:
             steps.append(step)
@@ -116,13 +178,20 @@ def _describe(error: ValidationError, model: type[BaseModel], data: Any, prefix:
             known = _fields_at(model, fault["loc"][:-1])
             message = f"unknown key {fault['loc'][-1]!r}; {nearest(str(fault['loc'][-1]), known)}"
         elif fault["type"] == "literal_error":
-            options = [str(option) for option in _options_at(model, fault["loc"])]
-            message = f"{fault['input']!r} is not allowed here; {nearest(str(fault['input']), options)}"
+            message = f"{fault['input']!r} is not allowed here; {_meant(fault['input'], _options_at(model, fault['loc']))}"
         else:
             said = fault["msg"].replace("valid tuple", "list").replace("valid dictionary or instance of", "mapping:")
             message = f"{said[0].lower()}{said[1:]}, got {fault['input']!r}"
         faults.append(_fault(data, location, message))
     return faults
+
+
+def _meant(given: Any, options: Sequence[Any]) -> str:
+    """Suggest which of the options was meant."""
+    same = next((option for option in options if str(option) == str(given)), None)
+    if same is not None:
+        return f"write {same} {'without' if isinstance(given, str) else 'in'} quotes"
+    return nearest(str(given), [str(option) for option in options])
 
 
 def _fault(data: Any, location: Sequence[str | int], message: str) -> Fault:
@@ -134,6 +203,8 @@ def _line(data: Any, location: Sequence[str | int]) -> int:
     line = 0
     for part in location:
         marks = getattr(data, "lc", None)
+        if isinstance(data, Mapping):  # keys are read as strings, and may be numbers or nothing in the file
+            part = next((key for key in data if str(key) == str(part)), part)
         if marks is None or marks.data is None or (part not in data if isinstance(data, Mapping) else not isinstance(part, int)):
             break
         position = marks.key(part) if isinstance(data, Mapping) else marks.item(part)

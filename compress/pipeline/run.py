@@ -19,8 +19,10 @@ from ruamel.yaml import YAML
 from compress.calibration.texts import CalibrationSource
 from compress.common.errors import UserError
 from compress.common.files import write_text_atomic
+from compress.common.inputs import open_file
 from compress.common.journal import Journal
 from compress.data.texts import measure_texts, texts_to_calibrate
+from compress.layers.scheme import ActivationScheme
 from compress.measure.record import RECORD_FILE, Record, Step
 from compress.measure.scored import versions_and_machine
 from compress.measure.speed.timing import Speed
@@ -118,6 +120,7 @@ class _Run:
         wanted = measure.what or evaluate.tasks  # tasks need texts too: to see whether float32 may stand in for float16
         self.texts = measure_texts(measure.texts, measure.count, recipe.seed) if wanted else []
         self.calibration = self._calibration()
+        self._check_calibration()
         self.files = {name: _digest(Path(name)) for step in self.recipe.steps for name in step.reads}
         self.tasks: list[Task] = (
             find_tasks(evaluate.tasks, Path(evaluate.data) if evaluate.data else None) if evaluate.tasks else []
@@ -149,6 +152,15 @@ class _Run:
         wanted = self.recipe.calibration
         texts = texts_to_calibrate(wanted.texts, wanted.count, self.recipe.seed)
         return CalibrationSource(texts, None if wanted.prompts == "model" else wanted.prompts, wanted.max_tokens)
+
+    def _check_calibration(self) -> None:
+        """See that the calibration texts suffice for the steps; say where they are few."""
+        if self.calibration is None:
+            return
+        static = any(layer.activations is ActivationScheme.STATIC_PER_TENSOR for layer in self.plan.quantized.values())
+        warning = self.calibration.check(self.source.tokenizer if static else None)
+        if warning is not None:
+            self.say(f"warning: {warning}")
 
     def _identity(self) -> str:
         """Hash everything that decides the result: another recipe, model, data, package set or machine is another run."""
@@ -290,11 +302,8 @@ def _digest(path: Path) -> str:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _device(device: str | None) -> str:

@@ -8,11 +8,13 @@ the same integers score the same in every runtime, up to rounding.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from compress.common.errors import UserError, nearest
+from compress.common.inputs import check_file
 from compress.common.machine import BYTE_PRODUCTS, multiplies_bytes_exactly
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 
@@ -26,6 +28,21 @@ AUTO = "auto"
 # a GPU needs many more to be busy (measured for MiniLM on two cores: 1,024 tokens are 1.1 to 1.7 times as fast as 4,096).
 CPU_BATCH_TOKENS = 1_024
 GPU_BATCH_TOKENS = 16_384
+
+
+@contextmanager
+def opening(graph: Path) -> Iterator[None]:
+    """Say of which file a graph is that its runtime refuses: broken, or with weights outside of its folder.
+
+    Raises:
+        UserError: it does.
+    """
+    check_file(graph)
+    try:
+        yield
+    except Exception as error:  # of the runtime's own kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{graph}: its runtime does not open it ({reason})", "remove the file, if it can be made again") from error
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from compress.common.errors import UserError
-from compress.common.inputs import read_json
+from compress.common.inputs import read_as
 from compress.models.embedder import BatchedEmbedder, Vectors, with_progress
-from compress.models.text.spec import EmbedderSpec
+from compress.models.text.spec import EmbedderSpec, Similarity
 from compress.models.text.tokens import Batch, Ids, TextTokenizer, open_tokenizer
-from compress.runtimes.contract import RUNTIMES
+from compress.runtimes.contract import RUNTIMES, opening
 from compress.runtimes.graph_embedder import BATCH_TOKENS, pooled_from
 
 SETTINGS_FILE = "embedder.json"
@@ -33,10 +33,12 @@ class ExportSettings(BaseModel):
     lowercase: bool
     suffix: str
     normalized: bool
+    similarity: Similarity = "cosine"
     inputs: tuple[str, ...]
 
 
 Run = Callable[[Sequence[Ids]], Vectors]
+_OF_TEXTS = {"pool_prompt", "prompt_specials", "lowercase", "suffix", "prompts", "default_prompt", "similarity"}
 
 
 class ExportedEmbedder(BatchedEmbedder):
@@ -44,7 +46,7 @@ class ExportedEmbedder(BatchedEmbedder):
 
     def __init__(self, name: str, folder: Path, settings: ExportSettings, runtime: str, run: Run) -> None:
         """Take what `open_export` has read."""
-        kept = settings.model_dump(include={"pool_prompt", "prompt_specials", "lowercase", "suffix", "prompts", "default_prompt"})
+        kept = settings.model_dump(include=_OF_TEXTS)
         # The pooling is in the graph and written nowhere; nothing here asks for it.
         spec = EmbedderSpec(**kept, normalize=settings.normalized, max_length=settings.max_length)
         tokenizer = TextTokenizer(open_tokenizer(folder), settings.max_length, spec)
@@ -70,12 +72,7 @@ def open_export(folder: Path) -> ExportedEmbedder:
     Raises:
         UserError: it lacks its graph or a setting, or its runtime is not installed.
     """
-    path = folder / SETTINGS_FILE
-    try:
-        settings = ExportSettings.model_validate(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}", "compress export writes it anew") from error
+    settings = read_as(folder / SETTINGS_FILE, ExportSettings, "compress export writes it anew")
     graph = next((folder / name for name in GRAPHS if (folder / name).is_file()), None)
     if graph is None:
         raise UserError(f"{folder}: has {SETTINGS_FILE}, and no graph next to it", f"one of {', '.join(GRAPHS)}")
@@ -95,7 +92,8 @@ def _in_onnxruntime(graph: Path, inputs: Sequence[str]) -> Run:
     options.log_severity_level = 3  # errors alone
     # As the export's own example: inputs of layers whose weights alone are integers stay in float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    with opening(graph):
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def run(arrays: Sequence[Ids]) -> Vectors:
         vectors: Vectors = session.run(None, dict(zip(inputs, arrays, strict=True)))[0]
@@ -108,7 +106,8 @@ def _in_openvino(graph: Path, inputs: Sequence[str]) -> Run:
     import openvino
 
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}  # as the export's own example
-    compiled = openvino.Core().compile_model(graph, "CPU", exact)
+    with opening(graph):
+        compiled = openvino.Core().compile_model(graph, "CPU", exact)
 
     def run(arrays: Sequence[Ids]) -> Vectors:
         vectors: Vectors = compiled(list(arrays))[0]

@@ -9,6 +9,7 @@ import onnxruntime
 from compress.models.embedder import Vectors
 from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Ids
+from compress.runtimes.contract import opening
 from compress.runtimes.graph_embedder import GraphEmbedder, lowered, threads_and_streams
 
 NAME = "onnxruntime"  # in `compress.runtimes.contract`
@@ -32,9 +33,10 @@ class OnnxEmbedder(GraphEmbedder):
         options.log_severity_level = ERRORS_ONLY
         # By default onnxruntime also rounds the inputs of layers for which the variant quantizes only the weights.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", FLOAT32)
-        self._session = onnxruntime.InferenceSession(
-            graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOWER_FUSIONS
-        )
+        with opening(graph):
+            self._session = onnxruntime.InferenceSession(
+                graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOWER_FUSIONS
+            )
         self._names = [given.name for given in self._session.get_inputs()]
         super().__init__(folder, threads, streams)
 

@@ -11,6 +11,7 @@ import openvino
 from compress.models.embedder import Vectors
 from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Ids
+from compress.runtimes.contract import opening
 from compress.runtimes.graph_embedder import GraphEmbedder, lowered, threads_and_streams
 
 NAME = "openvino"  # in `compress.runtimes.contract`
@@ -38,7 +39,8 @@ class OpenVINOEmbedder(GraphEmbedder):
             # By default OpenVINO also rounds the inputs of layers for which the variant quantizes only the weights.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         }
-        self._compiled = openvino.Core().compile_model(graph, "CPU", settings)
+        with opening(graph):
+            self._compiled = openvino.Core().compile_model(graph, "CPU", settings)
         # A request runs one batch at a time. `run` takes one from this queue and returns it afterwards.
         self._requests: SimpleQueue[openvino.InferRequest] = SimpleQueue()
         for _ in range(streams):

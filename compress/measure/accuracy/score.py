@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partialmethod
 from typing import Any
@@ -15,14 +16,40 @@ import numpy as np
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta
 from mteb.models.search_wrappers import SearchEncoderWrapper
+from mteb.similarity_functions import cos_sim, dot_score, pairwise_cos_sim, pairwise_dot_score
 from mteb.types import PromptType
 from pydantic import BaseModel, ConfigDict
 from tqdm.std import tqdm  # type: ignore[import-untyped]
 
+from compress.common.errors import UserError
 from compress.measure.accuracy.examples import Examples, catching
 from compress.measure.accuracy.tasks import Task, load_data
 from compress.models.embedder import Embedder, Vectors
+from compress.models.text.spec import Similarity
 from compress.runtimes.routed import Routed
+
+Compare = Callable[[Any, Any], Any]
+
+
+def _distance(order: int, pairwise: bool) -> Compare:
+    """Return the negative distance of vectors, of each with each or in pairs; sentence-transformers compares them so."""
+
+    def compare(a: Any, b: Any) -> Any:
+        import torch
+
+        first, second = (torch.as_tensor(vectors).float().reshape(-1, np.shape(vectors)[-1]) for vectors in (a, b))
+        return -(first - second).norm(p=order, dim=-1) if pairwise else -torch.cdist(first, second, p=order)
+
+    return compare
+
+
+SIMILARITIES: Mapping[Similarity, tuple[Compare, Compare]] = {
+    "cosine": (cos_sim, pairwise_cos_sim),
+    "dot": (dot_score, pairwise_dot_score),
+    "euclidean": (_distance(2, pairwise=False), _distance(2, pairwise=True)),
+    "manhattan": (_distance(1, pairwise=False), _distance(1, pairwise=True)),
+}
+"""How a model's vectors are compared: of each with each, and in pairs."""
 
 
 class TaskScore(BaseModel):
@@ -82,6 +109,14 @@ class MtebEncoder(AbsEncoder):  # type: ignore[misc]
         row = {text: index for index, text in enumerate(unique)}
         return vectors[np.fromiter((row[text] for text in texts), dtype=np.intp, count=len(texts))]
 
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Compare each vector with each, as the model's own settings say."""
+        return SIMILARITIES[self.embedder.spec.similarity][0](embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Compare vectors in pairs, as the model's own settings say."""
+        return SIMILARITIES[self.embedder.spec.similarity][1](embeddings1, embeddings2)
+
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
@@ -113,7 +148,7 @@ def score_task(
         index: backend that stores and searches the documents of retrieval; None: mteb's exact search.
 
     Raises:
-        UserError: the task's data is on the hub and cannot be loaded; see `load_data`.
+        UserError: the task's data is on the hub and cannot be loaded, see `load_data`; or it gives no score.
     """
     encoder = MtebEncoder(embedder, batch_tokens, prompts, documents)
     model = encoder if index is None else SearchEncoderWrapper(encoder, index_backend=index)
@@ -131,6 +166,12 @@ def score_task(
             prediction_folder=folder,
         )
     scores = next(scores for scores in result.task_results if scores.task_name == task.name)
+    if not math.isfinite(scores.get_score()):
+        raise UserError(
+            f"task {task.name!r}: {task.mteb.metadata.main_score} is {scores.get_score()}: its data, or the model's vectors, are "
+            "all the same or not finite",
+            f"leave out {task.name}, or look at its data",
+        )
     return TaskScore(
         task=task.name,
         type=task.mteb.metadata.type,

@@ -51,9 +51,21 @@ class Distill(DistillSettings):
         teacher = Teacher(find(self.teacher) if self.teacher else bench.published, device)
         texts = cache(lambda: self._texts(bench))
         student = self._student(model, bench, teacher, texts)
+        self._check_dimensions(student)
         found = bench.once(lambda: self._learned(student, teacher, bench, device, *texts()))
         bench.report(found)
         return self, replace(student, weights=Weights(tensors_in(bench.folder / WEIGHTS), student.network, exact=True))
+
+    def _check_dimensions(self, student: OpenModel) -> None:
+        """See that `matryoshka` names parts of the student's vectors.
+
+        Raises:
+            ValueError: one is as wide as the whole, or wider.
+        """
+        whole = student.spec.dimension(student.shape.hidden_size)
+        beyond = [width for width in self.matryoshka if width >= whole]
+        if beyond:
+            raise ValueError(f"`matryoshka: {beyond[0]}` has no effect: the student's vectors have {whole} dimensions")
 
     def _texts(self, bench: Bench) -> tuple[list[str], int]:
         """Read the texts that may be trained on; also return how many may not."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,7 +42,7 @@ class DistillSettings(Method):
     hard_negatives: int = Field(0, ge=0)
     """Number of nearest neighbours, by the teacher's vectors, that are put in the same batch as each text; most useful for `margin`
     and `ranking_kl`."""
-    matryoshka: tuple[int, ...] = ()
+    matryoshka: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Numbers of leading dimensions for which the objectives are computed in addition to the full vectors."""
     prompts: tuple[str, ...] = ()
     """Prompts put before some of the student's texts, verbatim and in turn: the prefixes that the model will be used with."""
@@ -83,7 +83,7 @@ class DistillSettings(Method):
     """Number of steps between evaluations on the held-out texts; each also writes a checkpoint."""
     patience: int | None = Field(None, ge=1)
     """Number of evaluations without improvement after which training stops; by default it never stops early."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the choice of texts, of their order, and of a new student's initial weights."""
 
     @field_validator("objectives")
@@ -102,6 +102,10 @@ class DistillSettings(Method):
     def _keys_fit_together(self) -> Self:
         if self.hidden and (self.student is not None or self.teacher is not None):
             raise ValueError("`hidden` compares a pruned model with the model it came from; leave `student` and `teacher` out")
+        if not self.prompts and (self.prompted != 0.25 or self.teacher_prompts != "same"):
+            raise ValueError("`prompted` and `teacher_prompts` have no effect without `prompts`")
+        if len(set(self.matryoshka)) != len(self.matryoshka):
+            raise ValueError("`matryoshka` names a number of dimensions twice")
         if self.sharded and (self.hidden or self.lora):
             raise ValueError("`sharded` trains all weights and compares only vectors; leave out `hidden` and `lora`, or `sharded`")
         if self.processes is not None and self.batch < 2 * self.processes:

@@ -49,6 +49,8 @@ class Depth(Method):
             raise ValueError("`keep` says how many blocks stay, `drop` which ones are dropped; give one of them")
         if self.drop is not None and len(set(self.drop)) != len(self.drop):
             raise ValueError("`drop` names a block twice")
+        if self.drop == ():
+            raise ValueError("`drop` names no block; leave the step out")
         if self.criterion == "angular" and self.what != "blocks":
             raise ValueError("`criterion: angular` compares runs of whole blocks; use greedy, pooled or influence")
         return self
@@ -163,6 +165,8 @@ class Depth(Method):
         layers, owned = shape.layers, own_tensors(shape)
         if self.drop is None:
             goes, free = self._goes(len(layers)), [place for place in range(len(layers)) if place not in owned]
+            if goes == 0:
+                raise ValueError(f"`keep: {self.keep}` of {len(layers)} blocks drops none; lower it, or leave the step out")
             if goes > len(free):
                 raise ValueError(f"`keep: {self.keep}` drops {goes} of the {self.what}, and only {len(free)} can be dropped")
             places = free[len(free) - goes :]

@@ -214,6 +214,8 @@ class Width(Method):
             elif layer in columns and kind == "weight":
                 widest = max(widest, info.shape[1])
                 tensors[name] = TensorInfo(info.dtype, (info.shape[0], columns[layer]))
+        if tensors == shape.as_stored().tensors:
+            raise ValueError(f"{shape.name} keeps all of its heads and channels at these shares; lower them, or leave the step out")
         changes = {}
         if anatomy.down in columns:
             changes[anatomy.channels_key] = columns[anatomy.down]

@@ -8,14 +8,14 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from compress.layers.packing import packed_width
 from compress.layers.scheme import BLOCK, NESTED_BLOCK, ActivationScheme, Numbers, QuantizedLayer
 from compress.methods.base import Estimate
 from compress.methods.linear_layers import LinearsMethod
 from compress.models.files.headers import TensorInfo
-from compress.models.shape import HALF_BYTES, ModelShape
+from compress.models.shape import HALF_BYTES, ModelShape, matching
 
 if TYPE_CHECKING:
     import torch
@@ -158,6 +158,26 @@ class IntegerWeights(QuantizeLinears):
     def patterns(self) -> Iterable[str]:
         """Return the patterns of `skip` and `overrides`."""
         return (*self.skip, *self.overrides)
+
+    def linears_of(self, shape: ModelShape) -> tuple[dict[str, TensorInfo], list[str]]:
+        """Return the layers; see `LinearsMethod.linears_of`.
+
+        Raises:
+            ValueError: in addition, an override has no effect, because `skip` leaves out every layer that it matches.
+        """
+        linears, chosen = super().linears_of(shape)
+        for pattern in self.overrides:
+            if not matching(chosen, [pattern]):
+                raise ValueError(f"overrides {pattern!r} has no effect: `skip` leaves out every layer that it matches")
+        return linears, chosen
+
+    @field_validator("overrides")
+    @classmethod
+    def _overrides_say_something(cls, overrides: dict[str, Override]) -> dict[str, Override]:
+        for pattern, override in overrides.items():
+            if not override.model_fields_set:
+                raise ValueError(f"overrides {pattern!r} sets nothing; give {', '.join(Override.model_fields)}")
+        return overrides
 
     def numbers_of(self, name: str) -> QuantizedLayer:
         """Return the step's own precision, changed by the overrides that match the layer's name."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
 from compress.methods.quantize.base import QuantizeLinears
@@ -60,6 +60,14 @@ class SmoothQuant(QuantizeLinears):
     largest magnitude seen."""
     percentile: float = Field(99.99, gt=50, le=100)
     """Percentile of the input magnitudes at which a static scale ends, for `range: percentile`."""
+
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> Self:
+        if self.activations != "static_per_tensor" and self.range != "mse":
+            raise ValueError("`range` has no effect: it is that of a static scale (`activations: static_per_tensor`)")
+        if self.range != "percentile" and self.percentile != 99.99:
+            raise ValueError("`percentile` has no effect without `range: percentile`")
+        return self
 
     @property
     def calibrates(self) -> bool:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from compress.common.errors import UserError
-from compress.common.inputs import read_json
+from compress.common.inputs import checked, checked_by, inside, open_file, parse_json, read_json
 
+HEADER_BYTES = 100_000_000
+"""Longest header, which is also the bound of the safetensors library."""
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -50,6 +53,24 @@ class TensorInfo:
         rows, width = self.shape
         return min(self.parameters * item, rows * -(-width // 8) + round(self.density * self.parameters) * item)
 
+
+class _Entry(BaseModel):
+    """A tensor in a safetensors header."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    dtype: str
+    shape: tuple[Annotated[int, Field(ge=0)], ...] = Field(strict=False)
+    data_offsets: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = Field(strict=False)
+
+
+class _Index(BaseModel):
+    """A safetensors index; other keys, such as `metadata`, say nothing of where a tensor is."""
+
+    weight_map: dict[str, str]
+
+
+_ENTRIES = TypeAdapter(dict[str, _Entry])
 
 INDEX_FILE = "model.safetensors.index.json"
 _WHOLE = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
@@ -98,19 +119,16 @@ def read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX_FILE
     if (folder / "model.safetensors").exists() or not path.exists():
         return {}
-    try:
-        places: dict[str, str] = dict(read_json(path)["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: weight_map: missing, or not a table of tensors and their files") from error
-    return places
+    return checked(read_json(path), _Index, str(path), "download the model again").weight_map
 
 
 def _inside(folder: Path, name: str) -> Path:
+    path = inside(folder, name, f"{folder / INDEX_FILE}: weight_map")
     if Path(name).name != name:
         raise UserError(f"{folder / INDEX_FILE}: weight_map: {name!r} is not a file of this folder")
-    if not (folder / name).exists():
-        raise UserError(f"{folder / name}: missing, although {INDEX_FILE} names it", "download the model again")
-    return folder / name
+    if not path.exists():
+        raise UserError(f"{path}: missing, although {INDEX_FILE} names it", "download the model again")
+    return path
 
 
 @dataclass(frozen=True)
@@ -151,6 +169,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             if name in found:
                 raise UserError(f"{folder}: tensor {name!r} is in {found[name].path.name} and in {path.name}")
             found[name] = tensor
+    if not found:
+        raise UserError(f"{', '.join(map(str, weight_files(folder)))}: holds no tensors", "download or write it again")
     missing = next((name for name in places if name not in found), None)
     if missing is not None:
         raise UserError(f"{folder / places[missing]}: tensor {missing!r} is missing, although {INDEX_FILE} names it")
@@ -171,26 +191,51 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         UserError: the file is truncated or is not safetensors.
     """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-    except (struct.error, ValueError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error})", "download or write it again") from error
-    tensors = {
-        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), offset=8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    again = "download or write it again"
+    with open_file(path) as file:
+        size, start = path.stat().st_size, file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size:
+            what = "it has no length of its header" if len(start) < 8 else "the header is longer than the file"
+            raise UserError(f"{path}: not a complete safetensors file ({what})", again)
+        if length > HEADER_BYTES:
+            raise UserError(f"{path}: its header has {length:,} bytes, more than the {HEADER_BYTES:,} of the format", again)
+        content = file.read(length)
+    tensors = _entries(path, content, 8 + length)
     expected = 8 + length + sum(tensor.bytes for tensor in tensors.values())
-    if path.stat().st_size != expected:
-        raise UserError(
-            f"{path}: the file has {path.stat().st_size:,} bytes, its header needs {expected:,}",
-            "download or write it again",
-        )
+    if size != expected:
+        raise UserError(f"{path}: the file has {size:,} bytes, its header needs {expected:,}", again)
     return tensors
+
+
+def _entries(path: Path, header: bytes, start: int) -> dict[str, TensorInfo]:
+    """Return the tensors of a header, whose data begins at byte `start`.
+
+    Raises:
+        UserError: the header is not one, or its tensors do not lie one after another, each with the bytes that its shape takes.
+    """
+    try:
+        content: Any = parse_json(header.decode("utf-8"), f"{path}: header")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a safetensors file (its header is not UTF-8)", "download or write it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a safetensors file (its header is a {type(content).__name__})", "download or write it again")
+    content.pop("__metadata__", None)
+    entries = checked_by(content, _ENTRIES, f"{path}: header", "download or write it again")
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        if entry.dtype not in DTYPE_BYTES:
+            raise UserError(f"{path}: {name}: dtype {entry.dtype!r} is not known", f"known: {', '.join(DTYPE_BYTES)}")
+        first, last = entry.data_offsets
+        if first != end or last - first != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
+            why = f"data_offsets {first:,} to {last:,} do not follow {end:,} with the bytes of {entry.dtype} {list(entry.shape)}"
+            raise UserError(f"{path}: {name}: {why}", "download or write it again")
+        end = last
+    return {name: TensorInfo(entry.dtype, entry.shape, offset=start + entry.data_offsets[0]) for name, entry in entries.items()}
+
+
+TOKENIZER_FILES = ("*.txt", "*.model", "*.tiktoken", "*.codes")
+"""Files of tokenizers that are not JSON: word lists, merges, SentencePiece models and those of tiktoken and PhoBERT."""
 
 
 def fingerprint(folder: Path, transformer: Path) -> str:
@@ -203,13 +248,12 @@ def fingerprint(folder: Path, transformer: Path) -> str:
     digest = hashlib.sha256()
     names = {
         *weight_files(transformer),
-        *folder.glob("*.json"),
-        *transformer.glob("*.json"),
+        *(path for place in (folder, transformer) for kind in ("*.json", *TOKENIZER_FILES) for path in place.glob(kind)),
         *folder.glob("*/config.json"),
         *folder.glob("*/model.safetensors"),
     }
     for path in sorted(names):
         digest.update(str(path.relative_to(folder)).encode())
-        with path.open("rb") as file:
+        with open_file(path) as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from compress.common.errors import UserError
+from compress.common.inputs import read_as
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
 from compress.models.architectures import Sublayer
 from compress.models.text.spec import EmbedderSpec
@@ -30,7 +30,7 @@ class VariantInfo(BaseModel):
     """Fingerprint of the base model's files; see `compress.models.files.headers.fingerprint`."""
     licence: str | None
     """Licence of the base model, which applies to the variant too; None if the model's files do not name one."""
-    max_length: int
+    max_length: int = Field(ge=1)
     """Maximum length of a text in tokens, including special tokens."""
     spec: EmbedderSpec
     """How the model takes texts and pools tokens."""
@@ -44,7 +44,7 @@ class VariantInfo(BaseModel):
     """Dtype of the floating-point arithmetic in that runtime; None for the runtime's default on the device."""
     layers: tuple[int, ...] | None = None
     """The number that each block has in the published model, from 0; None in variants of earlier versions, which have all."""
-    heads: int | None = None
+    heads: int | None = Field(None, ge=1)
     """Number of attention heads of each block, if heads were pruned and the config cannot store it; else None."""
     dropped: tuple[tuple[int, Sublayer], ...] = ()
     """The sublayers that were dropped, each with its block's number in the variant."""
@@ -77,13 +77,7 @@ class VariantInfo(BaseModel):
         Raises:
             UserError: this version does not read the file's format.
         """
-        path = folder / VARIANT_FILE
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path}: {place}: {first['msg']}", "it may have been written by another version") from error
+        return read_as(folder / VARIANT_FILE, cls, "it may have been written by another version")
 
 
 def _pruned(step: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from compress.common.errors import UserError
+from compress.common.errors import UserError, first_line
 from compress.common.lazy import attribute
 from compress.models.architectures import AUTO_CLASSES
 from compress.models.files.conversion import in_network
@@ -30,6 +30,26 @@ def _quietly() -> None:
     logging.disable_progress_bar()
 
 
+@contextmanager
+def _transformers(folder: ModelFolder) -> Iterator[None]:
+    """Say of which folder a network is that transformers cannot build; its checks of configs raise errors of many kinds.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever it is, the config or the weights are not what transformers takes
+        raise UserError(f"{folder.transformer / 'config.json'}: transformers builds no network of it: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error says; of a table of tensors that do not fit, the first one."""
+    text = str(error)
+    mismatch = next((line for line in text.splitlines() if "MISMATCH" in line), None)
+    return f"{type(error).__name__}: {first_line(error) if mismatch is None else ' '.join(mismatch.split())}"
+
+
 def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
     """Load the network of a checkpoint, without a language-model head and with all floating-point tensors in `dtype`.
 
@@ -42,14 +62,17 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
         Weights(folder.tensors, model, exact=True).fill(model, dtype=dtype)
         return model
     network: nn.Module
-    network, report = auto_class(folder).from_pretrained(
-        folder.transformer,
-        config=_uncached(folder),
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    config = _uncached(folder)
+    folder.check_sizes()
+    with _transformers(folder):
+        network, report = auto_class(folder).from_pretrained(
+            folder.transformer,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise UserError(
@@ -177,6 +200,8 @@ def empty_network(folder: ModelFolder) -> nn.Module:
         if own is not None:
             network: nn.Module = attribute(own.network)(folder)
             return network.eval()
-        network = auto_class(folder).from_config(_uncached(folder))
+        config = _uncached(folder)
+        with _transformers(folder):
+            network = auto_class(folder).from_config(config)
         attach_head(network, folder.spec)
     return _as_it_runs(network.eval())  # a new network is one to be trained, with dropout at work

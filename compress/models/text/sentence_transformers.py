@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from compress.common.errors import UserError, nearest
-from compress.common.inputs import read_json
-from compress.models.text.spec import EmbedderSpec, HeadModule, Pooling, WeightedLayers
+from compress.common.inputs import checked, checked_by, inside, read_json, read_object
+from compress.models.text.spec import EmbedderSpec, HeadModule, Pooling, Similarity, WeightedLayers
 
 PACKAGE = "sentence_transformers."
 """The package of the modules that are read; classes of a repository's own are remote code."""
@@ -35,6 +37,77 @@ LEGACY_POOLINGS = {
     "pooling_mode_lasttoken": Pooling.LAST,
 }
 """Keys of `Pooling` before sentence-transformers 5.2, in the order in which their results are concatenated."""
+
+
+Width = Annotated[int, Field(ge=1, le=10**9)]
+
+
+class _File(BaseModel):
+    """Keys of a settings file whose types are checked; all others are judged by the code that reads the file."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Entry(_File):
+    """An entry of `modules.json`."""
+
+    type: str
+    path: str
+
+
+class _SettingsFile(_File):
+    """The settings of the Transformer module; `null` is no setting."""
+
+    max_seq_length: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    do_lower_case: bool | None = None
+    processor_kwargs: dict[str, Any] | None = None
+    config_kwargs: dict[str, Any] | None = None
+    model_kwargs: dict[str, Any] | None = None
+    modality_config: dict[str, Any] | None = None
+
+
+class _PoolingFile(_File):
+    """The settings of a Pooling module."""
+
+    word_embedding_dimension: Width | None = None
+    embedding_dimension: Width | None = None
+    pooling_mode: str | list[str] | None = None
+    include_prompt: bool = True
+
+
+class _DenseFile(_File):
+    """The settings of a Dense module."""
+
+    in_features: Width
+    out_features: Width
+    bias: bool = True
+    activation_function: str = "torch.nn.modules.activation.Tanh"
+    use_residual: bool = False
+
+
+class _WeightedLayersFile(_File):
+    """The settings of a WeightedLayerPooling module, with sentence-transformers' defaults."""
+
+    layer_start: Annotated[int, Field(ge=0)] = 4
+    num_hidden_layers: Annotated[int, Field(ge=0)] = 12
+
+
+class _LayerNormFile(_File):
+    """The settings of a LayerNorm module."""
+
+    dimension: Width
+
+
+class _PromptsFile(_File):
+    """What the model's own settings say of prompts, of the vectors' width and of how they are compared."""
+
+    prompts: dict[str, str | None] | None = None
+    default_prompt_name: str | None = None
+    truncate_dim: Width | None = None
+    similarity_fn_name: Similarity | None = None
+
+
+_ENTRIES = TypeAdapter(list[_Entry])
 
 
 @dataclass(frozen=True)
@@ -69,8 +142,9 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
     if not path.exists():
         return ()
     modules = []
-    for entry in read_json(path):
-        modules.append(Module(kind_of(path, str(entry["type"])), folder / str(entry["path"])))
+    entries: list[_Entry] = checked_by(read_json(path), _ENTRIES, str(path))
+    for number, entry in enumerate(entries):
+        modules.append(Module(kind_of(path, entry.type), inside(folder, entry.path, f"{path}: {number}.path")))
     return tuple(modules)
 
 
@@ -105,10 +179,11 @@ def read_settings(transformer: Path) -> TransformerSettings:
     path = next((transformer / name for name in SETTINGS_FILES if (transformer / name).exists()), None)
     if path is None:
         return TransformerSettings()
-    settings = dict(read_json(path))
+    settings = read_object(path)
     for old, new in (("tokenizer_args", "processor_kwargs"), ("config_args", "config_kwargs"), ("model_args", "model_kwargs")):
         if old in settings:
             settings[new] = settings.pop(old)
+    checked(settings, _SettingsFile, str(path))
     found = TransformerSettings(
         max_length=settings.pop("max_seq_length", None),
         lowercase=bool(settings.pop("do_lower_case", False)),
@@ -237,15 +312,20 @@ def _default_pooling(config: Mapping[str, Any]) -> Pooling:
     return Pooling.LAST if causal else Pooling.MEAN
 
 
-def _read_config(folder: Path, kind: str) -> tuple[Path, dict[str, Any]]:
+def _read_config(folder: Path, kind: str, keys: type[_File]) -> tuple[Path, dict[str, Any]]:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{path}: missing, although modules.json names a {kind} module there", "download the model again")
-    return path, dict(read_json(path))
+    config = read_object(path)
+    checked(config, keys, str(path))
+    return path, config
 
 
 def _read_pooling(folder: Path) -> dict[str, Any]:
-    path, config = _read_config(folder, "Pooling")
+    path, config = _read_config(folder, "Pooling", _PoolingFile)
+    for key in LEGACY_POOLINGS:
+        if not isinstance(config.get(key, False), bool):
+            raise UserError(f"{path}: {key}: must be true or false, got {config[key]!r}")
     width = config.pop("word_embedding_dimension", None)
     width = config.pop("embedding_dimension", width)
     legacy = [mode for key, mode in LEGACY_POOLINGS.items() if config.pop(key, False)]
@@ -262,13 +342,10 @@ def _read_pooling(folder: Path) -> dict[str, Any]:
 
 
 def _read_weighted_layers(folder: Path) -> dict[str, Any]:
-    path, config = _read_config(folder, WEIGHTED_LAYERS)
+    path, config = _read_config(folder, WEIGHTED_LAYERS, _WeightedLayersFile)
     for key in ("word_embedding_dimension", "embedding_dimension"):
         config.pop(key, None)  # its result is as wide as the blocks' outputs
     start, blocks = config.pop("layer_start", 4), config.pop("num_hidden_layers", 12)
-    for key, value in (("layer_start", start), ("num_hidden_layers", blocks)):
-        if type(value) is not int or value < 0:
-            raise UserError(f"{path}: {key} must be a whole number from 0 on; it is {value!r}")
     if start > blocks:
         raise UserError(f"{path}: layer_start {start} leaves none of {blocks} blocks")
     if config:
@@ -278,7 +355,7 @@ def _read_weighted_layers(folder: Path) -> dict[str, Any]:
 
 
 def _read_dense(folder: Path) -> HeadModule:
-    path, config = _read_config(folder, "Dense")
+    path, config = _read_config(folder, "Dense", _DenseFile)
     for key in ("module_input_name", "module_output_name"):
         if config.pop(key, None) not in (None, "sentence_embedding"):
             raise UserError(f"{path}: {key} must be sentence_embedding: Dense is supported after Pooling only")
@@ -298,7 +375,7 @@ def _read_dense(folder: Path) -> HeadModule:
 
 
 def _read_layer_norm(folder: Path) -> HeadModule:
-    _, config = _read_config(folder, "LayerNorm")
+    _, config = _read_config(folder, "LayerNorm", _LayerNormFile)
     return HeadModule(kind="LayerNorm", width=config["dimension"])
 
 
@@ -325,7 +402,8 @@ def read_prompts(path: Path) -> dict[str, Any]:
     """Return what the model's own settings say of prompts and of the vectors' width."""
     if not path.exists():
         return {}
-    config = dict(read_json(path))
+    config = read_object(path)
+    checked(config, _PromptsFile, str(path))
     kind = config.pop("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise UserError(f"{path}: model_type {kind!r} is no embedder with one vector for a text")
@@ -337,8 +415,8 @@ def read_prompts(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: default_prompt_name {default!r} is not among the prompts", nearest(str(default), prompts))
         found["default_prompt"] = prompts[default] or ""
     found["dimensions"] = config.pop("truncate_dim", None)
-    for key in ("__version__", "similarity_fn_name"):
-        config.pop(key, None)
+    found["similarity"] = config.pop("similarity_fn_name", None) or "cosine"
+    config.pop("__version__", None)
     if config:
         known = ["prompts", "default_prompt_name", "truncate_dim", "similarity_fn_name"]
         raise UserError(f"{path}: key {next(iter(config))!r} is not known", nearest(next(iter(config)), known))

@@ -31,6 +31,10 @@ class Pooling(StrEnum):
     WEIGHTED = "weightedmean"
 
 
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+"""How vectors are compared, by sentence-transformers' names; of the last two, the negative distance."""
+
+
 class HeadModule(BaseModel):
     """A module between pooling and the final vector, as sentence-transformers' `modules.json` lists it."""
 
@@ -93,6 +97,8 @@ class EmbedderSpec(BaseModel):
     """String to append to every text before tokenizing. Truncation of a long text removes it."""
     prompt_specials: bool = True
     """Whether the special tokens before a prompt are counted as part of the prompt."""
+    similarity: Similarity = "cosine"
+    """How the model's vectors are meant to be compared."""
     prompts: dict[str, str] = {}
     """Prompts by name."""
     default_prompt: str = ""

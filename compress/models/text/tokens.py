@@ -7,17 +7,21 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
 from compress.common.errors import UserError
+from compress.common.inputs import check_file, read_as, read_text
 from compress.models.text.spec import EmbedderSpec
 
 Ids = npt.NDArray[np.int64]
 
+TOKENIZER_BYTES = 256 * 2**20
+"""Largest `tokenizer.json`; one of 500,000 tokens and their merges has 40 MB."""
 # In tokens. Longer texts are batched only with texts of equal length, so no padding is needed.
 LONGEST_PADDED = 2_048
 # A post-processor of `tokenizer.json` that adds no special tokens.
@@ -33,12 +37,47 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     """Open a folder's `tokenizer.json`.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it is not a tokenizer.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{folder}: no tokenizer.json")
-    return Tokenizer.from_file(str(path))
+    content = read_text(path, TOKENIZER_BYTES)
+    try:
+        return Tokenizer.from_str(content)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{path}: not a tokenizer ({str(error).strip() or type(error).__name__})") from error
+
+
+class _TokenizerConfig(BaseModel):
+    """Keys of `tokenizer_config.json` whose types are checked; transformers judges all others."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model_max_length: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    tokenizer_class: str | None = None
+    added_tokens_decoder: dict[str, dict[str, Any]] | None = None
+
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.tiktoken", "tekken.json", "bpe.codes")
+"""Files that hold a tokenizer's tokens; without any, transformers makes an empty one and every text becomes unknown tokens."""
+
+
+def check_tokenizer(folder: Path) -> None:
+    """See that a folder holds a tokenizer, before transformers makes one from what is there.
+
+    Raises:
+        UserError: it holds none, or a file of it is no regular one or of wrong types.
+    """
+    if not any(path for kind in TOKENIZER_FILES for path in folder.glob(kind)):
+        raise UserError(f"{folder}: no tokenizer files", f"one of {', '.join(TOKENIZER_FILES)}")
+    settings = folder / "tokenizer_config.json"
+    if settings.exists():
+        read_as(settings, _TokenizerConfig)
+    for name in ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            check_file(folder / name)
 
 
 def unknown_token(tokenizer: Tokenizer) -> int | None:
@@ -53,7 +92,14 @@ def unknown_token(tokenizer: Tokenizer) -> int | None:
 class TextTokenizer:
     """The model's own tokenizer. It truncates to the model's maximum length and does not pad; `pad_batch` does."""
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int, spec: EmbedderSpec, positions: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_length: int,
+        spec: EmbedderSpec,
+        positions: int | None = None,
+        rows: int | None = None,
+    ) -> None:
         """Set a tokenizer up for a model.
 
         Args:
@@ -61,6 +107,7 @@ class TextTokenizer:
             max_length: longest input in tokens, special tokens counted; longer texts are cut.
             spec: how the model takes texts.
             positions: how many tokens the network has positions for; None: any number.
+            rows: how many tokens the network's table has vectors for; None: those of the tokenizer.
         """
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
@@ -68,6 +115,7 @@ class TextTokenizer:
         self._spec = spec
         self.max_length = max_length
         self.positions = positions
+        self._rows = rows
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text, including special tokens: int64 [length], at most `max_length` of them."""
@@ -77,13 +125,30 @@ class TextTokenizer:
             texts = [text + self._spec.suffix for text in texts]
         if self._spec.max_characters is not None:
             texts = [text[: self._spec.max_characters] for text in texts]
-        rows = [np.asarray(encoding.ids, dtype=np.int64) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
-        return rows if self._skipped is None else [row[row != self._skipped] for row in rows]
+        made = [np.asarray(encoding.ids, dtype=np.int64) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        self._check_ids(made)
+        return made if self._skipped is None else [row[row != self._skipped] for row in made]
 
     @cached_property
     def _skipped(self) -> int | None:
         """The id of the token that is left out of every text; None: none is."""
         return unknown_token(self._tokenizer) if self._spec.skip_unknown else None
+
+    def _check_ids(self, made: Sequence[Ids]) -> None:
+        """See that the network's table has a row for each token.
+
+        Raises:
+            UserError: it has not, so the tokenizer is another model's.
+        """
+        if self._rows is None:
+            return
+        largest = max((int(ids.max()) for ids in made if len(ids)), default=0)
+        if largest >= self._rows:
+            raise UserError(
+                f"the tokenizer gives token {largest}, {self._tokenizer.id_to_token(largest)!r}, and the network's table has "
+                f"{self._rows} rows",
+                "the tokenizer and the weights are of different models",
+            )
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, including special tokens, before truncation."""
