@@ -170,7 +170,7 @@ def test_half_precision_keeps_the_layer_weights(folder: Path) -> None:
     ("settings", "message"),
     [
         ({"layer_start": BLOCKS + 1}, f"layer_start {BLOCKS + 1} leaves none of {BLOCKS} blocks"),
-        ({"layer_start": -1}, "layer_start must be a whole number from 0 on; it is -1"),
+        ({"layer_start": -1}, "layer_start: input should be greater than or equal to 0, got -1"),
         ({"num_hidden_layers": BLOCKS + 2}, f"num_hidden_layers is {BLOCKS + 2}, and the network has {BLOCKS} blocks"),
         ({"layer_end": 2}, "key 'layer_end' is not known"),
     ],

@@ -41,7 +41,7 @@ class Weights:
             UserError: a tensor is missing, unexpected (if `exact`) or of another shape.
         """
         self._wanted = network.state_dict(keep_vars=True)
-        found = dict(tensors) if exact else in_network(stored_once(tensors, network), network)
+        found = dict(tensors) if exact else stored_once(in_network(tensors, network), network)
         self._masks = {name: found.pop(name + MASK) for name in self._wanted if name + MASK in found}
         missing = sorted(self._wanted.keys() - found.keys())
         extra = sorted(name for name in found.keys() - self._wanted.keys() if exact or not UNUSED.search(name))
