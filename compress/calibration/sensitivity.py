@@ -154,8 +154,7 @@ class Survey:
                     continue
                 with without(block, [name for name in here if name != "block"]):
                     made[case] = [
-                        run_block(block, number, state, arguments)
-                        for state, (_, arguments) in zip(arriving, entered, strict=True)
+                        run_block(block, number, state, arguments) for state, (_, arguments) in zip(arriving, entered, strict=True)
                     ]
             states = made
             yield number, _hidden_of(states)

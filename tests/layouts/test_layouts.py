@@ -47,24 +47,25 @@ REFUSED = {
 """Layouts that are refused when they are loaded, and what the error says."""
 TOO_LONG = ("bert_length_beyond", "xlm_roberta_no_length")
 """Layouts whose settings allow more tokens than the network has positions for; sentence-transformers fails on such texts."""
+NO_EMPTY_TEXT = ("gpt2_weighted",)
+"""Layouts whose tokenizer adds nothing to an empty text, on which sentence-transformers fails."""
 NOT_STREAMED = {
-    "albert_mean": "it has no list of 4 blocks",
-    "embedding_gemma2_text": "does more than run its blocks and a norm",
+    "albert_mean": "all 4 blocks share one set of weights",
     "nomic_bert_mean": "does not fit its network",
 }
 """Layouts that load and cannot yet be read block by block."""
 QUICK = (
     "bert_cased_lowercased", "bert_cls_prompts", "bert_consolidated", "bert_default_prompt", "bert_legacy_names", "bert_mean",
     "bert_plain", "bert_processor_kwargs", "bert_sharded", "bert_subfolder", "bert_truncate_dim", "bert_truncation_left",
-    "bert_two_weight_files", "bert_vocab_txt", "distilbert_mean", "gemma3_no_dense", "labse_dense_tanh", "modernbert_mean", "mpnet_mean",
+    "bert_two_weight_files", "bert_vocab_txt", "distilbert_mean", "embedding_gemma2_text", "gemma3_no_dense", "gpt2_weighted", "labse_dense_tanh", "modernbert_mean", "mpnet_mean",
     "normalize_twice", "pooling_max", "pooling_new_keys_two", "pooling_weighted", "prompt_left_out_cls", "prompt_left_out_last",
-    "prompt_left_out_mean", "qwen3_last", "qwen3_plain_causal", "roberta_mean", "stella_dense_up", *TOO_LONG, *REFUSED,
+    "prompt_left_out_mean", "qwen3_last", "qwen3_plain_causal", "roberta_mean", "stella_dense_up", "t5_dense", *TOO_LONG, *REFUSED,
 )  # fmt: skip
 LAYOUTS = [
     pytest.param(name, marks=[] if name in QUICK else [pytest.mark.models])
     for name in tiny_layouts.LAYOUTS
     # Whose own tokenizer is not installed, whose weights are no numbers, and what transformers itself cannot load.
-    if name not in ("xlm_roberta_sentencepiece_only", "bert_nan", "nomic_bert_hub_config", "t5_dense")
+    if name not in ("xlm_roberta_sentencepiece_only", "bert_nan", "nomic_bert_hub_config")
 ]
 
 
@@ -90,6 +91,7 @@ def test_vectors_are_those_of_sentence_transformers(folder: Path) -> None:
             compress.load(folder, device="cpu")
         return
     texts = TEXTS if name not in TOO_LONG else [text for text in TEXTS if len(text) < 100]
+    texts = texts if name not in NO_EMPTY_TEXT else [text for text in texts if text]
     expected = reference(folder, texts)
     embedder = compress.load(folder, device="cpu")
     assert embedder.dimension == expected.shape[1]

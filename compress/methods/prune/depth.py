@@ -194,7 +194,9 @@ class Depth(Method):
         """
         for place in places:
             if place in owned and self.what != "mlp":
-                raise ValueError(f"block {shape.layers[place]} cannot be dropped: only it has {owned[place]}, which the others need")
+                raise ValueError(
+                    f"block {shape.layers[place]} cannot be dropped: only it has {owned[place]}, which the others need"
+                )
         if self.what == "blocks" and places and shape.setting("hidden_size_per_layer_input"):
             raise ValueError(f"{shape.name}: blocks cannot be dropped: its tables hold a row of numbers for each block")
         if self.what == "attention" and "attention" in shape.anatomy.refused:

@@ -39,7 +39,6 @@ from compress.models.network.segments import (
 )
 from compress.models.text.tokens import Batch
 
-
 HIDDEN = "hidden"
 """Name of the hidden states in a carry's files."""
 
