@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.numpy import save_file
 from tests_support import GOLDEN, SHARED, folder_of, golden_weights
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from compress.data.texts import suite_texts
+from compress.models.architectures import AUTO_CLASSES
 from compress.models.text.nv_embed import EOS
 
 
@@ -65,6 +67,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 MakeModel = Callable[..., Path]
 
 
+OWN_SIZES: dict[str, dict[str, object]] = {
+    "t5": {"num_hidden_layers": 3, "d_ff": 80, "d_kv": 12, "decoder_start_token_id": 0},
+    "mpnet": {},
+    "distilbert": {"hidden_dim": 80},
+    "deberta-v2": {
+        "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"], "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+    },
+}  # fmt: skip
+"""Encoders whose config names some sizes in its own way."""
+
+
 @pytest.fixture(scope="session")
 def make_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """Write a tiny random sentence-transformers folder: `make_model(transformers' model_type, pooling, normalize, ...)`."""
@@ -80,14 +94,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Temp
         torch.manual_seed(0)
         sizes = {"vocab_size": 600, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
         sizes |= {"max_position_embeddings": 66, "initializer_range": 0.2, "pad_token_id": 0}
-        if kind not in ("bert", "roberta", "modernbert"):
+        if kind not in ("bert", "roberta", "modernbert", *OWN_SIZES):
             sizes |= {"num_key_value_heads": 2, "head_dim": 12}
         if kind in ("mistral", "qwen2", "qwen3"):
             sizes |= {"sliding_window": None}
         if kind in ("modernbert", "gemma3_text"):  # layers of two kinds, each with a mask and rotary angles of its own
             sizes |= {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
             sizes |= {"local_attention": 8, "initializer_cutoff_factor": 2.0} if kind == "modernbert" else {"sliding_window": 4}
-        AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(folder)
+        maker = getattr(transformers, AUTO_CLASSES.get(kind, "AutoModel"))
+        maker.from_config(AutoConfig.for_model(kind, **(sizes | OWN_SIZES.get(kind, {})))).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + ([("2_Normalize", "Normalize")] if normalize else [])
         entries = [

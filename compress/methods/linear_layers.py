@@ -72,9 +72,11 @@ class LinearsMethod(Method):
                     is_block_linear(f"{name}.weight", module.weight.dim()) or (self.head and is_head_linear(f"{name}.weight"))
                 ):
                     found[name] = module
-                elif isinstance(getattr(module, "weight", None), nn.Parameter) and not isinstance(module, CompressedLayer):
-                    if is_block_linear(f"{name}.weight", module.weight.dim()):  # type: ignore[operator, union-attr]
-                        others[name] = type(module).__name__
+                    continue
+                weight = getattr(module, "weight", None)
+                own = isinstance(weight, nn.Parameter) and not isinstance(module, CompressedLayer | nn.Linear)
+                if own and is_block_linear(f"{name}.weight", weight.dim()):  # type: ignore[union-attr]
+                    others[name] = type(module).__name__
         for name in self.chosen(others):
             raise ValueError(f"{name} is a {others[name]}, not an nn.Linear; {self.method} does not change it: name it in `skip`")
         chosen = {name: found[name] for name in self.chosen(found)}
@@ -122,7 +124,7 @@ class LinearsMethod(Method):
         """
         if shape.setting("model_type") in TRANSPOSED:
             raise ValueError(
-                f"{shape.name}: its blocks have Conv1D layers, whose weights are stored [in, out]; {self.method} takes only nn.Linear"
+                f"{shape.name}: its blocks have Conv1D layers, with weights stored [in, out]; {self.method} takes only nn.Linear"
             )
         linears = {**shape.block_linears, **(shape.head_linears if self.head else {})}
         check_patterns(linears, self.patterns())

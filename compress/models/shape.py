@@ -139,7 +139,7 @@ class ModelShape:
 
     @property
     def output_width(self) -> int:
-        """Width of the hidden states that leave the network: that of the residual stream, or of a projection after the last norm."""
+        """Width of the hidden states that leave the network: the residual stream's, or that of a projection after it."""
         rows = [info.shape[0] for name, info in self.tensors.items() if _PROJECTION.search(name)]
         return rows[0] if rows else self.hidden_size
 

@@ -39,6 +39,26 @@ def test_layers_with_one_input_are_told_together_and_padding_never(make_model, k
     assert rows == [{texts.tokens}] * 2
 
 
+def test_what_a_layer_is_called_with_twice_is_seen_twice(make_model) -> None:
+    """DeBERTa's query and key layers also project the table of relative positions; its value layer does not."""
+    folder = make_model("deberta-v2")
+    texts = batches_of(folder)
+    found: list[dict[str, tuple[int, tuple[str, ...]]]] = []
+
+    def visit(_: Segment, parts: Parts, inputs: Inputs) -> None:
+        seen: dict[str, int] = {}
+        groups = inputs.see(parts, linears(parts), lambda leader, x, counts: seen.update({leader: seen.get(leader, 0) + len(x)}))
+        found.append({name.rpartition(".")[2]: (seen[name], tuple(names)) for name, names in groups.items()})
+
+    visited(folder, texts, visit)
+    table = 2 * 8 * len(texts.batches)
+    for groups in found:
+        assert groups["query_proj"][0] == texts.tokens + table
+        assert [name.rpartition(".")[2] for name in groups["query_proj"][1]] == ["query_proj", "key_proj"]
+        assert groups["value_proj"] == (texts.tokens, groups["value_proj"][1])
+        assert len(groups["value_proj"][1]) == 1
+
+
 @pytest.mark.parametrize("kind", ["bert", "mistral"])
 def test_padding_changes_no_statistic(make_model, kind: str) -> None:
     """The same texts one by one, without any padding, give the same moments of every layer."""

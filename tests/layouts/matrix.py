@@ -50,6 +50,8 @@ TEXTS = [
 ]
 TOO_LONG = ("bert_length_beyond", "xlm_roberta_no_length")
 """Layouts whose settings allow more tokens than the network has positions for; sentence-transformers fails on such texts."""
+NO_EMPTY_TEXT = ("gpt2_weighted",)
+"""Layouts whose tokenizer adds nothing to an empty text, on which sentence-transformers fails."""
 REFERENCES = {"nomic_bert_hub_config": "nomic_bert_mean"}
 """Layouts that sentence-transformers does not load without remote code, and the one that holds the same model as it does load it."""
 SAME, SAME_GRAPH, INT8_COSINE = 1e-5, 1e-4, 0.999
@@ -85,7 +87,8 @@ class Layout:
     texts: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.texts = [text for text in TEXTS if self.folder.name not in TOO_LONG or len(text) < 100]
+        texts = [text for text in TEXTS if self.folder.name not in TOO_LONG or len(text) < 100]
+        self.texts = [text for text in texts if text or self.folder.name not in NO_EMPTY_TEXT]
 
     def encoded(self, folder: Path, **how: object) -> Vectors:
         """The vectors of a folder."""

@@ -3,7 +3,7 @@
 A block runs by itself exactly as its network would run it. `begin` runs the network's own forward once, with each block replaced by
 a function that records its arguments (masks, rotary embeddings, whether attention is causal) and returns its input. So this module
 needs no argument list of any architecture, and a bidirectional decoder stays bidirectional. What a block computes for later blocks
-(T5's position bias) is seen there too: a stand-in returns a mark for each of its other outputs, and a later block is given the mark.
+(T5's position bias) is seen there too: a stand-in returns a mark for each other output, and a later block is given the mark.
 """
 
 from __future__ import annotations

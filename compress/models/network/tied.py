@@ -30,7 +30,9 @@ class SecondName(nn.Module):
 
 def name_tables_once(network: nn.Module) -> nn.Module:
     """Leave a network's tied embedding tables only the name that checkpoints store (T5: `shared`), and return the network."""
-    tied: Mapping[str, str] = getattr(network, "all_tied_weights_keys", None) or {}
+    # The class's own list: transformers unties what a checkpoint stores twice with different values, which `stored_once` refuses.
+    tied = getattr(type(network), "_tied_weights_keys", None)
+    tied = tied if isinstance(tied, Mapping) else {}
     for second, first in tied.items():
         path, table = second.rpartition(".")[0], first.rpartition(".")[0]
         modules = dict(network.named_modules(remove_duplicate=False))
