@@ -42,7 +42,9 @@ B = np.array([[6.0, 8.0], [0.0, 2.0]], dtype=np.float32)
 def test_the_model_s_own_similarity_scores(similarity: str, each: list[list[float]], pairs: list[float]) -> None:
     encoder = MtebEncoder(Given(similarity))  # type: ignore[arg-type]
     torch.testing.assert_close(torch.as_tensor(encoder.similarity(A, B)).float(), torch.tensor(each), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.as_tensor(encoder.similarity_pairwise(A, B)).float(), torch.tensor(pairs), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.as_tensor(encoder.similarity_pairwise(A, B)).float(), torch.tensor(pairs), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_it_is_read_from_the_settings_and_written_into_exports(bert: Path, copy_of: Callable[[Path], Path]) -> None:
