@@ -89,8 +89,8 @@ def test_keys_without_an_effect(content: dict[str, object], message: str) -> Non
     ("step", "message"),
     [
         (
-            {"method": "rtn", "skip": ("*query",), "overrides": {"*query": {"bits": 4}}},
-            r"overrides '\*query' has no effect: `skip`",
+            {"method": "rtn", "skip": ("*q_proj",), "overrides": {"*q_proj": {"bits": 4}}},
+            r"overrides '\*q_proj' has no effect: `skip`",
         ),
         ({"method": "depth", "keep": 0.95}, r"`keep: 0.95` of 4 blocks drops none"),
         ({"method": "width", "channels": 0.999}, "keeps all of its heads and channels"),

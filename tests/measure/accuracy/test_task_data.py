@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mteb
 import numpy as np
 import pytest
 
 from compress.common.errors import UserError
-from compress.measure.accuracy.tasks import find_tasks
+from compress.measure.accuracy.local_data import load_local
+from compress.measure.accuracy.tasks import Task
 
 Rows = Sequence[Mapping[str, Any]]
 PAIRS = [{"sentence1": f"cat {number}", "sentence2": "a dog", "score": number % 5} for number in range(8)]
@@ -24,6 +26,13 @@ HEADING = "query-id\tcorpus-id\tscore\n"
 def write(path: Path, rows: Rows) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def loaded(name: str, data: Path) -> Task:
+    """Load a task by name; `find_tasks` would read the lists of all benchmarks first."""
+    task = mteb.get_task(name)
+    load_local(task, data / name)
+    return Task(task, data / name)
 
 
 def changed(rows: Rows, index: int, **changes: Any) -> Rows:
@@ -49,7 +58,7 @@ def changed(rows: Rows, index: int, **changes: Any) -> Rows:
 def test_pairs_with_scores(tmp_path: Path, rows: Rows, message: str) -> None:
     write(tmp_path / "STSBenchmark" / "test.jsonl", rows)
     with pytest.raises(UserError, match=rf"STSBenchmark/test\.jsonl.*{message}"):
-        find_tasks(["STSBenchmark"], tmp_path)
+        loaded("STSBenchmark", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +79,7 @@ def test_classes(tmp_path: Path, train: Rows | None, test: Rows, message: str) -
     if train is not None:
         write(folder / "train.jsonl", train)
     with pytest.raises(UserError, match=message):
-        find_tasks(["Banking77Classification"], tmp_path)
+        loaded("Banking77Classification", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +114,7 @@ def test_retrieval(tmp_path: Path, documents: Rows, queries: Rows, qrels: str, m
     (folder / "qrels").mkdir()
     (folder / "qrels" / "test.tsv").write_text(qrels)
     with pytest.raises(UserError, match=message):
-        find_tasks(["SciFact"], tmp_path)
+        loaded("SciFact", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +128,7 @@ def test_retrieval(tmp_path: Path, documents: Rows, queries: Rows, qrels: str, m
 def test_reranking(tmp_path: Path, row: Mapping[str, Any], message: str) -> None:
     write(tmp_path / "AskUbuntuDupQuestions" / "test.jsonl", [row])
     with pytest.raises(UserError, match=rf"test\.jsonl.*{message}"):
-        find_tasks(["AskUbuntuDupQuestions"], tmp_path)
+        loaded("AskUbuntuDupQuestions", tmp_path)
 
 
 def test_pairs_of_one_kind_and_labels_that_are_none(tmp_path: Path) -> None:
@@ -133,7 +142,7 @@ def test_pairs_of_one_kind_and_labels_that_are_none(tmp_path: Path) -> None:
         given = [{**row, **changes}]
         write(tmp_path / "TwitterURLCorpus" / "test.jsonl", given)
         with pytest.raises(UserError, match=rf"test\.jsonl.*{message}"):
-            find_tasks(["TwitterURLCorpus"], tmp_path)
+            loaded("TwitterURLCorpus", tmp_path)
 
 
 def test_a_folder_of_no_subset_is_not_passed_over(tmp_path: Path) -> None:
@@ -141,14 +150,15 @@ def test_a_folder_of_no_subset_is_not_passed_over(tmp_path: Path) -> None:
         for split in ("train", "test"):
             write(tmp_path / "AmazonCounterfactualClassification" / subset / f"{split}.jsonl", CLASSES)
     with pytest.raises(UserError, match="zz: AmazonCounterfactualClassification has no subset of this name"):
-        find_tasks(["AmazonCounterfactualClassification"], tmp_path)
+        loaded("AmazonCounterfactualClassification", tmp_path)
 
 
 def test_sound_data_is_taken(tmp_path: Path) -> None:
     write(tmp_path / "STSBenchmark" / "test.jsonl", PAIRS)
     for split in ("train", "test"):
         write(tmp_path / "Banking77Classification" / f"{split}.jsonl", CLASSES)
-    assert [task.name for task in find_tasks(["STSBenchmark", "Banking77Classification"], tmp_path)]
+    assert len(loaded("STSBenchmark", tmp_path).mteb.dataset["test"]) == len(PAIRS)
+    assert len(loaded("Banking77Classification", tmp_path).mteb.dataset["train"]) == len(CLASSES)
 
 
 def test_a_score_that_is_no_number_ends_the_evaluation(tmp_path: Path) -> None:
@@ -156,7 +166,7 @@ def test_a_score_that_is_no_number_ends_the_evaluation(tmp_path: Path) -> None:
     from compress.runtimes.loading import load
 
     write(tmp_path / "STSBenchmark" / "test.jsonl", PAIRS)
-    (task,) = find_tasks(["STSBenchmark"], tmp_path)
+    task = loaded("STSBenchmark", tmp_path)
     embedder = load("nano")
     embedder.encode = lambda texts, *_, **__: np.ones((len(texts), embedder.dimension), dtype=np.float32)  # type: ignore[method-assign, assignment]
     with pytest.raises(UserError, match="task 'STSBenchmark': cosine_spearman is nan"):
