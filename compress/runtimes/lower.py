@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from onnxscript.optimizer import optimize_ir
 from torch import nn
 
 from compress.common.errors import UserError
+from compress.common.files import replacing
 from compress.layers.compressed import CompressedLayer
 from compress.models.files.headers import MASK, StoredTensor
 from compress.models.folder import ModelFolder
@@ -86,9 +86,8 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
     assert program is not None
     _finish(program.model, stored, unread)
     path = graph_file(folder.path, runtime)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    ir.save(program.model, temporary, format="protobuf")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        ir.save(program.model, temporary, format="protobuf")
     return path
 
 

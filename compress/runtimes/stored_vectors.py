@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import secrets
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from compress.common.files import naming, replacing, save_array
 from compress.models.embedder import CHUNK_TEXTS, Embedder, Vectors
 from compress.models.text.spec import EmbedderSpec
 
-KEY_BYTES = 16
+KEY_BYTES, DIGEST_BYTES = 16, 32
+MAGIC = b"compress-keys-1\n"
+"""How a file of keys with a checksum starts."""
 
 
 def key_of(text: str, prompt: str) -> bytes:
@@ -22,16 +26,22 @@ def key_of(text: str, prompt: str) -> bytes:
 
 
 class VectorStore:
-    """The stored vectors of one embedder, in a folder of pairs of files: vectors (`.npy`) and their keys (`.keys`)."""
+    """The stored vectors of one embedder, in pairs of files: vectors (`.npy`) and their keys with a checksum (`.keys`)."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a folder, or create it. Files of an interrupted write are ignored."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Open a folder, or create it. Files of an interrupted write are ignored; a damaged pair is too, and that is said."""
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._arrays: list[Vectors] = []
         self._rows: dict[bytes, tuple[int, int]] = {}
         for path in sorted(folder.glob("*.keys")):  # written last, so its vectors are complete
-            self._take(path.read_bytes(), np.load(path.with_suffix(".npy"), mmap_mode="r"))
+            try:
+                self._take(*read_pair(path))
+            except FileNotFoundError:  # another process has just removed it, to make room
+                continue
+            except ValueError as error:
+                print(f"{path}: is damaged ({error}); its vectors are computed again", file=sys.stderr, flush=True)
 
     def __contains__(self, key: bytes) -> bool:
         """Whether a vector is stored under this key."""
@@ -58,19 +68,65 @@ class VectorStore:
         return found
 
     def add(self, keys: list[bytes], vectors: Vectors) -> None:
-        """Store vectors, float32 [keys, dimension], under their keys."""
-        # The keys are written last and renamed when complete: a file of keys means that its vectors are complete.
-        stem = self._folder / f"{len(self._arrays):06d}-{os.getpid()}"
-        np.save(stem.with_suffix(".npy"), vectors)
-        stem.with_suffix(".writing").write_bytes(b"".join(keys))
-        stem.with_suffix(".writing").replace(stem.with_suffix(".keys"))
-        self._take(b"".join(keys), np.load(stem.with_suffix(".npy"), mmap_mode="r"))
+        """Store vectors, float32 [keys, dimension], under their keys.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        # The keys are written last: a file of keys means that its vectors are complete. Random, because two containers that share
+        # the cache may have the same process number.
+        stem = self._folder / f"{len(self._arrays):06d}-{secrets.token_hex(8)}"
+        joined = b"".join(keys)
+        with naming(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)  # another process may have removed it, to make room
+        save_array(stem.with_suffix(".npy"), vectors)
+        try:
+            with replacing(stem.with_suffix(".keys")) as temporary:
+                temporary.write_bytes(MAGIC + digest_of(stem.with_suffix(".npy"), joined) + joined)
+        except BaseException:
+            stem.with_suffix(".npy").unlink(missing_ok=True)
+            raise
+        self._take(joined, np.load(stem.with_suffix(".npy"), mmap_mode="r"))
 
     def _take(self, keys: bytes, vectors: Vectors) -> None:
+        if self._arrays and vectors.shape[1] != self._arrays[0].shape[1]:
+            raise ValueError(f"{vectors.shape[1]} dimensions, not {self._arrays[0].shape[1]}")
         file = len(self._arrays)
         self._arrays.append(vectors)
         for row in range(len(keys) // KEY_BYTES):
             self._rows[keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]] = (file, row)
+
+
+def digest_of(vectors: Path, keys: bytes) -> bytes:
+    """Return the checksum of a pair: BLAKE2b of the `.npy` file and then the keys."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    with vectors.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    digest.update(keys)
+    return digest.digest()
+
+
+def read_pair(path: Path) -> tuple[bytes, Vectors]:
+    """Read the keys of a pair, and map its vectors; a pair of an earlier version has no checksum.
+
+    Raises:
+        FileNotFoundError: a file of the pair is not there.
+        ValueError: the pair is damaged.
+    """
+    content, array = path.read_bytes(), path.with_suffix(".npy")
+    keys = content
+    if content.startswith(MAGIC):
+        keys = content[len(MAGIC) + DIGEST_BYTES :]
+        if digest_of(array, keys) != content[len(MAGIC) : len(MAGIC) + DIGEST_BYTES]:
+            raise ValueError("its checksum differs")
+    try:
+        vectors = np.load(array, mmap_mode="r")
+    except (EOFError, SyntaxError) as error:  # of a header that is none
+        raise ValueError("no array") from error
+    if len(keys) % KEY_BYTES or vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != len(keys) // KEY_BYTES:
+        raise ValueError(f"{len(keys) / KEY_BYTES:g} keys for {vectors.dtype} {list(vectors.shape)}")
+    return keys, vectors
 
 
 class Mapped:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from compress.common.files import write_text_atomic
+from compress.common.files import naming, sync_tree, write_text_atomic
 from compress.models.files.weights import Weights
 from compress.models.network.segments import BlockArguments, Kind, Parts, Segment, begin, run_block, segments_of
 from compress.models.text.tokens import Batch
@@ -179,13 +179,15 @@ class Carry:
         else:
             path = self._file(passed, index)
             path.parent.mkdir(exist_ok=True)
-            save_file({"hidden": hidden.contiguous()}, path)
+            with naming(path):
+                save_file({"hidden": hidden.contiguous()}, path)
 
     def _arrive(self, passed: int) -> None:
         """Record that all batches have passed `passed` segments, and delete the hidden states of the position before."""
         # The state is written before the old files are deleted, so that a killed walk always finds a complete set.
         before, self.passed = self.passed, passed
         if self._folder is not None:
+            sync_tree(self._folder / f"{passed:04d}")
             write_text_atomic(self._folder / self.STATE, json.dumps({"passed": passed}))
             shutil.rmtree(self._folder / f"{before:04d}", ignore_errors=True)
 

@@ -1,0 +1,137 @@
+"""Where the command starts: it is ready for signals before anything heavy is imported, and every end has its own exit code.
+
+0: done. 1: a gate was missed, a regression or a difference was found, and nothing else. 2: what the user can mend. 70: a defect of
+this package. 130 and 143: stopped with Ctrl-C or SIGTERM. 141: nobody reads what is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+DEFECT = 70
+UNREAD = 141
+GRACE_SECONDS = 1.2
+"""How long a stopped command may take to end in order; then it is ended."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """The command was asked to stop. A KeyboardInterrupt, so that libraries let it pass."""
+
+
+class Stopping:
+    """Turns the signals that ask a command to stop into `Stopped`, and ends the process if that takes too long."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        """The first signal that came."""
+        self._lock = threading.Lock()
+        self._said = False
+
+    def install(self) -> None:
+        """Handle the signals from now on. One that the caller ignores, as `nohup` does, stays ignored."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._stop)
+        # Python runs handlers only between its own instructions; this file is written to at once, also while a library computes.
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reading,), daemon=True, name="stopping").start()
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = number
+            raise Stopped
+
+    def _watch(self, reading: int) -> None:
+        """Wait for a signal; end the process if it is still there a while later."""
+        numbers = {int(number) for number in _SIGNALS}
+        while True:
+            (number,) = os.read(reading, 1)
+            if number in numbers and signal.getsignal(number) == self._stop:
+                break
+        threading.Event().wait(GRACE_SECONDS)
+        self.end(number)
+
+    def end(self, number: int) -> None:
+        """Say how to go on, and end the process."""
+        self.say(number)
+        os._exit(128 + number)
+
+    def say(self, number: int) -> None:
+        """Say once that the command was stopped and how to go on."""
+        with self._lock:
+            if self._said:
+                return
+            self._said = True
+            continued = "run" in sys.argv[1:2]
+            how = (
+                "finished parts of the run are kept; the same command continues it" if continued else "the same command starts over"
+            )
+            why = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+            _print_error(f"error: stopped{why}\n{how}\n")
+
+
+def _print_error(text: str) -> None:
+    """Write to standard error, even while the interpreter is ending; where nobody listens, nothing is lost."""
+    try:
+        os.write(2, text.encode("utf-8", "backslashreplace"))
+    except OSError:
+        sys.stderr = None  # type: ignore[assignment]  # closed: the interpreter must not try again
+
+
+def main() -> None:
+    """Run the command line and end the process."""
+    stopping = Stopping()
+    stopping.install()
+    try:
+        code = _outcome()
+    except BaseException as error:
+        code = _failed(error, stopping)
+    if stopping.signal is not None and code >= 128:
+        stopping.say(stopping.signal)
+        code = 128 + stopping.signal
+    _leave(code)
+
+
+def _outcome() -> int:
+    """Run the command line; return its exit code where it ends in order."""
+    from compress.cli import app
+
+    return int(app(standalone_mode=False) or 0)
+
+
+def _failed(error: BaseException, stopping: Stopping) -> int:
+    """Say what ended the command, in lines that a user understands; return the exit code."""
+    if stopping.signal is not None or isinstance(error, KeyboardInterrupt):  # a library may have turned it into an error of its own
+        return 128 + (stopping.signal or signal.SIGINT)
+    if isinstance(error, SystemExit):
+        if isinstance(error.__context__, BrokenPipeError):  # typer's own ending for it
+            return UNREAD
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else DEFECT
+    if isinstance(error, BrokenPipeError):
+        return UNREAD
+    from compress.common.failures import told
+
+    code, text = told(error)
+    _print_error(text)
+    return code
+
+
+def _leave(code: int) -> None:
+    """End the process with an exit code, whatever became of standard output."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = code or UNREAD
+    except OSError as error:
+        _print_error(f"error: standard output: cannot be written ({error.strerror})\n")
+        code = code or 2
+    else:
+        sys.exit(code)
+    os._exit(code)  # the interpreter would try to write the rest again
