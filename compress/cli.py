@@ -18,8 +18,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from compress.common.cache import KINDS as CACHE_KINDS
 from compress.common.errors import UserError
-from compress.common.files import write_text_atomic
+from compress.common.files import check_target, write_text_atomic
 from compress.export import FORMATS as EXPORT_FORMATS
 from compress.reports import FORMATS as COMPARE_FORMATS
 from compress.runtimes.contract import RUNTIMES
@@ -138,16 +139,12 @@ def encode(
     device: DeviceOption = None,
     stream: StreamOption = False,
 ) -> None:
-    """Embed texts."""
-    from compress.data.texts import read_texts
+    """Embed texts. Vectors are written as they are made, in the memory of some thousand texts."""
+    check_target(to, make_folders=False)
+    from compress.runtimes.encoding import encode_file
 
-    lines = read_texts(texts)
-    from compress.common.files import save_array
-    from compress.runtimes.loading import load
-
-    vectors = load(model, runtime=runtime, device=device, stream=stream).encode(lines, prompt)
-    save_array(to, vectors)
-    print(f"{to}: {vectors.shape[0]} vectors of {vectors.shape[1]} dimensions")
+    count, dimension = encode_file(model, texts, to, prompt=prompt, runtime=runtime, device=device, stream=stream)
+    print(f"{to}: {count} vectors of {dimension} dimensions")
 
 
 @app.command(cls=accepting(EVALUATE_BEFORE))
@@ -169,11 +166,12 @@ def evaluate(
     stream: StreamOption = False,
 ) -> None:
     """Score a model on tasks, alone or against another model. With --against, a regression exits with code 1."""
-    from compress.common.files import write_text_atomic
     from compress.measure.evaluate import EvaluationOptions
     from compress.measure.evaluate import evaluate as evaluate_model
     from compress.reports.terminal import print_evaluation
 
+    if to is not None:
+        check_target(to / "results.json")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     told = partial(print, file=sys.stderr, flush=True)
     options = EvaluationOptions(
@@ -241,6 +239,8 @@ def doctor(
     from compress.measure.doctor.diagnose import Options, diagnose
     from compress.measure.doctor.report import describe
 
+    if to is not None:
+        check_target(to)
     options = Options(
         reference=reference,
         prompt=prompt,
@@ -334,6 +334,8 @@ def compare(
     from compress.reports.compare import compare_runs
     from compress.reports.formats import written
 
+    if to is not None:
+        check_target(to)
     text = written(compare_runs(runs), format)
     if to is None:
         print(text, end="")
@@ -356,8 +358,23 @@ def dashboard(
         with suppress(KeyboardInterrupt):
             serve_page(runs, port, say=partial(print, file=sys.stderr, flush=True))
         return
+    check_target(to)
     write_text_atomic(to, render(runs))
     print(to)
+
+
+@app.command()
+def cache(
+    action: Annotated[str, typer.Argument(metavar="[list|check|empty]", help="What to do; defaults to list.")] = "list",
+    kind: Annotated[
+        str | None, typer.Option("--kind", metavar="K", help=f"Empty only {', '.join(CACHE_KINDS)}; defaults to all.")
+    ] = None,
+) -> None:
+    """List, check or empty the cache. A damaged entry is removed by check, and is made again when it is needed."""
+    from compress.reports.cached import cache_report
+
+    for line in cache_report(action, kind):
+        print(line)
 
 
 @app.command()

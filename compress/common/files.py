@@ -7,6 +7,7 @@ neither a killed process nor a disk that lost power leaves half of it under its 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -138,8 +139,11 @@ def replacing(path: Path) -> Iterator[Path]:
             raise UserError(f"{path}: is a folder", "give the name of a file")
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
         # Random, not the process's number: two containers that share the folder may have the same one.
+        _remove_abandoned_files(target)
         temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}{TEMPORARY}")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
+            try_lock(descriptor)  # says to others that somebody is writing it
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -148,7 +152,41 @@ def replacing(path: Path) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        finally:
+            os.close(descriptor)
         sync_folder(target.parent)
+
+
+def try_lock(descriptor: int) -> bool | None:
+    """Lock an open file for this process; return whether it is, and None where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+            raise
+        return None
+    return True
+
+
+def _remove_abandoned_files(target: Path) -> None:
+    """Remove what killed processes left of a file that they were writing: temporary files of it that nobody has locked."""
+    for path in target.parent.glob(f".{quoted(target.name[:100])}.{'?' * 12}{TEMPORARY}"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        try:
+            if try_lock(descriptor):
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+def quoted(name: str) -> str:
+    """Return a name as a pattern that matches only itself."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def is_special(path: Path) -> bool:

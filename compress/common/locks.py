@@ -6,8 +6,6 @@ Where the file system has no `flock`, the process that the file names is looked 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,11 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compress.common.errors import UserError
-from compress.common.files import PARTIAL, naming
+from compress.common.files import PARTIAL, naming, quoted, try_lock
 
 LOCK = ".lock"
 POLL_SECONDS = 0.3
-_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -117,16 +114,11 @@ def _take(path: Path) -> tuple[int | None, Owner | None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         taken = False
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return None, Owner.read(_content(descriptor))
-            except OSError as error:
-                if error.errno not in _NO_FLOCK:
-                    raise
-                other = Owner.read(_content(descriptor))
-                if other is not None and other != Owner.this() and other.is_alive():
-                    return None, other
+            ours, other = try_lock(descriptor), Owner.read(_content(descriptor))
+            if ours is False:
+                return None, other
+            if ours is None and other is not None and other != Owner.this() and other.is_alive():
+                return None, other
             if _is_at(path, descriptor):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(asdict(Owner.this())).encode(), 0)
@@ -158,7 +150,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 def remove_abandoned(target: Path) -> None:
     """Remove what killed processes left of a folder that they were filling; each has its lock's file next to it, held by nobody."""
-    for lock in target.parent.glob(f".{_quoted(target.name[:100])}.*{PARTIAL}{LOCK}"):
+    for lock in target.parent.glob(f".{quoted(target.name[:100])}.*{PARTIAL}{LOCK}"):
         folder = lock.with_name(lock.name.removesuffix(LOCK))
         descriptor, _ = _take(lock)
         if descriptor is None:
@@ -168,8 +160,3 @@ def remove_abandoned(target: Path) -> None:
             lock.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
-
-
-def _quoted(name: str) -> str:
-    """Return a name as a pattern that matches only itself."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -46,7 +46,14 @@ def read_jsonl(path: Path, required: tuple[str, ...] = ()) -> list[dict[str, Any
     Raises:
         UserError: a line is not a JSON object or lacks a required key, or there are no rows; names file and line.
     """
-    rows = []
+    rows = list(iterate_jsonl(path, required))
+    if not rows:
+        raise UserError(f"{path}: has no rows")
+    return rows
+
+
+def iterate_jsonl(path: Path, required: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file of JSON lines one by one; raises what `read_jsonl` raises for a row."""
     for number, line in read_lines(path):
         try:
             row = json.loads(line)
@@ -57,10 +64,7 @@ def read_jsonl(path: Path, required: tuple[str, ...] = ()) -> list[dict[str, Any
         missing = [key for key in required if key not in row]
         if missing:
             raise UserError(f"{path}, line {number}: lacks {missing[0]!r}; it has {', '.join(sorted(row))}")
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: has no rows")
-    return rows
+        yield row
 
 
 def is_hub(source: Path | str) -> bool:
@@ -80,14 +84,25 @@ def read_texts(source: Path | str) -> list[str]:
     if is_hub(source):
         return _hub_texts(str(source))
     path = Path(source)
-    if ".jsonl" in path.suffixes:
-        texts = []
-        for number, row in enumerate(read_jsonl(path, ("text",)), start=1):
-            if not isinstance(row["text"], str):
-                raise UserError(f"{path}, row {number}: 'text' is {type(row['text']).__name__}, not a string")
-            texts.append(row["text"])
-        return texts
-    return [line for _, line in read_lines(path)]
+    return list(iterate_texts(path))
+
+
+def iterate_texts(path: Path) -> Iterator[str]:
+    """Yield the texts of a file one by one, as `read_texts` returns them, in the memory of one.
+
+    Raises:
+        UserError: the file cannot be read, or does not hold text; names the file and the line.
+    """
+    if ".jsonl" not in path.suffixes:
+        yield from (line for _, line in read_lines(path))
+        return
+    number = 0
+    for number, row in enumerate(iterate_jsonl(path, ("text",)), start=1):
+        if not isinstance(row["text"], str):
+            raise UserError(f"{path}, row {number}: 'text' is {type(row['text']).__name__}, not a string")
+        yield row["text"]
+    if not number:
+        raise UserError(f"{path}: has no rows")
 
 
 def keep_to_endpoint() -> None:

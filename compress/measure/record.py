@@ -148,6 +148,8 @@ class Record(RecordPart):
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise UserError(f"{path}: is no record ({error})") from error
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 
-from compress.common.files import naming, replacing, save_array
+from compress.common.files import naming, replacing
 from compress.models.embedder import CHUNK_TEXTS, Embedder, Vectors
 from compress.models.text.spec import EmbedderSpec
 
 KEY_BYTES, DIGEST_BYTES = 16, 32
-MAGIC = b"compress-keys-1\n"
-"""How a file of keys with a checksum starts."""
+MAGIC = b"vectors, checked"
+"""What stands before the checksum."""
+SUFFIX = ".vectors"
 
 
 def key_of(text: str, prompt: str) -> bytes:
@@ -26,18 +28,18 @@ def key_of(text: str, prompt: str) -> bytes:
 
 
 class VectorStore:
-    """The stored vectors of one embedder, in pairs of files: vectors (`.npy`) and their keys with a checksum (`.keys`)."""
+    """The stored vectors of one embedder, in files of a folder; see `read_vectors`."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a folder, or create it. Files of an interrupted write are ignored; a damaged pair is too, and that is said."""
+        """Open a folder, or create it. A damaged file is left out, and that is said."""
         with naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._arrays: list[Vectors] = []
         self._rows: dict[bytes, tuple[int, int]] = {}
-        for path in sorted(folder.glob("*.keys")):  # written last, so its vectors are complete
+        for path in stored_in(folder):
             try:
-                self._take(*read_pair(path))
+                self._take(*read_vectors(path))
             except FileNotFoundError:  # another process has just removed it, to make room
                 continue
             except ValueError as error:
@@ -73,20 +75,20 @@ class VectorStore:
         Raises:
             UserError: they cannot be written.
         """
-        # The keys are written last: a file of keys means that its vectors are complete. Random, because two containers that share
-        # the cache may have the same process number.
-        stem = self._folder / f"{len(self._arrays):06d}-{secrets.token_hex(8)}"
-        joined = b"".join(keys)
+        # Random, because two containers that share the cache may have the same process number.
+        path = self._folder / f"{len(self._arrays):06d}-{secrets.token_hex(8)}{SUFFIX}"
         with naming(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)  # another process may have removed it, to make room
-        save_array(stem.with_suffix(".npy"), vectors)
-        try:
-            with replacing(stem.with_suffix(".keys")) as temporary:
-                temporary.write_bytes(MAGIC + digest_of(stem.with_suffix(".npy"), joined) + joined)
-        except BaseException:
-            stem.with_suffix(".npy").unlink(missing_ok=True)
-            raise
-        self._take(joined, np.load(stem.with_suffix(".npy"), mmap_mode="r"))
+        joined = b"".join(keys)
+        with replacing(path) as temporary, temporary.open("w+b") as file:
+            np.save(file, vectors)
+            length = file.tell()
+            file.write(joined)
+            file.flush()
+            digest = _digest(file, length + len(joined))
+            file.seek(0, os.SEEK_END)
+            file.write(MAGIC + digest)
+        self._take(joined, np.load(path, mmap_mode="r"))
 
     def _take(self, keys: bytes, vectors: Vectors) -> None:
         if self._arrays and vectors.shape[1] != self._arrays[0].shape[1]:
@@ -97,36 +99,56 @@ class VectorStore:
             self._rows[keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]] = (file, row)
 
 
-def digest_of(vectors: Path, keys: bytes) -> bytes:
-    """Return the checksum of a pair: BLAKE2b of the `.npy` file and then the keys."""
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    with vectors.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    digest.update(keys)
-    return digest.digest()
+def stored_in(folder: Path) -> list[Path]:
+    """Return the files of a store; of those that earlier versions wrote in pairs, the one of the keys."""
+    return sorted([*folder.glob(f"*{SUFFIX}"), *folder.glob("*.keys")])
 
 
-def read_pair(path: Path) -> tuple[bytes, Vectors]:
-    """Read the keys of a pair, and map its vectors; a pair of an earlier version has no checksum.
+def read_vectors(path: Path) -> tuple[bytes, Vectors]:
+    """Read the keys of a file, and map its vectors.
+
+    A file is a `.npy` file, float32 [n, dimension], then n keys, then a mark and the BLAKE2b of everything before the mark. Earlier
+    versions wrote the keys to a file of their own next to the `.npy` file, without a checksum.
 
     Raises:
-        FileNotFoundError: a file of the pair is not there.
-        ValueError: the pair is damaged.
+        FileNotFoundError: the file is not there.
+        ValueError: it is damaged.
     """
-    content, array = path.read_bytes(), path.with_suffix(".npy")
-    keys = content
-    if content.startswith(MAGIC):
-        keys = content[len(MAGIC) + DIGEST_BYTES :]
-        if digest_of(array, keys) != content[len(MAGIC) : len(MAGIC) + DIGEST_BYTES]:
+    if path.suffix != SUFFIX:
+        keys, vectors = path.read_bytes(), _mapped(path.with_suffix(".npy"))
+        if len(vectors) * KEY_BYTES != len(keys):
+            raise ValueError(f"{len(keys) / KEY_BYTES:g} keys for {len(vectors)} vectors")
+        return keys, vectors
+    trailer = len(MAGIC) + DIGEST_BYTES
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - trailer))
+        mark = file.read(trailer)
+        if not mark.startswith(MAGIC) or _digest(file, size - trailer) != mark[len(MAGIC) :]:
             raise ValueError("its checksum differs")
+        vectors = _mapped(path)
+        file.seek(size - trailer - len(vectors) * KEY_BYTES)
+        return file.read(len(vectors) * KEY_BYTES), vectors
+
+
+def _mapped(path: Path) -> Vectors:
     try:
-        vectors = np.load(array, mmap_mode="r")
+        vectors: Vectors = np.load(path, mmap_mode="r")
     except (EOFError, SyntaxError) as error:  # of a header that is none
         raise ValueError("no array") from error
-    if len(keys) % KEY_BYTES or vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != len(keys) // KEY_BYTES:
-        raise ValueError(f"{len(keys) / KEY_BYTES:g} keys for {vectors.dtype} {list(vectors.shape)}")
-    return keys, vectors
+    if vectors.dtype != np.float32 or vectors.ndim != 2:
+        raise ValueError(f"{vectors.dtype} {list(vectors.shape)} instead of float32 [n, dimension]")
+    return vectors
+
+
+def _digest(file: IO[bytes], length: int) -> bytes:
+    """Return the BLAKE2b of the first `length` bytes of a file."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    file.seek(0)
+    while length > 0 and (block := file.read(min(length, 1 << 20))):
+        digest.update(block)
+        length -= len(block)
+    return digest.digest()
 
 
 class Mapped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import cached_property
@@ -20,6 +21,11 @@ Ids = npt.NDArray[np.int64]
 
 # In tokens. Longer texts are batched only with texts of equal length, so no padding is needed.
 LONGEST_PADDED = 2_048
+# Texts of up to so many characters, or so many for each token that is kept, are tokenized as they are.
+SHORTEST_CUT, CUT_CHARACTERS = 32_768, 32
+# So many tokens more than are kept must come out of a part of a text.
+SPARE_TOKENS = 256
+_SPACE = re.compile(r"\s")
 # A post-processor of `tokenizer.json` that adds no special tokens.
 NO_SPECIAL_TOKENS: dict[str, Any] = {
     "type": "TemplateProcessing",
@@ -59,6 +65,7 @@ class TextTokenizer:
         self._spec = spec
         self.max_length = max_length
         self.positions = positions
+        self._whole = max(SHORTEST_CUT, CUT_CHARACTERS * max_length)
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text, including special tokens: int64 [length], at most `max_length` of them."""
@@ -66,7 +73,28 @@ class TextTokenizer:
             texts = [text.lower() for text in texts]
         if self._spec.suffix:
             texts = [text + self._spec.suffix for text in texts]
-        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        texts = [text if len(text) <= self._whole else self._cut(text) for text in texts]
+        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in self._tokenizer.encode_batch_fast(texts)]
+
+    def _cut(self, text: str) -> str:
+        """Return the part of a very long text that its first tokens (the last, for models that cut in front) come from.
+
+        Tokenizing the whole text would take some hundred bytes a character, only to throw nearly all tokens away. The part has so
+        many more tokens than are kept that where it ends does not change these.
+        """
+        size, before = self._whole, -1
+        from_end = self._spec.truncation_side == "left"
+        while size < len(text):
+            part = text[-size:] if from_end else text[:size]
+            count = len(self._untruncated.encode_batch_fast([part])[0].ids)
+            if count >= self.max_length + SPARE_TOKENS:
+                return part
+            # A giant word, which has few tokens however long it is, or one whose end cannot be seen: the rest adds nothing to it.
+            rest = text[:-size] if from_end else text[size:]
+            if count == before and _SPACE.search(rest) is None:
+                return part
+            size, before = 4 * size, count
+        return text
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, including special tokens, before truncation."""
