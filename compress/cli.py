@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # `python -m compress.cli`: ready for signals before anything else is imported
-    from compress.entry import main as _start
+    from compress.common.entry import main as _start
 
     _start()
 
@@ -386,7 +386,7 @@ def schema() -> None:
 
 
 def main() -> None:
-    """Run the command line; see `compress.entry`, which starts before anything heavy is imported."""
-    from compress.entry import main as start
+    """Run the command line in a process that is not the command's alone; `compress.common.entry` is where the command starts."""
+    from compress.common.entry import main as start
 
-    start()
+    start(own_process=False)

@@ -14,7 +14,6 @@ from compress.methods import METHODS
 ROOT = Path(__file__).parents[1] / "compress"
 # From left to right; a room imports itself and rooms to its right.
 LEVELS = [
-    ["entry", "__main__"],
     ["cli"],
     ["pipeline"],
     ["reports"],

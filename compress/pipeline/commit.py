@@ -38,7 +38,7 @@ def begin(folder: Path, fresh: bool) -> None:
 def commit(folder: Path, final: Path) -> None:
     """Give a complete folder its name, and sync it all before and after.
 
-    Where a folder of that name is there already (a record whose variant was taken away), it is set aside first; whatever in it a
+    Where a folder of that name is there already (a record whose variant was taken away), it is set aside first; what in it a
     run does not write is moved into the new one.
 
     Args:

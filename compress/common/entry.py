@@ -6,6 +6,7 @@ this package. 130 and 143: stopped with Ctrl-C or SIGTERM. 141: nobody reads wha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -58,6 +59,12 @@ class Stopping:
         threading.Event().wait(GRACE_SECONDS)
         self.end(number)
 
+    def at_once(self) -> None:
+        """From now on, as the interpreter is about to end, end the process at once on a signal: nothing can be raised now."""
+        for number in _SIGNALS:
+            if signal.getsignal(number) == self._stop:
+                signal.signal(number, lambda number, _: self.end(number))
+
     def end(self, number: int) -> None:
         """Say how to go on, and end the process."""
         self.say(number)
@@ -78,32 +85,44 @@ class Stopping:
 
 
 def _print_error(text: str) -> None:
-    """Write to standard error, even while the interpreter is ending; where nobody listens, nothing is lost."""
+    """Write to standard error, also from a thread while the interpreter is ending; where nobody listens, nothing is lost."""
     try:
-        os.write(2, text.encode("utf-8", "backslashreplace"))
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (RuntimeError, ValueError, AttributeError):  # it was being written to, is closed, or is none
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode("utf-8", "backslashreplace"))
     except OSError:
-        sys.stderr = None  # type: ignore[assignment]  # closed: the interpreter must not try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the interpreter must not try again
 
 
-def main() -> None:
-    """Run the command line and end the process."""
+def main(*, own_process: bool = True) -> None:
+    """Run the command line and end the process with its exit code.
+
+    Args:
+        own_process: whether the process is the command's alone, so that signals are handled here; else a signal does what it did.
+    """
     stopping = Stopping()
-    stopping.install()
+    if own_process:
+        stopping.install()
     try:
         code = _outcome()
     except BaseException as error:
         code = _failed(error, stopping)
-    if stopping.signal is not None and code >= 128:
-        stopping.say(stopping.signal)
+    if code > 128 and stopping.signal is not None:  # typer takes every interruption for Ctrl-C
         code = 128 + stopping.signal
+    if code - 128 in _SIGNALS:
+        stopping.say(code - 128)
+    if own_process:
+        stopping.at_once()
     _leave(code)
 
 
 def _outcome() -> int:
     """Run the command line; return its exit code where it ends in order."""
-    from compress.cli import app
+    from compress.common.lazy import attribute  # here, as everything that takes time, once signals are handled
 
-    return int(app(standalone_mode=False) or 0)
+    return int(attribute("compress.cli:app")(standalone_mode=False) or 0)
 
 
 def _failed(error: BaseException, stopping: Stopping) -> int:

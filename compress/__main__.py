@@ -1,5 +1,0 @@
-"""`python -m compress`: the command line."""
-
-from compress.entry import main
-
-main()
