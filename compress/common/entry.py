@@ -15,7 +15,7 @@ from types import FrameType
 
 DEFECT = 70
 UNREAD = 141
-GRACE_SECONDS = 1.2
+GRACE_SECONDS = 1.0
 """How long a stopped command may take to end in order; then it is ended."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
