@@ -30,7 +30,7 @@ class Stopping:
     def __init__(self) -> None:
         self.signal: int | None = None
         """The first signal that came."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._said = False
 
     def install(self) -> None:
@@ -115,7 +115,7 @@ def main(*, own_process: bool = True) -> None:
         stopping.say(code - 128)
     if own_process:
         stopping.at_once()
-    _leave(code)
+    _leave(code, at_once=own_process and stopping.signal is not None)
 
 
 def _outcome() -> int:
@@ -142,8 +142,14 @@ def _failed(error: BaseException, stopping: Stopping) -> int:
     return code
 
 
-def _leave(code: int) -> None:
-    """End the process with an exit code, whatever became of standard output."""
+def _leave(code: int, *, at_once: bool) -> None:
+    """End the process with an exit code, whatever became of standard output.
+
+    Args:
+        code: the exit code.
+        at_once: whether to leave out what the interpreter does at its end, which with large libraries takes seconds. Everything of
+            ours is done by then.
+    """
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -152,5 +158,6 @@ def _leave(code: int) -> None:
         _print_error(f"error: standard output: cannot be written ({error.strerror})\n")
         code = code or 2
     else:
-        sys.exit(code)
+        if not at_once:
+            sys.exit(code)
     os._exit(code)  # the interpreter would try to write the rest again

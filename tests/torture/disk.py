@@ -111,7 +111,7 @@ class Disk:
         for name, folder in names:
             if not isinstance(name, str | bytes | os.PathLike):
                 return []
-            base = Path(os.readlink(f"/proc/self/fd/{folder}")) if isinstance(folder, int) and folder >= 0 else Path.cwd()
+            base = Path(f"/proc/self/fd/{folder}").readlink() if isinstance(folder, int) and folder >= 0 else Path.cwd()
             paths.append(Path(os.path.normpath(base / os.fsdecode(name))))
         return paths if all(path.is_relative_to(self.root) for path in paths) else []
 
@@ -119,9 +119,11 @@ class Disk:
         self.count += 1
         if self.fails in ("kill", "power") and self.count == self.at:
             self._fail()
-        if self.fails == "full" and self.count >= self.at and event in ("open", "os.mkdir", "os.link", "os.symlink"):
-            if event != "open" or not paths[0].exists() or paths[0].stat().st_size == 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths[0]))
+        takes_room = event in ("os.mkdir", "os.link", "os.symlink") or (
+            event == "open" and (not paths[0].exists() or paths[0].stat().st_size == 0)
+        )
+        if self.fails == "full" and self.count >= self.at and takes_room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths[0]))
         if self.fails == "power":
             self._record(event, paths)
 
@@ -143,7 +145,7 @@ class Disk:
         return kept
 
     def _sync(self, descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if path.is_relative_to(self.root) and not self._busy:
             self.count += 1
             if self.fails in ("kill", "power") and self.count == self.at:

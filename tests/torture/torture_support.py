@@ -48,7 +48,9 @@ def outcome_of(output: Path) -> dict[str, str]:
 def left_in(root: Path) -> list[str]:
     """What nobody needs any more: hidden files and folders, and those that are not complete."""
     return [
-        str(path.relative_to(root)) for path in root.rglob("*") if path.name.startswith(".") or path.suffix in (".writing", ".partial")
+        str(path.relative_to(root))
+        for path in root.rglob("*")
+        if path.name.startswith(".") or path.suffix in (".writing", ".partial")
     ]
 
 
@@ -64,7 +66,12 @@ class Lives:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "COMPRESS_CACHE": str(folder / "warm-cache")},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "COMPRESS_CACHE": str(folder / "warm-cache"),
+            },
         )
         self._send({"recipe": str(self.recipe), "model": str(model), "output": str(folder / "warm")})
         assert self._line() == "ready"
