@@ -21,7 +21,7 @@ LINK = re.compile(r"\]\((?P<target>[^)\s#]+)(?:#[^)]*)?\)")
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.S | re.M)
 NAVIGATION = {
     "Guide": ("index", "choosing", "recipes", "quantization", "pruning", "distillation", "runtimes", "exports", "hub", "doctor"),
-    "Reference": ("measurement", "nv-embed", "nano", "adding"),
+    "Reference": ("measurement", "reliability", "nv-embed", "nano", "adding"),
 }
 PROJECT = ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md")
 

@@ -139,11 +139,9 @@ def replacing(path: Path) -> Iterator[Path]:
             raise UserError(f"{path}: is a folder", "give the name of a file")
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
         # Random, not the process's number: two containers that share the folder may have the same one.
-        _remove_abandoned_files(target)
-        temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}{TEMPORARY}")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        remove_abandoned_files(target.parent, quoted(target.name[:100]))
+        temporary, descriptor = _temporary(target)
         try:
-            try_lock(descriptor)  # says to others that somebody is writing it
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -170,9 +168,33 @@ def try_lock(descriptor: int) -> bool | None:
     return True
 
 
-def _remove_abandoned_files(target: Path) -> None:
-    """Remove what killed processes left of a file that they were writing: temporary files of it that nobody has locked."""
-    for path in target.parent.glob(f".{quoted(target.name[:100])}.{'?' * 12}{TEMPORARY}"):
+def _temporary(target: Path) -> tuple[Path, int]:
+    """Make a temporary file next to a target, and lock it, which says to others that somebody is writing it."""
+    while True:
+        # Random, not the process's number: two containers that share the folder may have the same one.
+        path = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}{TEMPORARY}")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        if try_lock(descriptor) is not False and is_at(path, descriptor):
+            return path, descriptor
+        os.close(descriptor)  # another process found it before it was locked, and took it for one that was left
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether a path still names an open file."""
+    try:
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def remove_abandoned_files(folder: Path, pattern: str = "*") -> None:
+    """Remove what killed processes left of files that they were writing: temporary files that nobody has locked.
+
+    Args:
+        folder: the folder.
+        pattern: the names of the files that were written; by default all.
+    """
+    for path in folder.glob(f".{pattern}.{'?' * 12}{TEMPORARY}"):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compress.common.errors import UserError
-from compress.common.files import PARTIAL, naming, quoted, try_lock
+from compress.common.files import PARTIAL, is_at, naming, quoted, try_lock
 
 LOCK = ".lock"
 POLL_SECONDS = 0.3
@@ -119,7 +119,7 @@ def _take(path: Path) -> tuple[int | None, Owner | None]:
                 return None, other
             if ours is None and other is not None and other != Owner.this() and other.is_alive():
                 return None, other
-            if _is_at(path, descriptor):
+            if is_at(path, descriptor):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(asdict(Owner.this())).encode(), 0)
                 taken = True
@@ -127,14 +127,6 @@ def _take(path: Path) -> tuple[int | None, Owner | None]:
         finally:
             if not taken:
                 os.close(descriptor)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether a path still names an open file. Whoever had the lock may have removed it since it was opened."""
-    try:
-        return path.stat().st_ino == os.fstat(descriptor).st_ino
-    except FileNotFoundError:
-        return False
 
 
 def _content(descriptor: int) -> str:

@@ -12,7 +12,7 @@ from typing import IO, Protocol
 
 import numpy as np
 
-from compress.common.files import naming, replacing
+from compress.common.files import naming, remove_abandoned_files, replacing
 from compress.models.embedder import CHUNK_TEXTS, Embedder, Vectors
 from compress.models.text.spec import EmbedderSpec
 
@@ -34,6 +34,7 @@ class VectorStore:
         """Open a folder, or create it. A damaged file is left out, and that is said."""
         with naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            remove_abandoned_files(folder)
         self._folder = folder
         self._arrays: list[Vectors] = []
         self._rows: dict[bytes, tuple[int, int]] = {}

@@ -61,6 +61,13 @@ def test_what_was_half_written_is_made_again(tmp_path: Path) -> None:
     assert len(embedder.asked) == 3
 
 
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / f".000000-1.vectors.{'0' * 12}.writing"
+    left.write_text("half")
+    VectorStore(tmp_path)
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "noise"])
 def test_damaged_vectors_are_a_miss_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
     embedder = Counting()
