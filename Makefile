@@ -7,6 +7,8 @@ PYTHON := $(or $(PYTHON),$(shell for version in 3.13 3.12 3.11; do \
 TORCH_INDEX ?=
 # Processes that tests run in, each with one thread of arithmetic: for networks this small more threads gain nothing.
 WORKERS ?= 2
+# How long `make torture` may take.
+TORTURE_SECONDS ?= 1500
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -18,13 +20,13 @@ define need_python
 @test -n "$(PYTHON)" || { echo "no python3.11, python3.12 or python3.13 runs here: install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 endef
 
-.PHONY: demo test test-slow test-models check docs clean
+.PHONY: demo test test-slow test-models torture check docs clean
 
 demo: $(STAMP)
 	$(BIN)/compress run recipes/int8.yaml --runs runs
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not models"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not models and not torture"
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow
@@ -32,6 +34,10 @@ test-slow: $(STAMP)
 test-models: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal tests/layouts
 	$(BIN)/python tests/layouts/matrix.py --write
+
+# Bounded in time; a failure names the moment and the seed. TORTURE_SEED=... repeats a day's draws.
+torture: $(STAMP)
+	OMP_NUM_THREADS=1 timeout $(TORTURE_SECONDS) $(BIN)/pytest -q -s -n $(WORKERS) --dist loadgroup tests/torture
 
 check: $(STAMP)
 	$(BIN)/ruff check .

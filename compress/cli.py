@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # `python -m compress.cli`: ready for signals before anything else is imported
+    from compress.common.entry import main as _start
+
+    _start()
+
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +18,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from compress.common.cache import KINDS as CACHE_KINDS
 from compress.common.errors import UserError
-from compress.common.files import write_text_atomic
+from compress.common.files import check_target, write_text_atomic
 from compress.export import FORMATS as EXPORT_FORMATS
 from compress.reports import FORMATS as COMPARE_FORMATS
 from compress.runtimes.contract import RUNTIMES
@@ -84,27 +90,28 @@ def run(
     device: DeviceOption = None,
     compress_only: Annotated[bool, typer.Option("--compress-only", help="Make the variant, measure nothing.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard an earlier run of the same name and start over.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for another process that works at the same run.")] = False,
 ) -> None:
     """Compress a model by a recipe and measure what that costs. A run that was stopped continues."""
     from compress.pipeline.recipe_file import read_recipe
 
     checked = read_recipe(recipe)  # before anything heavy is imported
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None
-    with stoppable():
-        from compress.pipeline.run import run as run_recipe
-        from compress.reports.terminal import print_record
+    from compress.pipeline.run import run as run_recipe
+    from compress.reports.terminal import print_record
 
-        record = run_recipe(
-            checked,
-            model=model,
-            data=data,
-            tasks=names,
-            texts=texts,
-            output=runs,
-            device=device,
-            fresh=fresh,
-            compress_only=compress_only,
-        )
+    record = run_recipe(
+        checked,
+        model=model,
+        data=data,
+        tasks=names,
+        texts=texts,
+        output=runs,
+        device=device,
+        fresh=fresh,
+        compress_only=compress_only,
+        wait=wait,
+    )
     print_record(record)
     print(f"record: {runs / record.run}")
     if not all(gate.kept for gate in record.gates):
@@ -138,19 +145,15 @@ def encode(
     device: DeviceOption = None,
     stream: StreamOption = False,
 ) -> None:
-    """Embed texts."""
-    from compress.data.texts import read_texts
+    """Embed texts. Vectors are written as they are made, in the memory of some thousand texts."""
+    check_target(to, make_folders=False)
+    from compress.runtimes.encoding import EncodeOptions, encode_file
 
     if to.suffix.lower() not in (".npy", ""):
         raise UserError(f"{to}: vectors are written as .npy, not as {to.suffix}", f"-o {to.with_suffix('.npy')}")
-    lines = read_texts(texts, rows=True)
-    with stoppable():
-        from compress.common.files import save_array
-        from compress.runtimes.loading import load
-
-        vectors = load(model, runtime=runtime, device=device, stream=stream).encode(lines, prompt, task=task)
-        save_array(to, vectors)
-    print(f"{to}: {vectors.shape[0]} vectors of {vectors.shape[1]} dimensions")
+    options = EncodeOptions(prompt=prompt, task=task, runtime=runtime, device=device, stream=stream)
+    count, dimension = encode_file(model, texts, to, options)
+    print(f"{to}: {count} vectors of {dimension} dimensions")
 
 
 @app.command(cls=accepting(EVALUATE_BEFORE))
@@ -172,29 +175,29 @@ def evaluate(
     stream: StreamOption = False,
 ) -> None:
     """Score a model on tasks, alone or against another model. With --against, a regression exits with code 1."""
-    with stoppable():
-        from compress.common.files import write_text_atomic
-        from compress.measure.evaluate import EvaluationOptions
-        from compress.measure.evaluate import evaluate as evaluate_model
-        from compress.reports.terminal import print_evaluation
+    from compress.measure.evaluate import EvaluationOptions
+    from compress.measure.evaluate import evaluate as evaluate_model
+    from compress.reports.terminal import print_evaluation
 
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
-        told = partial(print, file=sys.stderr, flush=True)
-        options = EvaluationOptions(
-            data=data,
-            runtime=runtime,
-            device=device,
-            dtype=dtype,
-            stream=stream,
-            margin=margin,
-            vector_formats=[name.strip() for name in vector_formats.split(",") if name.strip()],
-            calibration=calibration,
-            lengths=lengths,
-        )
-        found = evaluate_model(model, names, options, against=against, say=told)
-        if to is not None:
-            for task, result in found.mteb.items():
-                write_text_atomic(to / f"{task}.json", json.dumps(result, indent=1) + "\n")
+    if to is not None:
+        check_target(to / "results.json")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    told = partial(print, file=sys.stderr, flush=True)
+    options = EvaluationOptions(
+        data=data,
+        runtime=runtime,
+        device=device,
+        dtype=dtype,
+        stream=stream,
+        margin=margin,
+        vector_formats=[name.strip() for name in vector_formats.split(",") if name.strip()],
+        calibration=calibration,
+        lengths=lengths,
+    )
+    found = evaluate_model(model, names, options, against=against, say=told)
+    if to is not None:
+        for task, result in found.mteb.items():
+            write_text_atomic(to / f"{task}.json", json.dumps(result, indent=1) + "\n")
     print_evaluation(found)
     if found.overall is not None and found.overall.verdict == "regressed":
         raise typer.Exit(1)
@@ -208,11 +211,10 @@ def verify(
     stream: StreamOption = False,
 ) -> None:
     """Run the example from a model's card and compare the scores with the printed ones. Exits with code 1 if they differ."""
-    with stoppable():
-        from compress.measure.verify import describe
-        from compress.measure.verify import verify as verify_model
+    from compress.measure.verify import describe
+    from compress.measure.verify import verify as verify_model
 
-        found = verify_model(model, device=device, dtype=dtype, stream=stream)
+    found = verify_model(model, device=device, dtype=dtype, stream=stream)
     print(describe(found))
     if not found.passed:
         raise typer.Exit(1)
@@ -243,24 +245,25 @@ def doctor(
     to: Annotated[Path | None, typer.Option("--to", "-o", metavar="FILE", help="The diagnosis as JSON.")] = None,
 ) -> None:
     """Compare a model's vectors with those it should give, and name the cause where they differ: exit code 1; 2: not comparable."""
-    with stoppable():
-        from compress.measure.doctor.diagnose import Options, diagnose
-        from compress.measure.doctor.report import describe
+    from compress.measure.doctor.diagnose import Options, diagnose
+    from compress.measure.doctor.report import describe
 
-        options = Options(
-            reference=reference,
-            prompt=prompt,
-            python=python,
-            key_variable=key,
-            timeout=timeout,
-            at_least=at_least,
-            device=device,
-            dtype=dtype,
-            runtime=runtime,
-            stream=stream,
-            say=partial(print, file=sys.stderr, flush=True),
-        )
-        found = diagnose(model, options)
+    if to is not None:
+        check_target(to)
+    options = Options(
+        reference=reference,
+        prompt=prompt,
+        python=python,
+        key_variable=key,
+        timeout=timeout,
+        at_least=at_least,
+        device=device,
+        dtype=dtype,
+        runtime=runtime,
+        stream=stream,
+        say=partial(print, file=sys.stderr, flush=True),
+    )
+    found = diagnose(model, options)
     if to is not None:
         write_text_atomic(to, found.model_dump_json(indent=1) + "\n")
     print(describe(found))
@@ -292,22 +295,21 @@ def export(
     push: Annotated[str | None, typer.Option("--push", metavar="OWNER/NAME", help="Also upload the export to the hub.")] = None,
 ) -> None:
     """Write a variant in the layout of another library, and check that the library reads it."""
-    with stoppable():
-        from compress.export import export as export_variant
-        from compress.export import licence_of
-        from compress.export.push import check_push
-        from compress.export.push import push as push_export
+    from compress.export import export as export_variant
+    from compress.export import licence_of
+    from compress.export.push import check_push
+    from compress.export.push import push as push_export
 
-        if push is not None:
-            check_push(push)
+    if push is not None:
+        check_push(push)
 
-        if licence is None and licence_of(run) is None:
-            licence = _asked_licence(run)
-        say = partial(print, file=sys.stderr, flush=True)
-        written = export_variant(run, format, to, say, licence=licence, python=python, check=check)
-        print(written)
-        if push is not None:
-            print(push_export(written, push))
+    if licence is None and licence_of(run) is None:
+        licence = _asked_licence(run)
+    say = partial(print, file=sys.stderr, flush=True)
+    written = export_variant(run, format, to, say, licence=licence, python=python, check=check)
+    print(written)
+    if push is not None:
+        print(push_export(written, push))
 
 
 def _asked_licence(run: Path) -> str:
@@ -327,8 +329,7 @@ def convert(
     """Convert a model's pickled weights to safetensors. A pickle that holds anything except tensors is refused."""
     from compress.models.convert import convert as convert_weights
 
-    with stoppable():
-        written = convert_weights(model, to)
+    written = convert_weights(model, to)
     print("\n".join(map(str, written)))
 
 
@@ -342,6 +343,8 @@ def compare(
     from compress.reports.compare import compare_runs
     from compress.reports.formats import written
 
+    if to is not None:
+        check_target(to)
     text = written(compare_runs(runs), format)
     if to is None:
         print(text, end="")
@@ -364,8 +367,23 @@ def dashboard(
         with suppress(KeyboardInterrupt):
             serve_page(runs, port, say=partial(print, file=sys.stderr, flush=True))
         return
+    check_target(to)
     write_text_atomic(to, render(runs))
     print(to)
+
+
+@app.command()
+def cache(
+    action: Annotated[str, typer.Argument(metavar="[list|check|empty]", help="What to do; defaults to list.")] = "list",
+    kind: Annotated[
+        str | None, typer.Option("--kind", metavar="K", help=f"Empty only {', '.join(CACHE_KINDS)}; defaults to all.")
+    ] = None,
+) -> None:
+    """List, check or empty the cache. A damaged entry is removed by check, and is made again when it is needed."""
+    from compress.reports.cached import cache_report
+
+    for line in cache_report(action, kind):
+        print(line)
 
 
 @app.command()
@@ -376,25 +394,8 @@ def schema() -> None:
     print(json.dumps(recipe_schema(), indent=1))
 
 
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Turn Ctrl-C into a message; typer would end the process without one."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise UserError("stopped", "finished parts of the run are kept; the same command continues it") from error
-
-
 def main() -> None:
-    """Run the command line."""
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(error.hint, file=sys.stderr)
-        sys.exit(2)
+    """Run the command line in a process that is not the command's alone; `compress.common.entry` is where the command starts."""
+    from compress.common.entry import main as start
 
-
-if __name__ == "__main__":
-    main()
+    start(own_process=False)

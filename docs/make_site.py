@@ -34,7 +34,7 @@ NAVIGATION = {
         "hub",
         "doctor",
     ),
-    "Reference": ("measurement", "nv-embed", "nano", "adding"),
+    "Reference": ("measurement", "reliability", "nv-embed", "nano", "adding"),
 }
 PROJECT = ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md")
 

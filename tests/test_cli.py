@@ -112,7 +112,7 @@ def test_ctrl_c_keeps_what_is_done_and_a_second_run_continues(recipe: Path, bert
         pytest.fail("the run ended before it was stopped")
     os.killpg(process.pid, signal.SIGINT)
     _, printed = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert process.returncode == 130
     assert "error: stopped" in printed
     assert "Traceback" not in printed
     (partial,) = (tmp_path / "results").iterdir()

@@ -8,7 +8,7 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib import resources
@@ -68,7 +68,12 @@ def read_rows(path: Path, required: tuple[str, ...] = ()) -> list[tuple[int, dic
     Raises:
         UserError: a line is not a JSON object, lacks a required key or holds NaN, or there are no rows; names file and line.
     """
-    rows = []
+    return list(iterate_rows(path, required))
+
+
+def iterate_rows(path: Path, required: tuple[str, ...] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield JSON lines with their numbers from 1, one by one; see `read_rows`."""
+    number = 0
     for number, line in read_lines(path):
         row = parse_json(line, f"{path}, line {number}")
         if not isinstance(row, dict):
@@ -76,10 +81,9 @@ def read_rows(path: Path, required: tuple[str, ...] = ()) -> list[tuple[int, dic
         missing = [key for key in required if key not in row]
         if missing:
             raise UserError(f"{path}, line {number}: lacks {missing[0]!r}; it has {', '.join(sorted(row))}")
-        rows.append((number, row))
-    if not rows:
+        yield number, row
+    if not number:
         raise UserError(f"{path}: has no rows")
-    return rows
 
 
 def read_jsonl(path: Path, required: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -119,10 +123,15 @@ def read_texts(source: Path | str, *, rows: bool = False) -> list[str]:
     if is_hub(source):
         return _hub_texts(str(source))
     path = Path(source)
-    return _reader(path)(path, rows)
+    return list(_reader(path)(path, rows))
 
 
-def _reader(path: Path) -> Callable[[Path, bool], list[str]]:
+def iterate_texts(path: Path) -> Iterator[str]:
+    """Yield the texts of a file one by one, a blank line as an empty text; see `read_texts`. Lines take the memory of one."""
+    yield from _reader(path)(path, True)
+
+
+def _reader(path: Path) -> Callable[[Path, bool], Iterable[str]]:
     """Return what reads a file of texts, by its name.
 
     Raises:
@@ -136,12 +145,12 @@ def _reader(path: Path) -> Callable[[Path, bool], list[str]]:
     return READERS.get(suffix, _of_lines)
 
 
-def _of_lines(path: Path, rows: bool) -> list[str]:
-    return [line for _, line in read_lines(path, blank=rows)]
+def _of_lines(path: Path, rows: bool) -> Iterator[str]:
+    return (line for _, line in read_lines(path, blank=rows))
 
 
-def _of_json_lines(path: Path, rows: bool) -> list[str]:
-    return [check_text(row["text"], f"{path}, line {number}: 'text'") for number, row in read_rows(path, ("text",))]
+def _of_json_lines(path: Path, rows: bool) -> Iterator[str]:
+    return (check_text(row["text"], f"{path}, line {number}: 'text'") for number, row in iterate_rows(path, ("text",)))
 
 
 def _of_json(path: Path, rows: bool) -> list[str]:
@@ -196,7 +205,7 @@ def _of_parquet(path: Path, rows: bool) -> list[str]:
     return [check_text(value, f"{path}, row {number}: 'text'") for number, value in enumerate(values, start=1)]
 
 
-READERS: Mapping[str, Callable[[Path, bool], list[str]]] = {
+READERS: Mapping[str, Callable[[Path, bool], Iterable[str]]] = {
     ".jsonl": _of_json_lines,
     ".ndjson": _of_json_lines,
     ".json": _of_json,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from compress.common.children import tied
 from compress.common.errors import UserError
 from compress.common.memory import available_memory_bytes, gigabytes
 from compress.data.texts import suite_texts
@@ -182,7 +183,7 @@ def package_versions(reader: Reader, python: Path) -> dict[str, str]:
         UserError: `python` is not a Python interpreter that runs.
     """
     try:
-        done = subprocess.run([python, "-I", "-c", VERSIONS, *reader.packages], capture_output=True, text=True, check=True)
+        done = subprocess.run(tied([python, "-I", "-c", VERSIONS, *reader.packages]), capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"{python}: is not a Python that runs ({error})") from error
     found: dict[str, str] = json.loads(done.stdout)
@@ -201,7 +202,7 @@ def run_example(folder: Path, reader: Reader, texts: list[str], prompt: str, pyt
         given = f"\nimport numpy\nnumpy.save({str(out)!r}, embed({texts!r}, {prompt!r}))\n{ours}"
         script.write_text(reader.example + given, encoding="utf-8")
         # -I: modules are not imported from this folder or the user's site-packages.
-        done = subprocess.run([python, "-I", str(script)], cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(tied([python, "-I", str(script)]), cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise UserError(f"{folder}: the example of the card failed: {reason}", "--no-check writes the export anyway")

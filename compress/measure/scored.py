@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from compress.common.cache import use
 from compress.common.errors import UserError
@@ -46,7 +49,7 @@ class Scored:
             prompts: replace the model's own prompts of the same name.
         """
         folder = key if isinstance(key, Path) else use("vectors", key)
-        self._scores = None if isinstance(key, Path) else Journal(use("scores", key))
+        self._scores = None if isinstance(key, Path) else Journal(use("scores", key), checked=True)
         self._prompts = dict(prompts or {})
         self.embedder = StoredEmbedder(source, open_embedder, VectorStore(folder), batch_tokens)
 
@@ -60,9 +63,18 @@ class Scored:
         compared = [] if similarity == "cosine" else [similarity]  # without it, keys are those of earlier versions
         decided = json.dumps([task.name, task.fingerprint, self._prompts, *compared], sort_keys=True)
         name = f"{task.name}-{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
-        return TaskScore(
-            **self._scores.once(name, lambda: score_task(self.embedder, task, None, self._prompts).model_dump(mode="json"))
-        )
+        if self._scores.has(name):
+            try:
+                return TaskScore(**self._scores.get(name))
+            except ValidationError as error:
+                print(
+                    f"{self._scores.path(name)}: is damaged ({error.error_count()} faults); scored again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        score = score_task(self.embedder, task, None, self._prompts)
+        self._scores.put(name, score.model_dump(mode="json"))
+        return TaskScore(**self._scores.get(name))
 
     def score_on(self, task: Task, documents: Scored, rotation: Vectors | None = None) -> float:
         """Score a retrieval task with this model's queries, rotated if asked, on another model's documents."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.common.children import tied
 from compress.common.errors import UserError
 from compress.common.files import new_folder, write_json
 from compress.common.inputs import read_json
@@ -126,7 +127,9 @@ def _write_index(place: Path, target: Path) -> None:
 def _in_a_process(files: Mapping[Path, Path]) -> None:
     """Convert pickles in a process of its own, which ends with it whatever is in them."""
     names = [str(name) for pair in files.items() for name in pair]
-    done = subprocess.run([sys.executable, "-m", "compress.models.convert", *names], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        tied([sys.executable, "-m", "compress.models.convert", *names]), capture_output=True, text=True, check=False
+    )
     said = done.stdout.strip().rpartition("\n")[2]
     if done.returncode != 0 or not said.startswith("{"):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

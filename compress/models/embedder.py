@@ -22,6 +22,8 @@ _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 # Number of texts taken from the iterable at a time: enough that sorting by length pays, few enough to hold in memory.
 CHUNK_TEXTS = 16_384
+# Characters of a chunk, so that very long texts are not all in memory at the same time.
+CHUNK_CHARACTERS = 64 * 10**6
 # Number of texts from which a progress bar is shown by default, if standard error is a terminal.
 LONG_WORK_TEXTS = 2_000
 
@@ -183,13 +185,13 @@ class BatchedEmbedder(TextEmbedder):
 
 
 def checked_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Split texts into lists of at most `CHUNK_TEXTS`.
+    """Split texts into lists of at most `CHUNK_TEXTS`, fewer where they have over `CHUNK_CHARACTERS` characters.
 
     Raises:
         TypeError: an item is not a string, or holds half of a surrogate pair, which no encoding of texts has.
     """
     iterator, seen = iter(texts), 0
-    while chunk := list(islice(iterator, CHUNK_TEXTS)):
+    while chunk := _chunk(iterator):
         for offset, text in enumerate(chunk):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{seen + offset}] is {type(text).__name__}, not str")
@@ -197,6 +199,18 @@ def checked_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
                 raise TypeError(f"texts[{seen + offset}] is no text: it holds half of a surrogate pair, {found.group(0)!r}")
         seen += len(chunk)
         yield chunk
+
+
+def _chunk(texts: Iterator[str]) -> list[str]:
+    """Take the texts of one chunk; whatever has no length is passed on to be refused."""
+    chunk: list[str] = []
+    characters = 0
+    for text in islice(texts, CHUNK_TEXTS):
+        chunk.append(text)
+        characters += len(text) if isinstance(text, str) else 0
+        if characters >= CHUNK_CHARACTERS:
+            break
+    return chunk
 
 
 def with_progress(items: Sequence[Item], what: str, show: bool) -> Iterator[Item]:

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from compress.common.cache import cache_root
 from compress.common.errors import UserError, nearest
+from compress.common.files import naming, sync_folder, sync_tree, write_text_atomic
 from compress.common.inputs import own_file, read_json, read_object
+from compress.common.locks import LOCK, locked
 from compress.data.texts import suite_texts
 from compress.models.files.config import check_config
 from compress.models.files.headers import TensorInfo
@@ -133,18 +135,31 @@ def random_checkpoint(spec: RandomSpec, folder: ModelFolder | None, seed: int = 
     Raises:
         UserError: see `random_config`; or the disk is full.
     """
-    from compress.models.files.shards import join_shards, shard, write_tensors
-    from compress.models.network.build import empty_network
-    from compress.models.network.segments import segments_of
-
     config = random_config(spec, folder)
     digest = hashlib.sha256(json.dumps([config, seed], sort_keys=True).encode()).hexdigest()[:8]
     target = cache_root() / "random" / f"{spec.model.rstrip('/').rpartition('/')[2]}-{digest}"
     if target.exists():
         return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.with_name(f".{target.name}{LOCK}"), str(target), wait=True, say=_say):
+        if not target.exists():  # another process may have written it in the meantime
+            _write_checkpoint(spec, folder, config, target, seed)
+    return target
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _write_checkpoint(spec: RandomSpec, folder: ModelFolder | None, config: dict[str, Any], target: Path, seed: int) -> None:
+    """Write a random checkpoint under a temporary name, segment by segment, and rename it."""
+    from compress.models.files.shards import join_shards, shard, write_tensors
+    from compress.models.network.build import empty_network
+    from compress.models.network.segments import segments_of
+
     partial = target.with_name(f"{target.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_text_atomic(partial / "config.json", json.dumps(config, indent=1) + "\n")
     _copy_text_files(folder, partial, config)
     network = empty_network(ModelFolder(spec.name, partial))
     segments = segments_of(network)
@@ -154,7 +169,7 @@ def random_checkpoint(spec: RandomSpec, folder: ModelFolder | None, seed: int = 
     free = shutil.disk_usage(partial).free
     if needed - written > free:
         raise UserError(f"model {spec.name!r}: {needed / 1e9:,.2f} GB to write, {free / 1e9:,.2f} GB free in {partial}")
-    print(f"writing random weights, {needed / 1e9:,.2f} GB, to {target}", file=sys.stderr, flush=True)
+    _say(f"writing random weights, {needed / 1e9:,.2f} GB, to {target}")
     blocks = _blocks(network)
     for index, segment in enumerate(segments):
         path = shard(partial, index, len(segments))
@@ -163,9 +178,11 @@ def random_checkpoint(spec: RandomSpec, folder: ModelFolder | None, seed: int = 
             write_tensors(path, {name: random_tensor(name, tuple(state[name].shape), blocks, seed) for name in names})
     join_shards(partial, len(segments))
     mark = {"of": spec.model, "overrides": spec.overrides, "seed": seed}
-    (partial / RANDOM_FILE).write_text(json.dumps(mark) + "\n", encoding="utf-8")
-    partial.rename(target)
-    return target
+    write_text_atomic(partial / RANDOM_FILE, json.dumps(mark) + "\n")
+    with naming(target):
+        sync_tree(partial)
+        partial.rename(target)
+        sync_folder(target.parent)
 
 
 def _blocks(network: nn.Module) -> int:

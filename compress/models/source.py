@@ -65,10 +65,15 @@ def find(model: str | Path) -> ModelFolder:
         folder = folder / "variant" if (folder / "variant" / VARIANT_FILE).is_file() else folder
         check_links(folder)
         return ModelFolder(cached_name(folder) or Path(model).resolve().name, folder)
-    on_hub = HubName.parse(model)
+    on_hub = None if _is_path(model) else HubName.parse(model)
     if on_hub is not None and not model.endswith(".yaml"):
         return ModelFolder(on_hub.name, download(on_hub))
     raise UserError(f"model {model!r}: not a folder, a hub name (owner/name) or a built-in model", nearest(model, BUILT_IN))
+
+
+def _is_path(model: str) -> bool:
+    """Whether a name can only be that of a folder here: `./a`, `../a`, `/a`; the hub is not asked for it."""
+    return model.startswith(("./", "../", "/", "~"))
 
 
 def _folder_without_weights(model: str) -> ModelFolder | None:
@@ -77,7 +82,7 @@ def _folder_without_weights(model: str) -> ModelFolder | None:
         return find(model)
     if known_shape(model):
         return None
-    on_hub = HubName.parse(model)
+    on_hub = None if _is_path(model) else HubName.parse(model)
     if on_hub is None:
         return find(model)  # raises, and says what is wanted
     return ModelFolder(on_hub.name, download(on_hub, weights=False))

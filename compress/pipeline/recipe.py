@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
+from compress.common.errors import UserError
 from compress.export import FORMATS
 from compress.methods import method_class
 from compress.methods.base import Method
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 else:  # the tables' names, so that a row there is all that a new runtime or format takes
     RuntimeChoice = Literal[(*reversed(RUNTIMES), AUTO)]
     ExportChoice = Literal[("variant", *FORMATS)]
+
+
+LONGEST_NAME = 100
 
 
 class Section(BaseModel):
@@ -137,6 +141,14 @@ class Recipe(Section):
     """What the run's folder keeps in addition to the record: `variant` is the model that was measured; the others are the same
     weights in layouts that other libraries load, each in a folder of that name. Empty: only the record is kept."""
 
+    @field_validator("name")
+    @classmethod
+    def _no_path(cls, name: str) -> str:
+        fault = fault_of_name(name)
+        if fault is not None:
+            raise ValueError(fault)
+        return name
+
     @field_validator("steps")
     @classmethod
     def _whole_model_first(cls, steps: tuple[Method, ...]) -> tuple[Method, ...]:
@@ -146,6 +158,29 @@ class Recipe(Section):
         if sum(step.method == "width" for step in steps) > 1:
             raise ValueError("width can be used once; give it both `heads` and `channels`")
         return steps
+
+
+def fault_of_name(name: str) -> str | None:
+    """Return why a recipe's name cannot be part of a folder's; None where it can."""
+    if not name.strip() or name.startswith("."):
+        return "runs are folders and are named after it: a name is not empty and starts with no dot"
+    wrong = next((letter for letter in name if letter in "/\\" or not letter.isprintable()), None)
+    if wrong is not None:
+        return f"runs are folders and are named after it: leave out {wrong!r}"
+    if len(name.encode()) > LONGEST_NAME:
+        return f"runs are folders and are named after it: {len(name.encode())} bytes, at most {LONGEST_NAME} fit"
+    return None
+
+
+def check_name(name: str) -> None:
+    """Check a recipe's name that was not read from a file.
+
+    Raises:
+        UserError: it cannot be part of a folder's name.
+    """
+    fault = fault_of_name(name)
+    if fault is not None:
+        raise UserError(f"name: {fault}, got {name!r}")
 
 
 def steps_for(recipe: Recipe, shape: ModelShape) -> tuple[Method, ...]:

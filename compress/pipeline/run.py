@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,31 +17,31 @@ from ruamel.yaml import YAML
 
 from compress.calibration.texts import CalibrationSource
 from compress.common.errors import UserError
-from compress.common.files import write_text_atomic
+from compress.common.files import naming, replacing, sync_folder, write_text_atomic
 from compress.common.inputs import open_file
 from compress.common.journal import Journal
+from compress.common.locks import LOCK, locked
 from compress.data.texts import measure_texts, texts_to_calibrate
 from compress.layers.scheme import ActivationScheme
 from compress.measure.record import RECORD_FILE, Record, Step
 from compress.measure.scored import versions_and_machine
 from compress.measure.speed.timing import Speed
-from compress.measure.vectors.fidelity import Fidelity
+from compress.measure.vectors.fidelity import NEIGHBOURS, Fidelity
 from compress.models.folder import ModelFolder
 from compress.models.random_weights import PREFIX as RANDOM
 from compress.models.source import check_original, find
 from compress.pipeline.apply import make_variant
+from compress.pipeline.commit import JOURNAL, KEPT_FOLDERS, begin, commit, discard, tidy
 from compress.pipeline.findings import RECIPE_FILE, VARIANT, Findings, assemble
 from compress.pipeline.measuring import Measurements, check_prompts
 from compress.pipeline.plan import make_plan
-from compress.pipeline.recipe import Recipe, steps_for
+from compress.pipeline.recipe import Recipe, check_name, steps_for
 from compress.pipeline.recipe_file import read_recipe
 from compress.pipeline.stage import BuildOptions
 from compress.runtimes.contract import GRAPH_RUNTIMES, Kind, pick_runtime
 
 if TYPE_CHECKING:
     from compress.measure.accuracy.tasks import Task
-
-JOURNAL = "journal"
 
 
 def run(
@@ -56,6 +55,7 @@ def run(
     device: str | None = None,
     fresh: bool = False,
     compress_only: bool = False,
+    wait: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Record:
     """Run a recipe and write its folder under `output`.
@@ -70,6 +70,7 @@ def run(
         device: `cpu` or `cuda`; defaults to the GPU if there is one.
         fresh: discard an earlier run of the same name, instead of returning it or continuing it.
         compress_only: measure nothing; overrides `evaluate.tasks` and `measure.what`.
+        wait: if another process works at the same run, wait until it is done; by default that is an error.
         say: called with a line as each step ends; by default the lines go to standard error.
 
     Raises:
@@ -77,12 +78,14 @@ def run(
     """
     if tasks is not None and not tasks:
         raise UserError("no tasks are named", "--tasks takes mini, or names of mteb's tasks")
-    resolved = _override(recipe if isinstance(recipe, Recipe) else read_recipe(recipe), model, data, tasks, texts)
+    read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    check_name(read.name)
+    resolved = _override(read, model, data, tasks, texts)
     if compress_only:
         resolved = _without_tasks(resolved, "fidelity", "speed")
     elif resolved.model.startswith(RANDOM) and tasks:
         raise UserError(f"model {resolved.model!r}: accuracy cannot be measured on random weights", "leave out --tasks")
-    return _Run(resolved, Path(output), device, say or partial(print, file=sys.stderr, flush=True)).finish(fresh)
+    return _Run(resolved, Path(output), device, say or partial(print, file=sys.stderr, flush=True)).finish(fresh, wait)
 
 
 def _override(recipe: Recipe, model: str | None, data: Path | str | None, tasks: Sequence[str] | None, texts: str | None) -> Recipe:
@@ -117,6 +120,11 @@ class _Run:
         self.plan = make_plan(self.recipe, self.shape, output)
         _check_writable(output)
         evaluate, measure = self.recipe.evaluate, self.recipe.measure
+        if "fidelity" in measure.what and measure.count <= NEIGHBOURS:
+            raise UserError(
+                f"measure.count: {measure.count} texts are too few: fidelity compares each text's {NEIGHBOURS} nearest neighbours",
+                f"at least {NEIGHBOURS + 1}, or leave fidelity out of measure.what",
+            )
         wanted = measure.what or evaluate.tasks  # tasks need texts too: to see whether float32 may stand in for float16
         self.texts = measure_texts(measure.texts, measure.count, recipe.seed) if wanted else []
         self.calibration = self._calibration()
@@ -176,12 +184,21 @@ class _Run:
         }
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:8]
 
-    def finish(self, fresh: bool) -> Record:
-        """Do what is not done yet, and give the run's folder its name."""
-        final = self.output / self.name
+    def finish(self, fresh: bool, wait: bool = False) -> Record:
+        """Do what is not done yet, and give the run's folder its name; one process at a time.
+
+        Raises:
+            UserError: another process works at this run and `wait` is not set; or see `run`.
+        """
+        hint = "wait for it with --wait (wait=True in Python), or stop it"
+        with locked(self.folder.with_name(f".{self.name}{LOCK}"), f"run {self.name}", wait=wait, hint=hint, say=self.say):
+            return self._finish(self.output / self.name, fresh)
+
+    def _finish(self, final: Path, fresh: bool) -> Record:
         if fresh:
-            shutil.rmtree(final, ignore_errors=True)
-            shutil.rmtree(self.folder, ignore_errors=True)
+            discard(final)
+        begin(self.folder, fresh)
+        tidy(final, KEPT_FOLDERS if self.recipe.export else KEPT_FOLDERS - {VARIANT})
         wanted = final / VARIANT if self.recipe.export else final
         if (final / RECORD_FILE).exists() and not wanted.exists():
             self.say(f"{final} is a record without its variant; running it again")
@@ -193,7 +210,9 @@ class _Run:
             self.say(f"continuing {self.name}")
         for problem in self.plan.problems:
             self.say(f"warning: {problem}")
-        self.journal.folder.mkdir(parents=True, exist_ok=True)
+        with naming(self.journal.folder):
+            self.journal.folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.output)
         steps = tuple(Step(**step) for step in self.journal.once("steps", self._make_variant)["steps"])
         found = self._measured(steps)
         record = self._keep(assemble(self.name, self.recipe, self.source, self.shape, self.folder, self.device, found), final)
@@ -266,19 +285,16 @@ class _Run:
                 export(final / VARIANT, layout, final / layout, say=self.say)
 
     def _keep(self, record: Record, final: Path) -> Record:
-        """Complete the run's folder and give it its name."""
-        with (self.folder / RECIPE_FILE).open("w", encoding="utf-8") as file:
+        """Complete the run's folder and give it its name. The rename is the one moment from which on the run is done."""
+        with replacing(self.folder / RECIPE_FILE) as temporary, temporary.open("w", encoding="utf-8") as file:
             YAML().dump(record.recipe, file)
         record.write(self.folder)
         for task in self.tasks:
             for role in ("baseline", VARIANT):
                 kept = self.journal.get(f"accuracy {role} {task.name}")["mteb"]
                 write_text_atomic(self.folder / "mteb" / role / f"{task.name}.json", json.dumps(kept, indent=1) + "\n")
-        if not self.recipe.export:
-            shutil.rmtree(self.folder / VARIANT)
-        shutil.rmtree(self.journal.folder)
-        shutil.rmtree(final, ignore_errors=True)  # a record whose variant was taken away
-        self.folder.rename(final)
+        commit(self.folder, final)
+        tidy(final, KEPT_FOLDERS if self.recipe.export else KEPT_FOLDERS - {VARIANT})
         return record
 
 

@@ -17,7 +17,7 @@ from compress.calibration.inputs import Inputs
 from compress.calibration.sensitivity import Survey
 from compress.calibration.texts import CalibrationSource, CalibrationTexts
 from compress.common.errors import UserError
-from compress.common.files import write_text_atomic
+from compress.common.files import replacing, sync_folder, sync_tree, write_text_atomic
 from compress.common.journal import Journal
 from compress.layers.compressed import CompressedLayer
 from compress.layers.float_layers import has_onednn_linear
@@ -98,9 +98,11 @@ def write_stage(stage: Stage) -> list[dict[str, Any]]:
     segments = _walk(stage, decided, folder)
     done = _describe_steps(stage, decided, segments)
     _write_description(stage, decided, segments, done, folder)
+    sync_tree(folder)
     stage.journal.put(WRITTEN, {"steps": done})
     shutil.rmtree(stage.target, ignore_errors=True)
     folder.rename(stage.target)
+    sync_folder(stage.target.parent)
     return done
 
 
@@ -252,7 +254,8 @@ def _write_description(
         steps=[*(earlier.steps if earlier else []), *(step["config"] for step in done)],
     )
     write_text_atomic(folder / "config.json", json.dumps(model.config, indent=2, ensure_ascii=False) + "\n")
-    model.tokenizer.save(folder / "tokenizer.json")
+    with replacing(folder / "tokenizer.json") as temporary:
+        model.tokenizer.save(temporary)
     info.write(folder)
 
 

@@ -109,9 +109,13 @@ def read_records(places: Sequence[Path]) -> tuple[dict[Path, Record], dict[str, 
     records = {}
     for folder in folders:
         try:
-            records[folder] = Record.read(folder)
+            record = _checked(Record.read(folder))
+            line_of(record)
+            records[folder] = record
         except UserError as error:
             broken[str(folder)] = error.message
+        except Exception as error:  # of any kind: one bad record does not take the others down, and is named with the reason
+            broken[str(folder)] = f"{folder / RECORD_FILE}: cannot be shown ({type(error).__name__}: {error})"
     if not records:
         reasons = "; ".join(f"{place}: {reason}" for place, reason in broken.items())
         raise UserError(f"nothing to compare: {reasons}", "compress run RECIPE writes a record under results/")
@@ -161,6 +165,29 @@ def _machine(record: Record) -> str:
 
 def _versions(record: Record) -> dict[str, str]:
     return {name: record.versions[name] for name in DECISIVE if name in record.versions}
+
+
+def _checked(record: Record) -> Record:
+    """Return a record whose parts fit together, so that every report can show it.
+
+    Raises:
+        UserError: it has no row of the variant, or lacks a recipe's name or a step's method, or has a number that is none.
+    """
+    place = f"{RECORD_FILE} of {record.run}"
+    if not any(row.name == "variant" for row in record.rows):
+        raise UserError(f"{place}: rows: has none of the variant")
+    if "name" not in record.recipe:
+        raise UserError(f"{place}: recipe: has no name")
+    for number, step in enumerate(record.steps):
+        if "method" not in step.config:
+            raise UserError(f"{place}: steps.{number}.config: has no method")
+    if record.model.parameters <= 0:
+        raise UserError(f"{place}: model.parameters: {record.model.parameters} is not a number of parameters")
+    try:
+        json.dumps(record.model_dump(mode="python"), allow_nan=False, default=str)
+    except ValueError as error:
+        raise UserError(f"{place}: has a number that is not finite") from error
+    return record
 
 
 def line_of(record: Record) -> Line:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
@@ -14,6 +15,9 @@ from compress.common.memory import gigabytes
 from compress.reports import FORMATS
 from compress.reports.compare import WIDTH, Comparison, Group, Line
 from compress.reports.plot import Panel, Point, figure
+
+# Underscores and dashes inside words are none, and are everywhere in names.
+_MARKUP = re.compile(r"([\\`*|\[\]]|(?<!\w)_|_(?!\w))")
 
 
 def _share(value: float | None) -> str:
@@ -54,10 +58,16 @@ def as_markdown(found: Comparison) -> str:
     parts = ["# Runs side by side", LEGEND]
     for group in found.groups:
         head = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS)
-        rows = ("| " + " | ".join(show(line) for show in COLUMNS.values()) + " |" for line in group.lines)
-        parts.append("\n".join([f"**{group.title}**", "", head, *rows]))
-    parts += [f"Not read: {place}: {reason}" for place, reason in found.broken.items()]
+        rows = ("| " + " | ".join(_in_markdown(show(line)) for show in COLUMNS.values()) + " |" for line in group.lines)
+        parts.append("\n".join([f"**{_in_markdown(group.title)}**", "", head, *rows]))
+    parts += [f"Not read: {_in_markdown(place)}: {_in_markdown(reason)}" for place, reason in found.broken.items()]
     return "\n\n".join(parts) + "\n"
+
+
+def _in_markdown(text: str) -> str:
+    """Return a text as Markdown shows it as it is: no markup of a name is taken for the table's, and no line ends in it."""
+    # The mark of runs that no other beats is a lone star; it begins nothing.
+    return text if text == "*" else _MARKUP.sub(r"\\\1", " ".join(text.split())).replace("<", "&lt;")
 
 
 def as_csv(found: Comparison) -> str:
@@ -78,25 +88,31 @@ def as_json(found: Comparison) -> str:
     return json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n"
 
 
+def _printable(text: str) -> str:
+    """Return a text in one line and without what a terminal takes for commands."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
 def as_table(found: Comparison) -> str:
     """Return a table of each group for the terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     shown = {name: show for name, show in COLUMNS.items() if name not in ONLY_WIDE}
     console = Console(width=WIDTH, highlight=False, file=io.StringIO())
     for group in found.groups:
-        table = Table(title=group.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=escape(_printable(group.title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for name in shown:
             table.add_column(name, justify="left" if name in ("", "recipe", "runtime", "verdict") else "right", no_wrap=True)
         for line in group.lines:
-            table.add_row(*(show(line) for show in shown.values()))
+            table.add_row(*(escape(_printable(show(line))) for show in shown.values()))
         console.print(table)
     if any(line.optimal for group in found.groups for line in group.lines):
         console.print("* no other run of its table keeps as much, is as small and as fast, and is better in one of these")
     for place, reason in found.broken.items():
-        console.print(f"not read: {place}: {reason}", soft_wrap=True)
+        console.print(escape(_printable(f"not read: {place}: {reason}")), soft_wrap=True)
     file = console.file
     assert isinstance(file, io.StringIO)
     return file.getvalue()

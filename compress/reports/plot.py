@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT, LEFT, BOTTOM, EDGE, TOP = 600, 440, 60, 50, 18, 20
@@ -51,7 +51,7 @@ def figure(panels: Sequence[Sequence[Panel]]) -> str:
 
 def _drawn(panel: Panel) -> Iterator[str]:
     """Yield the elements of a panel. No name covers another name or a point; a name without room is left out."""
-    points = sorted(panel.points, key=lambda point: not point.marked)
+    points = sorted((replace(point, name=_shown(point.name)) for point in panel.points), key=lambda point: not point.marked)
     across, up = _ticks(0, max(p.x for p in points)), _ticks(min(p.y for p in points), max(p.y for p in points))
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -64,7 +64,7 @@ def _drawn(panel: Panel) -> Iterator[str]:
     for top, y in ((at(0, y)[1], y) for y in up):
         yield f'<path d="M{LEFT} {top:.1f}H{WIDTH - EDGE}" stroke="#e3e3e3"/>'
         yield f'<text x="{LEFT - 8}" y="{top + 4:.1f}" text-anchor="end">{y:g}</text>'
-    yield f'<text x="{LEFT}" y="{EDGE}" font-size="13" font-weight="bold">{escape(panel.title)}</text>'
+    yield f'<text x="{LEFT}" y="{EDGE}" font-size="13" font-weight="bold">{escape(_shown(panel.title))}</text>'
     yield f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" text-anchor="middle">{escape(panel.x_label)}</text>'
     yield f'<text transform="translate(18 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{escape(panel.y_label)}</text>'
     dots = [at(point.x, point.y) for point in points]
@@ -82,6 +82,11 @@ def _drawn(panel: Panel) -> Iterator[str]:
             start, anchor = _anchored(x, box)
             colour = "" if point.marked else f' fill="{OTHER}"'
             yield f'<text x="{start:.1f}" y="{box[3] - 3:.1f}" text-anchor="{anchor}"{colour}>{escape(point.name)}</text>'
+
+
+def _shown(name: str) -> str:
+    """Return a name without letters that XML does not have at all, not even escaped."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def _anchored(x: float, box: Box) -> tuple[float, str]:

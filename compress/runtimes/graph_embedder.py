@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from compress.common.children import tied
 from compress.common.errors import UserError
 from compress.models.embedder import BatchedEmbedder, Vectors, with_progress
 from compress.models.files.headers import weight_bytes
@@ -108,7 +109,7 @@ def lowered(folder: ModelFolder, runtime: str, dtype: str | None = None) -> Path
     path = graph_file(folder.path, runtime)
     if not path.exists():
         command = [sys.executable, "-m", "compress.runtimes.lower", str(folder.path), runtime]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(tied(command), capture_output=True, text=True, check=False)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise UserError(f"{folder.path}: could not be lowered for {runtime}", said[-1])

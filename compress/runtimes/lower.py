@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compress.common.errors import UserError
+from compress.common.files import replacing
 from compress.layers.compressed import CompressedLayer
 from compress.models.files.headers import MASK, StoredTensor
 from compress.models.folder import ModelFolder
@@ -90,9 +90,8 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
     assert program is not None
     _finish(program.model, stored, unread)
     path = graph_file(folder.path, runtime)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    ir.save(program.model, temporary, format="protobuf")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        ir.save(program.model, temporary, format="protobuf")
     return path
 
 

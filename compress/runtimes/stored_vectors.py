@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 
 from compress.common.errors import UserError
+from compress.common.files import naming, remove_abandoned_files, replacing
 from compress.models.embedder import CHUNK_TEXTS, Embedder, Vectors
 from compress.models.text.spec import EmbedderSpec
 from compress.runtimes.routed import Routed
 
-KEY_BYTES = 16
+KEY_BYTES, DIGEST_BYTES = 16, 32
+MAGIC = b"vectors, checked"
+"""What stands before the checksum."""
+SUFFIX = ".vectors"
 
 
 def key_of(text: str, prompt: str) -> bytes:
@@ -24,16 +30,23 @@ def key_of(text: str, prompt: str) -> bytes:
 
 
 class VectorStore:
-    """The stored vectors of one embedder, in a folder of pairs of files: vectors (`.npy`) and their keys (`.keys`)."""
+    """The stored vectors of one embedder, in files of a folder; see `read_vectors`."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a folder, or create it. Files of an interrupted write are ignored."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Open a folder, or create it. A damaged file is left out, and that is said."""
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_abandoned_files(folder)
         self._folder = folder
         self._arrays: list[Vectors] = []
         self._rows: dict[bytes, tuple[int, int]] = {}
-        for path in sorted(folder.glob("*.keys")):  # written last, so its vectors are complete
-            self._take(path.read_bytes(), np.load(path.with_suffix(".npy"), mmap_mode="r"))
+        for path in stored_in(folder):
+            try:
+                self._take(*read_vectors(path))
+            except FileNotFoundError:  # another process has just removed it, to make room
+                continue
+            except ValueError as error:
+                print(f"{path}: is damaged ({error}); its vectors are computed again", file=sys.stderr, flush=True)
 
     def __contains__(self, key: bytes) -> bool:
         """Whether a vector is stored under this key."""
@@ -60,19 +73,85 @@ class VectorStore:
         return found
 
     def add(self, keys: list[bytes], vectors: Vectors) -> None:
-        """Store vectors, float32 [keys, dimension], under their keys."""
-        # The keys are written last and renamed when complete: a file of keys means that its vectors are complete.
-        stem = self._folder / f"{len(self._arrays):06d}-{os.getpid()}"
-        np.save(stem.with_suffix(".npy"), vectors)
-        stem.with_suffix(".writing").write_bytes(b"".join(keys))
-        stem.with_suffix(".writing").replace(stem.with_suffix(".keys"))
-        self._take(b"".join(keys), np.load(stem.with_suffix(".npy"), mmap_mode="r"))
+        """Store vectors, float32 [keys, dimension], under their keys.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        # Random, because two containers that share the cache may have the same process number.
+        path = self._folder / f"{len(self._arrays):06d}-{secrets.token_hex(8)}{SUFFIX}"
+        with naming(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)  # another process may have removed it, to make room
+        joined = b"".join(keys)
+        with replacing(path) as temporary, temporary.open("w+b") as file:
+            np.save(file, vectors)
+            length = file.tell()
+            file.write(joined)
+            file.flush()
+            digest = _digest(file, length + len(joined))
+            file.seek(0, os.SEEK_END)
+            file.write(MAGIC + digest)
+        self._take(joined, np.load(path, mmap_mode="r"))
 
     def _take(self, keys: bytes, vectors: Vectors) -> None:
+        if self._arrays and vectors.shape[1] != self._arrays[0].shape[1]:
+            raise ValueError(f"{vectors.shape[1]} dimensions, not {self._arrays[0].shape[1]}")
         file = len(self._arrays)
         self._arrays.append(vectors)
         for row in range(len(keys) // KEY_BYTES):
             self._rows[keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]] = (file, row)
+
+
+def stored_in(folder: Path) -> list[Path]:
+    """Return the files of a store; of those that earlier versions wrote in pairs, the one of the keys."""
+    return sorted([*folder.glob(f"*{SUFFIX}"), *folder.glob("*.keys")])
+
+
+def read_vectors(path: Path) -> tuple[bytes, Vectors]:
+    """Read the keys of a file, and map its vectors.
+
+    A file is a `.npy` file, float32 [n, dimension], then n keys, then a mark and the BLAKE2b of everything before the mark. Earlier
+    versions wrote the keys to a file of their own next to the `.npy` file, without a checksum.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: it is damaged.
+    """
+    if path.suffix != SUFFIX:
+        keys, vectors = path.read_bytes(), _mapped(path.with_suffix(".npy"))
+        if len(vectors) * KEY_BYTES != len(keys):
+            raise ValueError(f"{len(keys) / KEY_BYTES:g} keys for {len(vectors)} vectors")
+        return keys, vectors
+    trailer = len(MAGIC) + DIGEST_BYTES
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - trailer))
+        mark = file.read(trailer)
+        if not mark.startswith(MAGIC) or _digest(file, size - trailer) != mark[len(MAGIC) :]:
+            raise ValueError("its checksum differs")
+        vectors = _mapped(path)
+        file.seek(size - trailer - len(vectors) * KEY_BYTES)
+        return file.read(len(vectors) * KEY_BYTES), vectors
+
+
+def _mapped(path: Path) -> Vectors:
+    try:
+        vectors: Vectors = np.load(path, mmap_mode="r")
+    except (EOFError, SyntaxError) as error:  # of a header that is none
+        raise ValueError("no array") from error
+    if vectors.dtype != np.float32 or vectors.ndim != 2:
+        raise ValueError(f"{vectors.dtype} {list(vectors.shape)} instead of float32 [n, dimension]")
+    return vectors
+
+
+def _digest(file: IO[bytes], length: int) -> bytes:
+    """Return the BLAKE2b of the first `length` bytes of a file."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    file.seek(0)
+    while length > 0 and (block := file.read(min(length, 1 << 20))):
+        digest.update(block)
+        length -= len(block)
+    return digest.digest()
 
 
 class Mapped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -152,3 +153,14 @@ def test_overrides_are_read_as_yaml_would() -> None:
     spec = RandomSpec.parse("random:m,num_hidden_layers=2,hidden_act=gelu,rms_norm_eps=1e-6")
     assert spec.overrides == {"num_hidden_layers": 2, "hidden_act": "gelu", "rms_norm_eps": 1e-6}
     assert json.dumps(dict(spec.overrides))
+
+
+def test_a_module_s_folder_is_inside_the_model_s(bert: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(bert, tmp_path / "own"))
+    (tmp_path / "loot").mkdir()
+    (tmp_path / "loot" / "config.json").write_text("{}")
+    modules = json.loads((own / "modules.json").read_text())
+    modules[1]["path"] = "../loot"
+    (own / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match=r"path '\.\./loot' leads out of the model's folder"):
+        find(f"random:{own},num_hidden_layers=1")

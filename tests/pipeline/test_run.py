@@ -15,6 +15,7 @@ from tests_support import folder_of
 import compress
 from compress.common.errors import UserError
 from compress.common.journal import Journal
+from compress.common.locks import locked
 from compress.layers.float_layers import has_onednn_linear
 from compress.measure import scored as scoring
 from compress.measure.accuracy import score as accuracy
@@ -262,6 +263,68 @@ def test_what_does_not_fit_in_memory_is_streamed_or_left_out(
     assert "float32" not in {row.name for row in record.rows}
     kept = {task.task: task for task in finished[0].tasks}["MiniSTS"]
     assert record.tasks[0].baseline == kept.baseline  # streamed, the same to the last digit
+
+
+def quick(**changes: Any) -> Recipe:
+    return parse_recipe({**SMALL, "measure": {"what": []}, "evaluate": {"tasks": []}} | changes)
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", "", ".hidden", "a\nb", "n" * 300])
+def test_a_name_is_no_path(bert: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine").write_text("")
+    with pytest.raises(UserError, match="name: "):
+        run(quick().model_copy(update={"name": name}), model=str(bert), output=tmp_path / "a" / "b", device="cpu", fresh=True)
+    with pytest.raises(UserError, match="name: "):
+        quick(name=name)
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["x", "x/mine"]
+
+
+def test_too_few_texts_for_fidelity_are_refused_before_anything_is_computed(bert: Path, tmp_path: Path) -> None:
+    recipe = quick(measure={"what": ["fidelity"], "count": 8})
+    with pytest.raises(UserError, match=r"measure\.count: 8 texts are too few") as caught:
+        run(recipe, model=str(bert), output=tmp_path, device="cpu", say=lambda line: pytest.fail(line))
+    assert "at least 11" in caught.value.hint
+
+
+def test_a_user_s_files_in_a_run_s_folder_outlast_it(bert: Path, tmp_path: Path) -> None:
+    record = run(quick(), model=str(bert), output=tmp_path, device="cpu")
+    folder = tmp_path / record.run
+    (folder / "notes.txt").write_text("mine")
+    (folder / "own").mkdir()
+    (folder / "own" / "deep.txt").write_text("mine too")
+    shutil.rmtree(folder / "variant")
+    run(quick(), model=str(bert), output=tmp_path, device="cpu")
+    run(quick(), model=str(bert), output=tmp_path, device="cpu", fresh=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "own", "recipe.yaml", "record.json", "variant"]
+    assert (folder / "own" / "deep.txt").read_text() == "mine too"
+    shutil.move(folder, tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link"):
+        run(quick(), model=str(bert), output=tmp_path, device="cpu", fresh=True)
+    assert (tmp_path / "elsewhere" / "record.json").exists()
+
+
+def test_clearing_up_after_the_commit_may_be_interrupted(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "tidy", lambda final, kept: stopped() if (final / "journal").exists() else None)
+        with pytest.raises(KeyboardInterrupt):
+            run(quick(export=[]), model=str(bert), output=tmp_path, device="cpu")
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["journal", "recipe.yaml", "record.json", "variant"]
+    run(quick(export=[]), model=str(bert), output=tmp_path, device="cpu")
+    assert sorted(path.name for path in folder.iterdir()) == ["recipe.yaml", "record.json"]
+
+
+def test_a_run_that_another_process_works_at_is_left_to_it(bert: Path, tmp_path: Path) -> None:
+    name = pipeline._Run(quick(model=str(bert)), tmp_path, "cpu", print).name
+    with locked(tmp_path / f".{name}.lock", "run"), pytest.raises(UserError, match=rf"run {name}: in use by pid \d+ on ") as caught:
+        run(quick(), model=str(bert), output=tmp_path, device="cpu")
+    assert "--wait" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_journal_makes_each_part_once(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from compress import cli
 from compress.common.errors import UserError
 from compress.reports.compare import Line, compare_runs, optimal
+from compress.reports.dashboard.payload import payload
 from compress.reports.formats import as_csv, as_json, as_markdown, as_svg, as_table
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -179,3 +181,41 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert ended.value.code == (2 if "markdwn" in arguments else 0)
     assert (tmp_path / "out.csv").read_text().count("\n") == 2
     assert "did you mean 'markdown'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: record | {"rows": []},
+        lambda record: record | {"recipe": {}},
+        lambda record: record | {"retained": float("nan")},
+        lambda record: record | {"model": record["model"] | {"parameters": 0}},
+        lambda record: record | {"steps": [step | {"config": {}} for step in record["steps"]]},
+        lambda record: record | {"tasks": [task | {"baseline": 0.0} for task in record["tasks"]]},
+        lambda record: b"\xff\xfe",
+    ],
+)
+def test_one_bad_record_does_not_take_down_the_others(tmp_path: Path, damage: Any) -> None:
+    copy(tmp_path, "good")
+    bad = copy(tmp_path, "bad")
+    made = damage(json.loads((bad / "record.json").read_text()))
+    (bad / "record.json").write_bytes(made if isinstance(made, bytes) else json.dumps(made).encode())
+    found = compare_runs([tmp_path])
+    assert [line.run for group in found.groups for line in group.lines] == ["good"]
+    assert list(found.broken) == [str(bad)]
+    assert str(bad) in as_table(found)
+    payload([tmp_path])
+
+
+EVIL = "<!--<script>|[red]\n`x`*[/nonesuch]\x00"
+
+
+def test_names_are_shown_as_they_are_in_every_format(tmp_path: Path) -> None:
+    for name, kept in (("a", 0.5), ("b", 0.6)):
+        copy(tmp_path, name, recipe__name=EVIL, retained=kept, model__name=EVIL)
+    found = compare_runs([tmp_path])
+    rows = [row for row in as_markdown(found).splitlines() if row.startswith("| ")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+    assert "<" not in as_markdown(found).replace("&lt;", "")
+    ElementTree.fromstring(as_svg(found))
+    assert "[red]" in as_table(found)

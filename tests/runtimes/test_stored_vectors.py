@@ -55,10 +55,37 @@ def test_an_embedder_is_opened_when_it_is_needed_and_not_before(tmp_path: Path) 
 def test_what_was_half_written_is_made_again(tmp_path: Path) -> None:
     embedder = Counting()
     stored(embedder, tmp_path).encode(["a", "b"], "")
-    keys = next(tmp_path.glob("*.keys"))
-    keys.rename(keys.with_suffix(".writing"))  # as a process that was killed between the two files leaves it
+    (kept,) = tmp_path.iterdir()
+    kept.rename(kept.with_name(f".{kept.name}.writing"))  # as a process that was killed before the rename leaves it
     np.testing.assert_array_equal(stored(embedder, tmp_path).encode(["a"], ""), Counting().encode(["a"], ""))
     assert len(embedder.asked) == 3
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / f".000000-1.vectors.{'0' * 12}.writing"
+    left.write_text("half")
+    VectorStore(tmp_path)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "noise"])
+def test_damaged_vectors_are_a_miss_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    embedder = Counting()
+    right = stored(embedder, tmp_path).encode(["a", "b"], "")
+    (kept,) = tmp_path.iterdir()
+    content = bytearray(kept.read_bytes())
+    content[140] ^= 1  # in the first vector
+    kept.write_bytes({"flipped": bytes(content), "cut": content[:-70], "emptied": b"", "noise": b"\x93NUMPY" + bytes(300)}[damage])
+    np.testing.assert_array_equal(stored(embedder, tmp_path).encode(["a", "b"], ""), right)
+    assert len(embedder.asked) == 4
+    assert f"{kept}: is damaged" in capsys.readouterr().err
+
+
+def test_vectors_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "000000-7.npy", np.ones((2, 4), np.float32))
+    (tmp_path / "000000-7.keys").write_bytes(key_of("a", "") + key_of("b", ""))
+    closed = StoredEmbedder(Counting(), lambda: pytest.fail("opened"), VectorStore(tmp_path))
+    assert (closed.encode(["b", "a"], "") == 1).all()
 
 
 def test_prompt_and_text_do_not_run_into_each_other() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from compress.common.children import tied
 from compress.common.errors import UserError
 from compress.common.inputs import read_json
 from compress.measure.doctor.answers import Answers, Facts, Side
@@ -83,7 +84,7 @@ class SentenceTransformersSide(Side):
             try:
                 # -I: neither this folder nor the user's settings are looked into for modules.
                 done = subprocess.run(
-                    [self._python, "-I", "-c", PROGRAM, str(asked)], cwd=work, capture_output=True, text=True, check=False
+                    tied([self._python, "-I", "-c", PROGRAM, str(asked)]), cwd=work, capture_output=True, text=True, check=False
                 )
             except OSError as error:
                 raise UserError(f"{self._python}: is no Python that runs ({error})") from error

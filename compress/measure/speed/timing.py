@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from compress.common.children import tied
+
 
 class Cell(BaseModel):
     """Time of a batch of equally long texts."""
@@ -74,7 +76,7 @@ class WorkerProcess:
         # A file, not a pipe: nothing reads it while the process works, and a full pipe would block the process.
         self._printed = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  closed by close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "compress.measure.speed.worker"],
+            tied([sys.executable, "-m", "compress.measure.speed.worker"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._printed,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from compress.common.files import write_text_atomic
+from compress.common.files import replacing, write_text_atomic
 
 CURVE_FILE, STATE = "curve.jsonl", "state"
 # Parameters that are split among processes are put together in the first one's memory.
@@ -46,7 +46,8 @@ class Checkpoints:
         if not self._main:
             return
         path = self._path(int(curve[-1]["step"]))
-        torch.save({"run": run, "optimizer": optimizer}, path)
+        with replacing(path) as temporary:
+            torch.save({"run": run, "optimizer": optimizer}, temporary)
         write_text_atomic(self._folder / CURVE_FILE, "".join(json.dumps(look) + "\n" for look in curve))
         for other in self._folder.glob(f"{STATE}-*"):
             if other != path:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
+from compress.common.children import end_with_parent
 from compress.methods.distill.batches import TokenTexts
 from compress.methods.distill.checkpoints import WHOLE, read_curve
 from compress.methods.distill.hidden import HiddenStates, followed
@@ -106,6 +107,7 @@ def _free_port() -> int:
 
 def _work(rank: int, job: Job, port: int, lines: Any) -> None:
     """Run a job as one of its processes."""
+    end_with_parent()
     threads = max(1, len(os.sched_getaffinity(0)) // job.processes)
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.processes, "LOCAL_WORLD_SIZE": job.processes}
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}

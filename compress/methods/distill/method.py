@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from compress.common.files import naming, save_array, sync_tree
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Bench, Estimate
 from compress.methods.distill.settings import DistillSettings
@@ -95,7 +96,9 @@ class Distill(DistillSettings):
             self.student.write(partial, texts()[0])
             known = self.student.tokens == "teacher"
             made = initial_weights(partial, (lambda strings: teacher.embedder.encode(strings, "")) if known else None, self.seed)
-            save_file(made, partial / "model.safetensors", metadata={"format": "pt"})
+            with naming(partial):
+                save_file(made, partial / "model.safetensors", metadata={"format": "pt"})
+            sync_tree(partial)
             partial.rename(folder)
         return open_model(ModelFolder("student", folder))
 
@@ -103,8 +106,6 @@ class Distill(DistillSettings):
         self, student: OpenModel, teacher: Teacher, bench: Bench, device: str, texts: Sequence[str], evaluated: int
     ) -> dict[str, Any]:
         """Train, write the weights, and return what goes into the record."""
-        import numpy as np
-
         from compress.methods.distill.batches import tokenized
         from compress.methods.distill.data import lessons
         from compress.methods.distill.job import Job, learn
@@ -118,7 +119,7 @@ class Distill(DistillSettings):
         targets, judged = teacher.vectors(taught), teacher.vectors(held)
         teacher.embedder.close()
         bench.folder.mkdir(parents=True, exist_ok=True)
-        np.save(bench.folder / TARGETS, targets)
+        save_array(bench.folder / TARGETS, targets)
         near = neighbours(targets, self.hard_negatives) if self.hard_negatives else None
         del targets  # every process maps them from the file
         rows, held_rows = (

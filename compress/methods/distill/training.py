@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -77,6 +77,8 @@ def train(
     began = time.perf_counter() - (curve[-1]["seconds"] if curve else 0.0)
     batches = batches_from(data.texts.lengths, settings, start * settings.accumulate)
     losses: list[float] = []
+    if _stops(curve, settings):  # it was killed after it had stopped early
+        return
     for step in range(start, settings.steps):
         trainer.set_rate(rate(settings, step))
         losses += [trainer.learn(with_neighbours(next(batches), data.neighbours)) for _ in range(settings.accumulate)]
@@ -87,11 +89,10 @@ def train(
         curve.append({"step": step + 1, "loss": float(np.mean(losses)), kind: fidelity, "seconds": seconds})
         losses = []
         checkpoints.keep(curve)
-        since = _evaluations_since_best([look[kind] for look in curve])
-        stops = settings.patience is not None and since >= settings.patience
+        stops = _stops(curve, settings)
         if trainer.is_main:
             place = f"step {step + 1:,} of {settings.steps:,}"
-            ending = f"; no improvement in {since} evaluations, stopped" if stops else ""
+            ending = f"; no improvement in {settings.patience} evaluations, stopped" if stops else ""
             say(f"{place}: loss {curve[-1]['loss']:.4f}, held-out {kind} {fidelity:.4f}, {seconds:,.0f} s{ending}")
         if stops:
             break
@@ -245,8 +246,13 @@ def _shard(run: nn.Module, network: nn.Module) -> None:
     fully_shard(run)
 
 
-def _evaluations_since_best(fidelities: Sequence[float]) -> int:
-    return len(fidelities) - 1 - fidelities.index(max(fidelities))
+def _stops(curve: Sequence[Mapping[str, float]], settings: DistillSettings) -> bool:
+    """Whether a training with this curve stops early: `patience` evaluations have brought no improvement."""
+    if settings.patience is None or not curve:
+        return False
+    kind = next(name for name in curve[-1] if name not in ("step", "loss", "seconds"))
+    fidelities = [look[kind] for look in curve]
+    return len(fidelities) - 1 - fidelities.index(max(fidelities)) >= settings.patience
 
 
 @dataclass(frozen=True)

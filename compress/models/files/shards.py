@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compress.common.files import write_text_atomic
+from compress.common.files import replacing, write_text_atomic
 from compress.layers.bitmask import encode
 from compress.models.architectures import is_block_linear
 from compress.models.files.headers import INDEX_FILE, MASK, read_header
@@ -22,13 +21,13 @@ SINGLE_FILE_BYTES = 2 * 10**9
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file atomically: under a temporary name in the same folder, then renamed."""
-    temporary = path.with_name(f".{path.name}.writing")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    """Write a safetensors file atomically.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
 
 
 def sparse(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compress.common.files import write_text_atomic
 from compress.common.inputs import read_as
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
 from compress.models.architectures import Sublayer
@@ -68,7 +69,7 @@ class VariantInfo(BaseModel):
     def write(self, folder: Path) -> None:
         """Write `variant.json`."""
         text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
-        (folder / VARIANT_FILE).write_text(text + "\n", encoding="utf-8")
+        write_text_atomic(folder / VARIANT_FILE, text + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> VariantInfo:

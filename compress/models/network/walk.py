@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from compress.common.files import write_text_atomic
+from compress.common.files import naming, sync_tree, write_text_atomic
 from compress.models.files.weights import Weights
 from compress.models.network.pooling import LayerMean, head_of
 from compress.models.network.segments import (
@@ -235,13 +235,15 @@ class Carry:
             # Copies of outputs: a block may hand on the tensor that it was given, and files hold no tensor twice.
             tensors = {mark.key: output.clone() for mark, output in state.outputs.items()}
             tensors |= {} if state.total is None else {TOTAL: state.total}
-            save_file({name: tensor.contiguous() for name, tensor in {HIDDEN: state.hidden, **tensors}.items()}, path)
+            with naming(path):
+                save_file({name: tensor.contiguous() for name, tensor in {HIDDEN: state.hidden, **tensors}.items()}, path)
 
     def _arrive(self, passed: int) -> None:
         """Record that all batches have passed `passed` segments, and delete the hidden states of the position before."""
         # The state is written before the old files are deleted, so that a killed walk always finds a complete set.
         before, self.passed = self.passed, passed
         if self._folder is not None:
+            sync_tree(self._folder / f"{passed:04d}")
             write_text_atomic(self._folder / self.STATE, json.dumps({"passed": passed}))
             shutil.rmtree(self._folder / f"{before:04d}", ignore_errors=True)
 

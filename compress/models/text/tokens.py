@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import cached_property
@@ -24,6 +25,11 @@ TOKENIZER_BYTES = 256 * 2**20
 """Largest `tokenizer.json`; one of 500,000 tokens and their merges has 40 MB."""
 # In tokens. Longer texts are batched only with texts of equal length, so no padding is needed.
 LONGEST_PADDED = 2_048
+# Texts of up to so many characters, or so many for each token that is kept, are tokenized as they are.
+SHORTEST_CUT, CUT_CHARACTERS = 32_768, 32
+# So many tokens more than are kept must come out of a part of a text.
+SPARE_TOKENS = 256
+_SPACE = re.compile(r"\s")
 # A post-processor of `tokenizer.json` that adds no special tokens.
 NO_SPECIAL_TOKENS: dict[str, Any] = {
     "type": "TemplateProcessing",
@@ -116,6 +122,7 @@ class TextTokenizer:
         self.max_length = max_length
         self.positions = positions
         self._rows = rows
+        self._whole = max(SHORTEST_CUT, CUT_CHARACTERS * max_length)
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text, including special tokens: int64 [length], at most `max_length` of them."""
@@ -125,7 +132,8 @@ class TextTokenizer:
             texts = [text + self._spec.suffix for text in texts]
         if self._spec.max_characters is not None:
             texts = [text[: self._spec.max_characters] for text in texts]
-        made = [np.asarray(encoding.ids, dtype=np.int64) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        texts = [text if len(text) <= self._whole else self._cut(text) for text in texts]
+        made = [np.asarray(encoding.ids, dtype=np.int64) for encoding in self._tokenizer.encode_batch_fast(texts)]
         self._check_ids(made)
         return made if self._skipped is None else [row[row != self._skipped] for row in made]
 
@@ -149,6 +157,26 @@ class TextTokenizer:
                 f"{self._rows} rows",
                 "the tokenizer and the weights are of different models",
             )
+
+    def _cut(self, text: str) -> str:
+        """Return the part of a very long text that its first tokens (the last, for models that cut in front) come from.
+
+        Tokenizing the whole text would take some hundred bytes a character, only to throw nearly all tokens away. The part has so
+        many more tokens than are kept that where it ends does not change these.
+        """
+        size, before = self._whole, -1
+        from_end = self._spec.truncation_side == "left"
+        while size < len(text):
+            part = text[-size:] if from_end else text[:size]
+            count = len(self._untruncated.encode_batch_fast([part])[0].ids)
+            if count >= self.max_length + SPARE_TOKENS:
+                return part
+            # A giant word, which has few tokens however long it is, or one whose end cannot be seen: the rest adds nothing to it.
+            rest = text[:-size] if from_end else text[size:]
+            if count == before and _SPACE.search(rest) is None:
+                return part
+            size, before = 4 * size, count
+        return text
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, including special tokens, before truncation."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import html
 import json
+import sys
 import threading
 import webbrowser
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from compress.common.errors import UserError
 from compress.measure.record import RECORD_FILE
@@ -20,6 +23,9 @@ from compress.reports.dashboard.payload import payload
 PARTS = resources.files("compress.reports.dashboard")
 # A served page polls this path and reloads when the answer changes.
 STATE_PATH = "/state"
+HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+CLIENT_SECONDS = 10
+"""How long a client may take for a request, or for taking the answer."""
 
 
 @cache
@@ -42,8 +48,8 @@ def render(places: Sequence[Path], *, watched: str = "") -> str:
     Raises:
         UserError: no record can be read, or plotly is not installed.
     """
-    # `</` anywhere in the data would end the script element around it.
-    data = json.dumps(payload(places), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    # `</` in the data would end the script element around it, and `<!--<script>` would keep it from ever ending.
+    data = json.dumps(payload(places), ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     parts = {
         "CSS": _part("page.css"),
         "PLOTLY": _plotly().replace("</script", "<\\/script"),
@@ -64,10 +70,19 @@ def _part(name: str) -> str:
     return (PARTS / name).read_text(encoding="utf-8")
 
 
+def _host(header: str) -> str:
+    """Return the name in a Host header, without the port, in lower case."""
+    name, colon, port = header.strip().lower().rpartition(":")
+    return name if colon and port.isdigit() else header.strip().lower()
+
+
 def state_of(places: Sequence[Path]) -> str:
     """Return a string that changes when a record is added, removed or rewritten."""
     folders, broken = find_runs(places)
-    times = [(str(folder), (folder / RECORD_FILE).stat().st_mtime_ns) for folder in folders]
+    times = []
+    for folder in folders:
+        with suppress(FileNotFoundError):  # it was removed since it was found
+            times.append((str(folder), (folder / RECORD_FILE).stat().st_mtime_ns))
     return f"{hash((tuple(times), tuple(broken))):x}"
 
 
@@ -79,7 +94,7 @@ def serve(places: Sequence[Path], port: int, say: Callable[[str], None], *, brow
     """
     render(places)
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), handler(places))
+        server = Server(("127.0.0.1", port), handler(places))
     except OSError as error:
         raise UserError(f"port {port}: {error.strerror}", "choose another one: --port") from error
     address = f"http://127.0.0.1:{server.server_port}/"
@@ -90,18 +105,56 @@ def serve(places: Sequence[Path], port: int, say: Callable[[str], None], *, brow
         server.serve_forever()
 
 
+class Server(ThreadingHTTPServer):
+    """A server that does not wait for slow clients when it is stopped, nor speaks of those that went away."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that went away in the middle of an answer; anything else as usual."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
+class Page:
+    """The page as it is now, rendered once for each state of the records, however many ask for it at once."""
+
+    def __init__(self, places: Sequence[Path]) -> None:
+        self._places = places
+        self._lock = threading.Lock()
+        self._state, self._text = "", ""
+
+    def text(self) -> str:
+        """Return the page."""
+        with self._lock:
+            state = state_of(self._places)
+            if state != self._state:
+                try:
+                    self._text = render(self._places, watched=state)
+                except UserError as error:  # the folder was emptied while the page was being served
+                    self._text = f"<p>{html.escape(error.message)}</p>"
+                self._state = state
+            return self._text
+
+
 def handler(places: Sequence[Path]) -> type[BaseHTTPRequestHandler]:
-    """Return the request handler for the page and its state."""
+    """Return the request handler for the page and its state.
+
+    It answers requests to this machine's own names only: a page of another site, whose name points here, gets nothing.
+    """
+    page = Page(places)
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = CLIENT_SECONDS
+
         def do_GET(self) -> None:
-            if self.path == STATE_PATH:
+            if _host(self.headers.get("Host", "")) not in HOSTS:
+                self.send_error(403, "this server answers to localhost only")
+            elif self.path == STATE_PATH:
                 self._answer(state_of(places), "text/plain")
             elif self.path == "/":
-                try:
-                    self._answer(render(places, watched=state_of(places)), "text/html")
-                except UserError as error:  # the folder was emptied while the page was being served
-                    self._answer(f"<p>{html.escape(error.message)}</p>", "text/html")
+                self._answer(page.text(), "text/html")
             else:
                 self.send_error(404)
 

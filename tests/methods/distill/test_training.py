@@ -110,3 +110,13 @@ def test_training_stops_when_nothing_gets_better(tmp_path: Path) -> None:
     train(Bag(1), problem(), still, tmp_path / "t", say=said.append)
     assert len(said) == len(read_curve(tmp_path / "t")) <= 5
     assert said[-1].endswith("no improvement in 3 evaluations, stopped")
+
+
+def test_a_training_that_was_killed_after_it_had_stopped_early_is_over(tmp_path: Path) -> None:
+    still = settings(learning_rate=1e-12, every=10, patience=1)
+    stopped, again = Bag(1), Bag(1)
+    train(stopped, problem(), still, tmp_path / "t")
+    curve = read_curve(tmp_path / "t")
+    train(again, problem(), still, tmp_path / "t")
+    assert read_curve(tmp_path / "t") == curve
+    assert torch.equal(again.table.weight, stopped.table.weight)

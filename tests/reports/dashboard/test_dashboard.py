@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import shutil
+import socket
 import threading
 import time
 import urllib.request
@@ -19,6 +21,7 @@ from compress.common.errors import UserError
 from compress.measure.record import Record
 from compress.methods import METHODS, method_class
 from compress.methods.base import FAMILIES
+from compress.reports.dashboard import page as rendering
 from compress.reports.dashboard.page import STATE_PATH, handler, render, state_of
 from compress.reports.dashboard.payload import family, payload
 
@@ -102,6 +105,52 @@ def test_a_served_page_knows_when_a_record_changes(results: Path) -> None:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_only_this_machine_s_own_names_are_answered_and_a_page_is_rendered_once(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered: list[str] = []
+
+    def counted(places: Any, *, watched: str = "") -> str:
+        rendered.append(watched)
+        return "page"
+
+    monkeypatch.setattr(rendering, "render", counted)
+    monkeypatch.setattr(rendering, "CLIENT_SECONDS", 0.2)
+    server = rendering.Server(("127.0.0.1", 0), handler([results]))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    own = f"127.0.0.1:{server.server_port}"
+    try:
+        for host, status in (
+            (own, 200),
+            ("localhost", 200),
+            (f"[::1]:{server.server_port}", 200),
+            ("evil.example", 403),
+            ("", 403),
+        ):
+            connection = http.client.HTTPConnection(own, timeout=5)
+            connection.request("GET", "/", headers={"Host": host})
+            assert connection.getresponse().status == status, host
+            connection.close()
+        assert len(rendered) == 1
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as slow:  # says nothing, and is not waited for
+            slow.sendall(b"GET / HT")
+            assert slow.recv(100) == b""
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_no_name_ends_or_holds_the_script_of_the_data(results: Path) -> None:
+    record = results / RUNS[0] / "record.json"
+    content = json.loads(record.read_text())
+    content["recipe"]["name"] = "<!--<script></script>"
+    record.write_text(json.dumps(content))
+    made = render([results])
+    data = made.partition('id="payload">')[2].partition("</script>")[0]
+    assert "<" not in data
+    assert "<!--<script></script>" in {run["recipe"] for run in json.loads(data)["runs"]}
 
 
 @pytest.fixture(scope="module")
