@@ -25,18 +25,11 @@ from compress.pipeline.recipe_file import parse_recipe
 from compress.runtimes.lower import lower
 
 
-def test_dropping_nothing_changes_nothing(bert: Path, tmp_path: Path) -> None:
-    compress_to(bert, tmp_path / "plain" / "v")
-    compress_to(bert, tmp_path / "kept" / "v", Depth(keep=1.0), Width(channels=0.99, heads=0.99))
-    plain, kept = (load_file(tmp_path / which / "v" / "model.safetensors") for which in ("plain", "kept"))
-    assert plain.keys() == kept.keys()
-    assert all(torch.equal(plain[name], kept[name]) for name in plain)
-    np.testing.assert_array_equal(encoded(tmp_path / "plain" / "v"), encoded(tmp_path / "kept" / "v"))
-
-
 @pytest.mark.parametrize(
     ("step", "words"),
     [
+        (Depth(keep=1.0), "`keep: 1.0` of 2 blocks drops none"),
+        (Width(channels=0.99, heads=0.99), "keeps all of its heads and channels"),
         (Depth(keep=0.1), "leaves none of 2 blocks"),
         (Depth(drop=(0, 1)), "leaves none of 2 blocks"),
         (Depth(drop=(5,)), "names block 5; tiny has 0, 1"),
