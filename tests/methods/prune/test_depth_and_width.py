@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tests_support import TEXTS, compress_to, encoded, folder_of
 from transformers import AutoModel
