@@ -46,6 +46,8 @@ def disk_error(error: BaseException, path: Path | str | None) -> UserError | Non
     if number is None:
         return None
     place = getattr(error, "filename", None) or path
+    if path is not None and str(place).endswith(TEMPORARY):
+        place = path  # what the user asked for
     named = "" if place is None else f"{os.fsdecode(place)}: "
     if number in FULL:
         return UserError(

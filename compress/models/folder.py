@@ -253,6 +253,8 @@ class ModelFolder:
         Raises:
             UserError: it does.
         """
+        if self.is_static:
+            return  # tokens may share rows, and there are no blocks
         place, infos, shape = self.transformer / CONFIG_FILE, self.headers, self.shape
         sizes = self.config.get("text_config") or self.config
         if isinstance(sizes.get("num_hidden_layers"), int) and sizes.get("model_type") not in SHARED_BLOCKS:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests_support import folder_of
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from compress.common.errors import UserError
 from compress.models.files.conversion import in_network
@@ -24,6 +24,11 @@ FUSED = {
     "jina_embeddings_v3": ("encoder.layers.1.mixer.Wqkv.weight", "layers.1.self_attn.{}_proj.weight"),
     "gte": ("encoder.layer.1.attention.qkv_proj.weight", "layers.1.self_attn.{}_proj.weight"),
 }
+
+
+@pytest.fixture(autouse=True)
+def _with_a_tokenizer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.save_pretrained(tmp_path)
 
 
 def checkpoint(folder: Path, kind: str) -> nn.Module:

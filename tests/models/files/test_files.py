@@ -106,7 +106,7 @@ def test_the_fingerprint_follows_the_content(bert: Path, copy_of) -> None:
 def test_an_array_is_written_or_the_reason_given(tmp_path: Path) -> None:
     save_array(tmp_path / "v.npy", np.arange(6.0).reshape(2, 3))
     np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), [[0, 1, 2], [3, 4, 5]])
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=r"none/v\.npy: No such file or directory"):
         save_array(tmp_path / "none" / "v.npy", np.zeros(1))
 
 

@@ -158,7 +158,7 @@ from tests_support import compress_to
 write, written = stage.write_tensors, []
 def write_and_die(path, tensors):
     if len(written) == {after}:
-        path.with_name(f".{{path.name}}.writing").write_bytes(b"half a file")
+        path.with_name(f".{{path.name}}.0123456789ab.writing").write_bytes(b"half a file")
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, tensors)
     written.append(path)
