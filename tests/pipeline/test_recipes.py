@@ -14,8 +14,10 @@ from compress.common.errors import UserError
 from compress.common.machine import multiplies_bytes_exactly
 from compress.data.texts import calibration_texts
 from compress.layers.scheme import ActivationScheme
+from compress.methods.base import Method
 from compress.methods.distill.method import Distill
 from compress.methods.distill.student import Student
+from compress.methods.prune.depth import Depth
 from compress.models.files.variant import VariantInfo
 from compress.pipeline.recipe import Calibration, Evaluate, Gates, Measure
 from compress.pipeline.recipe_file import read_recipe
@@ -49,6 +51,13 @@ def shortened(step: Distill, folder: Path) -> Distill:
     return step.model_copy(update={"texts": str(texts), "student": student, "matryoshka": widths, **short})
 
 
+def smaller(step: Method, folder: Path) -> Method:
+    """A step for a network of two blocks, of which a quarter is none."""
+    if isinstance(step, Depth):
+        return step.model_copy(update={"keep": 0.5})
+    return shortened(step, folder) if isinstance(step, Distill) else step
+
+
 @pytest.mark.parametrize(("path", "kind"), _cases())
 def test_a_recipe_runs_to_its_end(request: pytest.FixtureRequest, path: Path, kind: str, tmp_path: Path) -> None:
     recipe = read_recipe(path)
@@ -60,7 +69,7 @@ def test_a_recipe_runs_to_its_end(request: pytest.FixtureRequest, path: Path, ki
     # The recipe's own steps; smaller, what is measured, the texts that are looked at and what is learned from them.
     small = recipe.model_copy(
         update={
-            "steps": tuple(shortened(step, tmp_path) if isinstance(step, Distill) else step for step in recipe.steps),
+            "steps": tuple(smaller(step, tmp_path) for step in recipe.steps),
             "evaluate": Evaluate(tasks=("MiniSTS",), baseline="float32"),
             "measure": Measure(what=("fidelity",), count=16),
             "calibration": Calibration(count=32),
