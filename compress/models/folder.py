@@ -190,6 +190,7 @@ class ModelFolder:
         """
         if self.is_variant:
             return stored_tensors(self.transformer)
+        _ = self.config  # which says of quantized weights who has quantized them
         found = self._with_head(stored_tensors(self.transformer))
         check_floating(found, NOT_WEIGHTS)
         return found
