@@ -190,8 +190,8 @@ class ModelFolder:
         """
         if self.is_variant:
             return stored_tensors(self.transformer)
-        _ = self.config  # which says of quantized weights who has quantized them
         found = self._with_head(stored_tensors(self.transformer))
+        _ = self.config  # which says of quantized weights who has quantized them
         check_floating(found, NOT_WEIGHTS)
         return found
 
