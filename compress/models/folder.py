@@ -241,7 +241,8 @@ class ModelFolder:
         found = stored_tensors(self.transformer)
         if self.is_variant:
             return found
-        if self.config.get("model_type") in NATIVE:  # others' names are the network's, but for what stands before them
+        config = self.config  # before the tensors are judged: it says of quantized weights who has quantized them
+        if config.get("model_type") in NATIVE:  # others' names are the network's, but for what stands before them
             found = attribute("compress.models.network.build:stored_in_network")(self, found)
         found = self._with_head(found)
         check_floating(found, NOT_WEIGHTS)
