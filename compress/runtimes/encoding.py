@@ -13,6 +13,7 @@ from compress.common.errors import UserError
 from compress.common.files import replacing
 from compress.data.texts import is_hub, iterate_texts, read_texts
 from compress.models.embedder import checked_chunks
+from compress.models.text.spec import UnknownTask
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def encode_file(model: str, texts: Path, target: Path, options: EncodeOptions | 
         for chunk in _chunks(texts, listed):
             try:
                 vectors = embedder.encode(chunk, options.prompt, task=options.task)
+            except UnknownTask:
+                raise
             except (ValueError, FloatingPointError) as error:  # a text or a prompt that the model cannot take; see `encode`
                 raise UserError(f"{texts}: cannot be embedded: {error}") from error
             file.write(np.ascontiguousarray(vectors, dtype=np.float32).data)

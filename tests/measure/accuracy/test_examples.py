@@ -121,7 +121,7 @@ def test_reranking_ranks_the_listed_documents_alone(bert: Path, data: Path) -> N
     (data / "AskUbuntuDupQuestions" / "top_ranked.jsonl").unlink()
     assert listed > score_task(embedder, find_tasks(["AskUbuntuDupQuestions"], data)[0]).score
     write(data / "AskUbuntuDupQuestions", "top_ranked.jsonl", [{"query-id": "q0", "corpus-ids": ["d0", "d999"]}])
-    with pytest.raises(UserError, match=r"row 1: document 'd999' is not in the corpus"):
+    with pytest.raises(UserError, match=r"line 1: document 'd999' is not in the corpus"):
         find_tasks(["AskUbuntuDupQuestions"], data)
 
 
