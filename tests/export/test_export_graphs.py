@@ -34,9 +34,8 @@ def example_of(folder: Path) -> str:
     ("kind", "format"),
     [
         ("bert", "onnx"),
-        ("nv_embed", "openvino"),
         *(pytest.param(kind, "onnx", marks=pytest.mark.slow) for kind in ("prompted", "nv_embed", "decoder")),
-        *(pytest.param(kind, "openvino", marks=pytest.mark.slow) for kind in ("bert", "prompted", "decoder")),
+        *(pytest.param(kind, "openvino", marks=pytest.mark.slow) for kind in ("bert", "prompted", "decoder", "nv_embed")),
     ],
 )
 def test_the_card_s_example_gives_the_variant_s_vectors(

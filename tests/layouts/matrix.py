@@ -54,8 +54,9 @@ NO_EMPTY_TEXT = ("gpt2_weighted",)
 """Layouts whose tokenizer adds nothing to an empty text, on which sentence-transformers fails."""
 REFERENCES = {"nomic_bert_hub_config": "nomic_bert_mean"}
 """Layouts that sentence-transformers does not load without remote code, and the one that holds the same model as it does load it."""
-SAME, SAME_GRAPH, INT8_COSINE = 1e-5, 1e-4, 0.999
-"""The bars: of loading, streaming and exports; of graph runtimes; of int8's lowest cosine."""
+SAME, SAME_GRAPH, INT8_COSINE = 1e-5, 1e-4, 0.99
+"""The bars: of loading, streaming and exports; of graph runtimes; of int8's lowest cosine, where trained networks keep 0.999: random
+weights have no redundancy, and outliers as large as their rounding."""
 
 
 def reference(folder: Path, texts: Sequence[str], prompt: str | None = None) -> Vectors:

@@ -27,7 +27,7 @@ class Shuffled:
         return vectors
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "MiniSTS" else [pytest.mark.slow]) for name in EMBEDDED])
 def test_batches_order_and_padding_change_no_score(minilm: Path, name: str) -> None:
     embedder = compress.load("minilm", device="cpu", dtype="float32")
     task = find_tasks([name], None)[0]

@@ -50,9 +50,9 @@ def opened(folder: Path, runtime: str, **settings: object):  # type: ignore[no-u
     [
         ("bert", "mean", True, "openvino"),
         ("bert", "cls", False, "onnxruntime"),
-        ("roberta", "mean", True, "onnxruntime"),
+        pytest.param("roberta", "mean", True, "onnxruntime", marks=pytest.mark.slow),
         ("mistral", "lasttoken", True, "openvino"),  # with its causal mask
-        ("qwen3", "mean", False, "onnxruntime"),
+        pytest.param("qwen3", "mean", False, "onnxruntime", marks=pytest.mark.slow),
         ("modernbert", "cls", True, "openvino"),  # layers of two kinds, each with a mask of its own
         ("gemma3_text", "mean", True, "onnxruntime"),
     ],
@@ -151,7 +151,11 @@ def test_minilm_s_int8_vectors_agree_as_far_as_rounding_lets_them(minilm: Path, 
 
 @pytest.mark.parametrize(
     ("steps", "runtime"),
-    [((), "onnxruntime"), ((Fold(),), "openvino"), ((Fold(), GPTQ(bits=4, group_size=16)), "onnxruntime")],
+    [
+        pytest.param((), "onnxruntime", marks=pytest.mark.slow),
+        ((Fold(),), "openvino"),
+        pytest.param((Fold(), GPTQ(bits=4, group_size=16)), "onnxruntime", marks=pytest.mark.slow),
+    ],
     ids=["published", "folded", "int4"],
 )
 def test_nv_embed_with_its_prompt_left_out_of_the_pool(nv_embed: Path, tmp_path: Path, runtime: str, steps: tuple) -> None:

@@ -231,11 +231,11 @@ class Carry:
             self._memory[index] = state
         else:
             path = self._file(passed, index)
-            path.parent.mkdir(exist_ok=True)
             # Copies of outputs: a block may hand on the tensor that it was given, and files hold no tensor twice.
             tensors = {mark.key: output.clone() for mark, output in state.outputs.items()}
             tensors |= {} if state.total is None else {TOTAL: state.total}
             with naming(path):
+                path.parent.mkdir(exist_ok=True)
                 save_file({name: tensor.contiguous() for name, tensor in {HIDDEN: state.hidden, **tensors}.items()}, path)
 
     def _arrive(self, passed: int) -> None:
@@ -243,7 +243,8 @@ class Carry:
         # The state is written before the old files are deleted, so that a killed walk always finds a complete set.
         before, self.passed = self.passed, passed
         if self._folder is not None:
-            sync_tree(self._folder / f"{passed:04d}")
+            with naming(self._folder):
+                sync_tree(self._folder / f"{passed:04d}")
             write_text_atomic(self._folder / self.STATE, json.dumps({"passed": passed}))
             shutil.rmtree(self._folder / f"{before:04d}", ignore_errors=True)
 

@@ -107,6 +107,7 @@ def test_a_rotation_between_two_spaces_is_found() -> None:
     np.testing.assert_allclose(rotation(CALIBRATION[:5], CALIBRATION[:5]), np.eye(64), atol=1e-5)  # too few texts to say more
 
 
+@pytest.mark.slow
 def test_a_table_of_vector_formats(minilm) -> None:
     options = EvaluationOptions(device="cpu", vector_formats=["float32", "int8", "binary"])
     found = evaluate("minilm", ["MiniRetrieval", "MiniSTS"], options, say=lambda _: None)
@@ -119,7 +120,7 @@ def test_a_table_of_vector_formats(minilm) -> None:
     assert rows["binary"].scores["MiniRetrieval"] < whole - 0.01
 
 
-@pytest.mark.parametrize("against", [None, "minilm"])
+@pytest.mark.parametrize("against", [pytest.param(None, marks=pytest.mark.slow), "minilm"])
 def test_the_table_of_vector_formats_is_printed_alone_and_in_pairs(
     minilm, capsys: pytest.CaptureFixture[str], against: str | None
 ) -> None:

@@ -16,7 +16,7 @@ from compress.methods.prune.depth import Depth
 from compress.methods.prune.sparsegpt import SparseGPT
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_learn_what_one_does(bert: Path, texts: Path, tmp_path: Path, sharded: bool) -> None:
     alone = Distill(texts=str(texts), held_out=40, steps=6, batch=16, every=3, learning_rate=1e-3, precision="no", processes=1)
     together = alone.model_copy(update={"processes": 2, "sharded": sharded})

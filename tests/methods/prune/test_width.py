@@ -76,6 +76,7 @@ def test_channels_that_do_nothing_go_and_nothing_changes(model_of, copy_of, tmp_
         np.testing.assert_array_equal(encoded(target), encoded(target, stream=True))
 
 
+@pytest.mark.slow
 def test_the_refit_takes_back_most_of_what_width_loses(minilm: Path, tmp_path: Path) -> None:
     losses, texts = {}, list(suite_texts()[:64])
     for refit in (True, False):
