@@ -247,25 +247,34 @@ def check_target(path: Path, *, make_folders: bool = True) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder's list of names to the disk, so that a rename in it outlasts a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
+    """Sync a folder's list of names to the disk, so that a rename in it outlasts a power cut.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with naming(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
-    """Sync every file in a folder, and all its folders, to the disk."""
+    """Sync every file in a folder, and all its folders, to the disk.
+
+    Raises:
+        UserError: one cannot be written.
+    """
     for place, _, names in os.walk(folder):
         for name in names:
             path = Path(place) / name
             if path.is_symlink():
                 continue
-            with path.open("rb") as file:
+            with naming(path), path.open("rb") as file:
                 os.fsync(file.fileno())
         sync_folder(Path(place))
 

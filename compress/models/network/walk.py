@@ -243,8 +243,7 @@ class Carry:
         # The state is written before the old files are deleted, so that a killed walk always finds a complete set.
         before, self.passed = self.passed, passed
         if self._folder is not None:
-            with naming(self._folder):
-                sync_tree(self._folder / f"{passed:04d}")
+            sync_tree(self._folder / f"{passed:04d}")
             write_text_atomic(self._folder / self.STATE, json.dumps({"passed": passed}))
             shutil.rmtree(self._folder / f"{before:04d}", ignore_errors=True)
 
