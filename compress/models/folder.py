@@ -210,6 +210,8 @@ class ModelFolder:
             config = AutoConfig.from_pretrained(
                 self.transformer, local_files_only=True, trust_remote_code=False, **self.settings.config
             )
+        except UserError:  # of the settings, which are read here
+            raise
         except (ValueError, KeyError) as error:
             if kind in _architectures():
                 raise UserError(f"{path}: {first_line(error)}") from error

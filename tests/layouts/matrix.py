@@ -11,6 +11,7 @@ import math
 import shutil
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -227,6 +228,12 @@ class Cell:
     """Whether the number meets its bar."""
 
 
+def told(error: UserError, folder: Path, scratch: str) -> str:
+    """The first line of a refusal, as it reads for any folder."""
+    line = str(error).splitlines()[0].replace(str(folder), "").replace(scratch, "").replace("tiny has", "it has")
+    return textwrap.shorten(line.strip(": /").removeprefix("tiny: "), 200, placeholder=" ...")
+
+
 def cells(folder: Path, columns: Sequence[str] = tuple(CELLS)) -> dict[str, Cell]:
     """Fill a row. Anything but a number or a `UserError` is raised: no other error may come out of any cell."""
     warnings.simplefilter("ignore")
@@ -238,7 +245,7 @@ def cells(folder: Path, columns: Sequence[str] = tuple(CELLS)) -> dict[str, Cell
                 value, good = CELLS[name](layout)
                 row[name] = Cell(value, good=good)
             except UserError as error:
-                row[name] = Cell(None, str(error).splitlines()[0].replace(str(folder), "").replace(scratch, "").strip(": /"))
+                row[name] = Cell(None, told(error, folder, scratch))
             if name == "load" and row[name].value is None:
                 break  # refused as a whole
     return row
