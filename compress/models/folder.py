@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from compress.common.errors import UserError, first_line
 from compress.common.inputs import read_text
 from compress.common.lazy import attribute
-from compress.models.architectures import ENCODERS, OWN_ARCHITECTURES, OwnArchitecture
+from compress.models.architectures import ENCODERS, OWN_ARCHITECTURES, OwnArchitecture, one_set_of_blocks
 from compress.models.files.config import CONFIG_FILE, check_blocks, check_floating, check_rows, read_config
 from compress.models.files.headers import StoredTensor, TensorInfo, fingerprint, stored_tensors, weight_files
 from compress.models.files.variant import VARIANT_FILE, VariantInfo
@@ -55,8 +55,6 @@ FAIRSEQ_POSITIONS = (
     "xmod",
     "data2vec-text",
 )
-SHARED_BLOCKS = ("albert",)
-"""Model types that use the weights of one block several times."""
 NOT_WEIGHTS = re.compile(r"(?:^|\.)(?:position_ids|token_type_ids|num_batches_tracked|masked_bias|bias_mask|attn\.bias)$")
 """Buffers of checkpoints that are integers or truth values."""
 NATIVE = ("nomic_bert", "jina_embeddings_v3", "gte")
@@ -260,7 +258,7 @@ class ModelFolder:
             return  # tokens may share rows, and there are no blocks
         place, infos, shape = self.transformer / CONFIG_FILE, self.headers, self.shape
         sizes = self.config.get("text_config") or self.config
-        if isinstance(sizes.get("num_hidden_layers"), int) and sizes.get("model_type") not in SHARED_BLOCKS:
+        if isinstance(sizes.get("num_hidden_layers"), int) and one_set_of_blocks(sizes) is None:
             check_blocks(place, sizes["num_hidden_layers"], infos)
         table = f"{shape.token_table}.weight"
         check_rows(place, "vocab_size", sizes.get("vocab_size"), infos[table].shape[0] if table in infos else None)

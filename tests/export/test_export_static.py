@@ -13,7 +13,6 @@ from sentence_transformers.sentence_transformer import modules
 from static_support import TEXTS, WIDTH, as_model2vec, model2vec_folder, shared_tensors, static_embedding_folder, table
 from tests_support import compress_to
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 import compress
 from compress.common.errors import UserError
@@ -25,14 +24,6 @@ from compress.runtimes.exported import open_export
 
 KNOWN = [text for text in TEXTS if text.isascii()]
 """Texts without unknown tokens."""
-
-
-@pytest.fixture
-def pieces(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    own.no_truncation()
-    own.no_padding()
-    return own
 
 
 def vectors(variant: Path, texts: list[str]) -> np.ndarray:

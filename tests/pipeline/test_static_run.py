@@ -9,7 +9,6 @@ import pytest
 from static_support import model2vec_folder, shared_tensors, static_embedding_folder, table
 from tests_support import folder_of
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 import compress
 from compress.common.errors import UserError
@@ -18,14 +17,6 @@ from compress.methods import METHODS, method_class
 from compress.pipeline.plan import describe, make_plan
 from compress.pipeline.recipe_file import parse_recipe
 from compress.pipeline.run import run
-
-
-@pytest.fixture(scope="module")
-def pieces(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    own.no_truncation()
-    own.no_padding()
-    return own
 
 
 @pytest.mark.parametrize("layout", ["StaticEmbedding", "model2vec"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from static_support import TEXTS, model2vec_folder, shared_tensors, static_embedding_folder, table
+from static_support import TEXTS, model2vec_folder, shared_tensors, static_embedding_folder, table, uncut
 from tests_support import compress_to, folder_of, network_of
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -24,17 +24,10 @@ from compress.runtimes.lower import lower
 from compress.runtimes.numpy_runtime import PIECE, token_vectors
 
 
-@pytest.fixture(scope="module")
-def pieces(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    own.no_truncation()
-    own.no_padding()
-    return own
-
-
 @pytest.fixture(scope="module", params=["StaticEmbedding", "model2vec"])
-def model(request: pytest.FixtureRequest, pieces: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A static table in both layouts; model2vec's with tokens that share vectors and have factors."""
+    pieces = uncut(tokenizer.backend_tokenizer)
     folder = tmp_path_factory.mktemp("static") / "model"
     if request.param == "model2vec":
         return model2vec_folder(folder, pieces, shared_tensors(pieces), normalize=True)

@@ -22,20 +22,10 @@ from static_support import (
     write_json,
 )
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 import compress
 from compress.common.errors import UserError
 from compress.models.folder import ModelFolder
-
-
-@pytest.fixture
-def pieces(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A tokenizer of one's own: special tokens around a text, an unknown token, no truncation."""
-    own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    own.no_truncation()
-    own.no_padding()
-    return own
 
 
 def reference(folder: Path, texts: list[str], prompt: str | None = None) -> np.ndarray:
