@@ -92,7 +92,7 @@ def test_numbers_that_cannot_be_trained_around_are_refused(bert: Path, texts: Pa
 
 
 def test_a_low_rank_change_is_added_up_and_leaves_zeros_and_the_rest_alone(bert: Path, texts: Path, tmp_path: Path) -> None:
-    heal = Distill(texts=str(texts), held_out=40, lora=2, steps=12, batch=16, every=6, learning_rate=1e-2, precision="no")
+    heal = Distill(texts=str(texts), held_out=40, lora=2, steps=12, batch=16, every=6, learning_rate=3e-3, precision="no")
     compress_to(bert, tmp_path / "pruned", SparseGPT(pattern="2:4"))
     compress_to(bert, tmp_path / "healed", SparseGPT(pattern="2:4"), heal)
     before, after = stored(tmp_path / "pruned"), stored(tmp_path / "healed")
