@@ -13,9 +13,21 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = clipped(message)
         self.hint = hint
+        super().__init__(self.message)
+
+
+LONGEST_MESSAGE = 4_000
+"""Characters. A message quotes what it is about, and a broken file may hold a value of megabytes."""
+
+
+def clipped(text: str) -> str:
+    """Leave out the middle of a text that is too long for a message: its beginning names the place, its end the remedy."""
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    half = LONGEST_MESSAGE // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
 class BadTextError(UserError, ValueError):

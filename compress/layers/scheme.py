@@ -43,7 +43,7 @@ class QuantizedLayer(BaseModel):
 
     numbers: Numbers = Numbers.INTEGER
     bits: int = Field(ge=2, le=8)
-    group_size: int | None = None
+    group_size: int | None = Field(None, ge=1)
     """Number of inputs that share a scale; None: all inputs of an output channel (of a table: of a row)."""
     symmetric: bool = True
     """Whether zero is the middle of the integer range; otherwise each group stores its own zero."""

@@ -55,6 +55,8 @@ def find(model: str | Path) -> ModelFolder:
         UserError: it is nowhere, the hub cannot be reached or refuses, the disk has no room, or a file is a link to nothing.
     """
     model = str(model)
+    if not model:
+        raise UserError("model '': a name or a folder is missing", f"built in: {', '.join(BUILT_IN)}; the current folder is '.'")
     if model.startswith(PREFIX):
         spec = RandomSpec.parse(model)
         return ModelFolder(spec.name, random_checkpoint(spec, _folder_without_weights(spec.model)))

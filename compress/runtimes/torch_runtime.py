@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from compress.common.errors import UserError
+from compress.common.errors import UserError, nearest
 from compress.layers.compressed import CompressedLayer, CompressedLinear
 from compress.layers.float_layers import CastEmbedding, OneDnnLinear, has_onednn_linear
 from compress.layers.quantized_embedding import QuantizedEmbedding
@@ -37,7 +37,13 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """Return the named compute dtype; by default float16 on a GPU and float32 on a CPU, where half precision is slow."""
+    """Return the named compute dtype; by default float16 on a GPU and float32 on a CPU, where half precision is slow.
+
+    Raises:
+        UserError: it is none of `DTYPES`.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not known", nearest(dtype, DTYPES))
     return DTYPES[dtype or ("float32" if device.type == "cpu" else "float16")]
 
 

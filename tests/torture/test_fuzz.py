@@ -82,7 +82,7 @@ def changed(document: Any, changes: list[tuple[float, Any]]) -> Any:
 
         walk(document)
         if not spots:
-            return value
+            return None if value is ... else value
         node, key = spots[min(int(place * len(spots)), len(spots) - 1)]
         if value is ...:
             del node[key]

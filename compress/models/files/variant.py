@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from compress.common.files import write_text_atomic
 from compress.common.inputs import read_as
@@ -41,7 +41,7 @@ class VariantInfo(BaseModel):
     """Whether NV-Embed's latent-attention head is folded."""
     runtime: str = "torch"
     """Name of the runtime that the variant was made for and measured in. `compress.load` uses it by default."""
-    dtype: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Dtype of the floating-point arithmetic in that runtime; None for the runtime's default on the device."""
     layers: tuple[int, ...] | None = None
     """The number that each block has in the published model, from 0; None in variants of earlier versions, which have all."""
@@ -53,6 +53,14 @@ class VariantInfo(BaseModel):
     """The quantized linear layers and tables, by their names in the network."""
     steps: list[dict[str, Any]]
     """The recipe's steps as they were applied, with defaults filled in."""
+
+    @field_validator("spec", mode="before")
+    @classmethod
+    def _names_its_pooling(cls, spec: Any) -> Any:
+        """Every version wrote the pooling; without it the default of another model would be taken."""
+        if isinstance(spec, dict) and "pooling" not in spec:
+            raise ValueError("names no pooling")
+        return spec
 
     @property
     def weights(self) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 
 from compress.common.errors import UserError
 from compress.layers.bitmask import decode
+from compress.models.files.config import FLOATING
 from compress.models.files.conversion import in_network
 from compress.models.files.headers import MASK, StoredTensor
 from compress.models.network.tied import stored_once
@@ -23,6 +24,20 @@ UNUSED = re.compile(
     r"|(?:^|\.)(?:position_ids|token_type_ids|rotary_emb\.inv_freq|masked_bias|attn\.bias)$|^(?:head|decoder)\.|^predictions\."
 )
 """Tensors of checkpoints that no embedder uses: heads of language models, poolers, buffers that newer libraries make themselves."""
+
+
+_NAMES = {
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+DTYPES_FOR = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), FLOATING)
+"""Stored dtypes that a floating-point tensor of a network takes. Read as floating point, integers would be other numbers."""
 
 
 class Weights:
@@ -38,7 +53,7 @@ class Weights:
                 tensors that no embedder uses are passed over: a language model's head, a pooler, position ids.
 
         Raises:
-            UserError: a tensor is missing, unexpected (if `exact`) or of another shape.
+            UserError: a tensor is missing, unexpected (if `exact`), or of another shape or kind of numbers.
         """
         self._wanted = network.state_dict(keep_vars=True)
         found = dict(tensors) if exact else stored_once(in_network(tensors, network), network)
@@ -62,6 +77,8 @@ class Weights:
                     )
             elif shape != tuple(tensor.shape):
                 raise UserError(f"{stored.path}: {stored.name} has shape {list(shape)}, its network needs {list(tensor.shape)}")
+            if stored.info.dtype not in DTYPES_FOR.get(tensor.dtype, (_NAMES.get(tensor.dtype),)):
+                raise UserError(f"{stored.path}: {stored.name} is {stored.info.dtype}, its network needs {tensor.dtype}")
 
     def dtypes(self) -> set[torch.dtype]:
         """Return the dtypes in which the floating-point tensors are stored."""
