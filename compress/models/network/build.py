@@ -76,7 +76,8 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise UserError(
-            f"{folder.transformer}: the checkpoint lacks {len(missing)} tensors of the network that its config.json describes, such as {missing[0]!r}"
+            f"{folder.transformer}: the checkpoint lacks {len(missing)} tensors of the network that its config.json describes, "
+            f"such as {missing[0]!r}"
         )
     unused = sorted(key for key in report["unexpected_keys"] if not UNUSED.search(key))
     if unused:
