@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compress.common.errors import UserError
 from compress.common.files import write_text_atomic
+from compress.common.inputs import read_text
 
 CHECKSUM, VALUE = "sha256", "value"
 
@@ -82,8 +85,12 @@ def read_entry(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged.
     """
+    if not os.path.lexists(path):
+        raise FileNotFoundError(path)
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = json.loads(read_text(path))
+    except UserError as error:
+        raise ValueError(error.message.removeprefix(f"{path}: ")) from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(kept, dict):

@@ -296,6 +296,15 @@ class ModelFolder:
         """Width of the model's vectors."""
         return self.spec.dimension(self.shape.output_width)
 
+    @property
+    def shape_to_compress(self) -> ModelShape:
+        """The model's shape with what steps check before a run begins.
+
+        Raises:
+            UserError: see `spec`.
+        """
+        return replace(self.shape, vector_width=self.dimension)
+
     @cached_property
     def spec(self) -> EmbedderSpec:
         """How the model takes texts and pools tokens.

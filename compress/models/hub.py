@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.common.errors import UserError, first_line
+from compress.common.inputs import read_text
 from compress.models.text.router import every_module
 from compress.models.text.sentence_transformers import read_modules
 
@@ -21,6 +22,7 @@ UNUSED = ("onnx/*", "openvino/*", "coreml/*", "gguf/*", "original/*", "consolida
 # Modules of sentence-transformers that have weights of their own.
 WEIGHED = frozenset({"Transformer", "Dense", "LayerNorm", "WeightedLayerPooling", "StaticEmbedding"})
 CACHED = "models--"
+COMMIT_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,12 @@ def snapshot_of(folder: Path) -> Path:
     if not folder.name.startswith(CACHED) or not snapshots.is_dir():
         return folder
     main = folder / "refs" / "main"
-    if main.is_file() and (snapshots / main.read_text(encoding="utf-8").strip()).is_dir():
-        return snapshots / main.read_text(encoding="utf-8").strip()
+    if main.is_file():
+        commit = read_text(main, COMMIT_BYTES).strip()
+        if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
+            raise UserError(f"{main}: names no commit, but {commit[:80]!r}", "give one of the folders in snapshots/")
+        if (snapshots / commit).is_dir():
+            return snapshots / commit
     there = sorted(snapshots.iterdir())
     if len(there) != 1:
         raise UserError(f"{folder}: holds {len(there)} snapshots, none of them main", "give one of the folders in snapshots/")

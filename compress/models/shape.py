@@ -61,6 +61,8 @@ class ModelShape:
     """The remaining blocks, by their number in the published model; None if all remain."""
     packed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Unpacked shapes of the weights that steps of the plan have quantized to integers, by layer name."""
+    vector_width: int | None = None
+    """Width of the model's vectors; None where only tensors and config are known."""
 
     @property
     def layers(self) -> tuple[int, ...]:

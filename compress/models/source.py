@@ -127,4 +127,4 @@ def find_shape(model: str, *, to_compress: bool = False) -> ModelShape:
     if to_compress and model not in BUILT_IN:
         # Needs torch, unlike everything else here: whether a folder's files fit their network is known by building that.
         attribute("compress.models.opened:check_compressible")(folder)
-    return folder.shape
+    return folder.shape_to_compress if to_compress else folder.shape

@@ -81,16 +81,18 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         raise UserError(
             f"model {shape.name!r}: its table is stored in integers already", "start from the model that it was made from"
         )
-    for index, step in enumerate(steps_for(recipe, shape)):
+    numbers = {id(step): f"steps.{index}" for index, step in enumerate(recipe.steps)}
+    for step in steps_for(recipe, shape):
+        place = f"recipe {recipe.name}: {numbers.get(id(step), 'fold')}"
         if not shape.blocks and not step.without_blocks:
             raise UserError(
-                f"recipe {recipe.name}: steps.{index} ({step.method}): {shape.name} is a static table, which has no blocks",
+                f"{place} ({step.method}): {shape.name} is a static table, which has no blocks",
                 f"these steps work on it: {', '.join(name for name in METHODS if method_class(name).without_blocks)}",
             )
         try:
             estimate = step.estimate(after)
         except ValueError as error:
-            raise UserError(f"recipe {recipe.name}: steps.{index}: {error}") from error
+            raise UserError(f"{place}: {error}") from error
         after = estimate.after
         step_memory = max(step_memory, estimate.memory_bytes)
         touched += estimate.bytes_touched

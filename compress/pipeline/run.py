@@ -115,9 +115,10 @@ class _Run:
         self.output, self.say = output, say
         self.source = find(recipe.model)
         check_original(self.source)
-        self.shape = self.source.shape
+        self.shape = self.source.shape_to_compress
         self.recipe = self._resolved(recipe)
-        self.plan = make_plan(self.recipe, self.shape, output)
+        # With the steps as they were written, by whose numbers errors name them.
+        self.plan = make_plan(self.recipe.model_copy(update={"steps": recipe.steps}), self.shape, output)
         _check_writable(output)
         evaluate, measure = self.recipe.evaluate, self.recipe.measure
         if "fidelity" in measure.what and measure.count <= NEIGHBOURS:

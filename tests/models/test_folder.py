@@ -16,6 +16,7 @@ from compress.common.errors import UserError
 from compress.methods.quantize.rtn import RTN
 from compress.models.files.variant import VariantInfo
 from compress.models.folder import ModelFolder
+from compress.models.hub import snapshot_of
 from compress.pipeline.recipe_file import parse_recipe
 
 TEXTS = ["the parcel never came", "rain by the evening", ""]
@@ -71,3 +72,25 @@ def test_a_checkpoint_is_no_variant(bert: Path) -> None:
     assert ModelFolder("tiny", bert).variant is None
     with pytest.raises(UserError, match="holds no variant"):
         print(ModelFolder("tiny", bert).compressed)
+
+
+def test_two_modules_of_one_name_are_refused(copy_of, bert: Path) -> None:
+    """sentence-transformers keeps modules by name: of two it would run the last."""
+    folder = copy_of(bert)
+    entries = json.loads((folder / "modules.json").read_text())
+    entries[1]["name"] = entries[0]["name"] = "0"
+    (folder / "modules.json").write_text(json.dumps(entries))
+    with pytest.raises(UserError, match=r"modules.json: two modules have the name '0'"):
+        assert ModelFolder("m", folder).modules
+
+
+@pytest.mark.parametrize("named", ["../../elsewhere", "", "x" * 5000])
+def test_a_reference_of_the_hubs_cache_names_a_commit(tmp_path: Path, bert: Path, named: str) -> None:
+    cached = tmp_path / "models--owner--name"
+    shutil.copytree(bert, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40 + "\n")
+    assert snapshot_of(cached) == cached / "snapshots" / ("0" * 40)
+    (cached / "refs" / "main").write_text(named)
+    with pytest.raises(UserError, match=r"refs/main: (names no commit|larger than)"):
+        snapshot_of(cached)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import compress
 from compress.common.errors import UserError
-from compress.models.source import find_shape
+from compress.models.source import find, find_shape
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe_file import parse_recipe, read_recipe
 
@@ -103,13 +104,15 @@ def test_steps_without_an_effect_on_the_model(step: dict[str, object], message: 
         make_plan(parse_recipe({"steps": (step,)}), shape, Path("results"))
 
 
-def test_matryoshka_beyond_the_dimension() -> None:
-    from compress.methods.distill.method import Distill
-    from compress.models.opened import open_model
-    from compress.models.source import find
-
-    nano = open_model(find("nano"))
-    width = find("nano").dimension
-    Distill(texts="t", matryoshka=(width // 2,))._check_dimensions(nano)
-    with pytest.raises(ValueError, match=f"`matryoshka: {width}` has no effect: the student's vectors have {width} dimensions"):
-        Distill(texts="t", matryoshka=(width // 2, width))._check_dimensions(nano)
+def test_matryoshka_beyond_the_dimension_is_refused_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("one text\n")
+    nano, width = find_shape("nano", to_compress=True), find("nano").dimension
+    step = {"method": "distill", "texts": str(tmp_path / "texts.txt")}
+    make_plan(parse_recipe({"steps": ({**step, "matryoshka": (width // 2,)},)}), nano, tmp_path)
+    beyond = parse_recipe({"steps": ({"method": "rtn"}, {**step, "matryoshka": (width // 2, width)})})
+    message = f"steps.1: `matryoshka: {width}` has no effect: the student's vectors have {width} dimensions"
+    with pytest.raises(UserError, match=message):
+        make_plan(beyond, nano, tmp_path)
+    with pytest.raises(UserError, match=message):
+        compress.run(beyond.model_copy(update={"model": "nano"}), output=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

@@ -7,20 +7,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from compress.common.errors import UserError, first_line
 from compress.common.files import replacing, write_text_atomic
+from compress.common.inputs import check_file, checked_by, parse_json, read_text
 
 CURVE_FILE, STATE = "curve.jsonl", "state"
 # Parameters that are split among processes are put together in the first one's memory.
+_LOOK = TypeAdapter(dict[str, float])
+"""A line of a curve: step, loss, how well the held-out texts are met, seconds."""
+ANEW = "run with --fresh to train anew"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def read_curve(folder: Path) -> list[dict[str, float]]:
-    """Return a training's curve up to its last checkpoint; empty before the first one."""
+    """Return a training's curve up to its last checkpoint; empty before the first one.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = folder / CURVE_FILE
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    lines = enumerate(read_text(path).splitlines(), start=1)
+    places = [(f"{path}, line {number}", line) for number, line in lines]
+    return [checked_by(parse_json(line, place), _LOOK, place, ANEW) for place, line in places]
 
 
 class Checkpoints:
@@ -32,11 +46,20 @@ class Checkpoints:
         self._run, self._optimizer, self._folder, self._main = run, optimizer, folder, main
 
     def resume(self) -> list[dict[str, float]]:
-        """Load the last checkpoint, if there is one, and return the curve up to it."""
+        """Load the last checkpoint, if there is one, and return the curve up to it.
+
+        Raises:
+            UserError: it is damaged.
+        """
         curve = read_curve(self._folder)
         if not curve:
             return []
-        kept = torch.load(self._path(int(curve[-1]["step"])), weights_only=True, map_location="cpu")
+        path = self._path(int(curve[-1].get("step", 0)))
+        check_file(path)
+        try:
+            kept = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch raises errors of its zip reader, of its unpickler and of the file system
+            raise UserError(f"{path}: the checkpoint cannot be read ({first_line(error)})", ANEW) from error
         set_state_dict(self._run, self._optimizer, model_state_dict=kept["run"], optim_state_dict=kept["optimizer"], options=WHOLE)
         return curve
 

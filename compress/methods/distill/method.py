@@ -52,18 +52,17 @@ class Distill(DistillSettings):
         teacher = Teacher(find(self.teacher) if self.teacher else bench.published, device)
         texts = cache(lambda: self._texts(bench))
         student = self._student(model, bench, teacher, texts)
-        self._check_dimensions(student)
+        self._check_dimensions(student.spec.dimension(student.shape.hidden_size))
         found = bench.once(lambda: self._learned(student, teacher, bench, device, *texts()))
         bench.report(found)
         return self, replace(student, weights=Weights(tensors_in(bench.folder / WEIGHTS), student.network, exact=True))
 
-    def _check_dimensions(self, student: OpenModel) -> None:
-        """See that `matryoshka` names parts of the student's vectors.
+    def _check_dimensions(self, whole: int) -> None:
+        """See that `matryoshka` names parts of the student's vectors, which have `whole` dimensions.
 
         Raises:
             ValueError: one is as wide as the whole, or wider.
         """
-        whole = student.spec.dimension(student.shape.hidden_size)
         beyond = [width for width in self.matryoshka if width >= whole]
         if beyond:
             raise ValueError(f"`matryoshka: {beyond[0]}` has no effect: the student's vectors have {whole} dimensions")
@@ -172,6 +171,8 @@ class Distill(DistillSettings):
         from compress.methods.distill.cost import GPU_COUNTS, Training, low_rank_parameters
 
         after = self._shape_of(shape)
+        if after.vector_width is not None:  # a student of its own tells its width once it is open
+            self._check_dimensions(after.vector_width)
         teacher = self._teacher_shape(shape)
         learning = after.packed_parameters if self.integers == "trained" else 0
         training = Training(

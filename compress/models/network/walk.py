@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from compress.common.files import naming, sync_tree, write_text_atomic
+from compress.common.inputs import read_as
 from compress.models.files.weights import Weights
 from compress.models.network.pooling import LayerMean, head_of
 from compress.models.network.segments import (
@@ -97,6 +99,14 @@ class Streamed:
         return dict(zip(parts, holder, strict=True))
 
 
+class _Reached(BaseModel):
+    """What a walk keeps of how far it is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    passed: int = Field(ge=0)
+
+
 class Carry:
     """Carries texts through the network during a walk, as the hidden states of each batch.
 
@@ -130,7 +140,7 @@ class Carry:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / self.STATE).exists():
-                self.passed = int(json.loads((folder / self.STATE).read_text(encoding="utf-8"))["passed"])
+                self.passed = read_as(folder / self.STATE, _Reached, "run with --fresh to begin anew").passed
 
     def hidden(self, index: int) -> torch.Tensor:
         """Return the hidden states of a batch at the walk's current position, [texts, length, width]."""

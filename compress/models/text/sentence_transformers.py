@@ -51,6 +51,7 @@ class _File(BaseModel):
 class _Entry(_File):
     """An entry of `modules.json`."""
 
+    name: str | int | None = None
     type: str
     path: str
 
@@ -143,6 +144,10 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
         return ()
     modules = []
     entries: list[_Entry] = checked_by(read_json(path), _ENTRIES, str(path))
+    names = [entry.name for entry in entries if entry.name is not None]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:  # sentence-transformers keeps modules by name, and would run the last one alone
+        raise UserError(f"{path}: two modules have the name {twice!r}", "give each its own name, such as its place in the list")
     for number, entry in enumerate(entries):
         modules.append(Module(kind_of(path, entry.type), inside(folder, entry.path, f"{path}: {number}.path")))
     return tuple(modules)

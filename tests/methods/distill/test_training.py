@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from compress.common.errors import UserError
 from compress.methods.distill.batches import TokenTexts
-from compress.methods.distill.checkpoints import read_curve
+from compress.methods.distill.checkpoints import Checkpoints, read_curve
 from compress.methods.distill.method import Distill
 from compress.methods.distill.training import TrainingData, rate, train
 from compress.models.network.pooling import TextHead, TokenPooling
@@ -120,3 +121,21 @@ def test_a_training_that_was_killed_after_it_had_stopped_early_is_over(tmp_path:
     train(again, problem(), still, tmp_path / "t")
     assert read_curve(tmp_path / "t") == curve
     assert torch.equal(again.table.weight, stopped.table.weight)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("curve.jsonl", b"{broken\n", "curve.jsonl, line 1: not JSON"),
+        ("curve.jsonl", b'{"step": "x"}\n', "curve.jsonl, line 1: step: "),
+        ("curve.jsonl", b"[1]\n", "curve.jsonl, line 1: "),
+        ("curve.jsonl", b"\xff", "curve.jsonl: not UTF-8"),
+        ("state-100.pt", b"half", "state-100.pt: the checkpoint cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str, content: bytes, message: str) -> None:
+    run = Bag(0)
+    (tmp_path / "curve.jsonl").write_text('{"step": 100, "loss": 0.1, "cosine": 0.9, "seconds": 1.0}\n')
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        Checkpoints(run, torch.optim.SGD(run.parameters()), tmp_path, main=True).resume()
