@@ -231,7 +231,7 @@ def optimal(lines: Sequence[Line]) -> list[Line]:
             return False
         pairs: list[tuple[float, float]] = [(one.kept, other.kept), (-one.bytes, -other.bytes)]
         if one.speedup is not None and other.speedup is not None:
-            same = abs(one.speedup / other.speedup - 1) < SAME_SPEED
+            same = abs(one.speedup - other.speedup) < SAME_SPEED * abs(other.speedup)
             pairs.append((0, 0) if same else (one.speedup, other.speedup))
         return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
