@@ -158,7 +158,7 @@ def encode(
 
 @app.command(cls=accepting(EVALUATE_BEFORE))
 def evaluate(
-    model: ModelArgument,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, folder, run, hub name, or a server's address.")],
     tasks: Annotated[str, typer.Option(metavar="A,B", help="Names of tasks or benchmarks, mini or lite.")] = "mini",
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Another model to compare with, in pairs.")] = None,
     data: DataOption = None,
@@ -169,6 +169,10 @@ def evaluate(
     calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts that vector formats are fitted on.")] = None,
     lengths: Annotated[bool, typer.Option("--lengths", help="Split retrieval scores by document length.")] = False,
     to: Annotated[Path | None, typer.Option("--to", "-o", metavar="FOLDER", help="Folder for results in mteb's format.")] = None,
+    key: Annotated[
+        str | None, typer.Option("--api-key-env", metavar="NAME", help="Environment variable with the API key of a server.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds for each request to a server.")] = 60.0,
     runtime: RuntimeOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -193,6 +197,8 @@ def evaluate(
         vector_formats=[name.strip() for name in vector_formats.split(",") if name.strip()],
         calibration=calibration,
         lengths=lengths,
+        key_variable=key,
+        timeout=timeout,
     )
     found = evaluate_model(model, names, options, against=against, say=told)
     if to is not None:

@@ -199,6 +199,7 @@ class ServedModel:
             "normalized": self.spec.normalize,
             "prompts": dict(self.prompts.named),
             "input_types": self.prompts.names,
+            "routed": self.folder.routes is not None,
             "default_input_type": self.prompts.default,
             "default_prompt": self.spec.prompt()
             if self.prompts.default is None

@@ -52,15 +52,9 @@ class Telemetry:
         self.requests = Counter("compress_requests", "Requests answered.", ["model", "path", "status"], registry=made)
         self.seconds = Histogram("compress_request_seconds", "Time to answer.", ["model"], buckets=SECONDS, registry=made)
         self.queue = Histogram("compress_queue_seconds", "Time until computing began.", ["model"], buckets=SECONDS, registry=made)
-        self.compute = Histogram(
-            "compress_compute_seconds", "Time of a dispatch in a process.", ["model"], buckets=SECONDS, registry=made
-        )
-        self.fill = Histogram(
-            "compress_batch_fill", "Share of tokens that are not padding.", ["model"], buckets=SHARES, registry=made
-        )
-        self.batch = Histogram(
-            "compress_dispatch_texts", "Texts that were computed together.", ["model"], buckets=BATCH_TEXTS, registry=made
-        )
+        self.compute = Histogram("compress_compute_seconds", "Time of a dispatch.", ["model"], buckets=SECONDS, registry=made)
+        self.fill = Histogram("compress_batch_fill", "Share that is no padding.", ["model"], buckets=SHARES, registry=made)
+        self.batch = Histogram("compress_dispatch_texts", "Texts computed together.", ["model"], buckets=BATCH_TEXTS, registry=made)
         self.tokens = Counter("compress_tokens", "Tokens embedded.", ["model"], registry=made)
         self.texts = Counter("compress_texts", "Texts embedded.", ["model"], registry=made)
         self.restarts = Counter("compress_process_restarts", "Computing processes started anew.", ["model"], registry=made)
