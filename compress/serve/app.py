@@ -58,6 +58,8 @@ class Service:
         self.models, self.limits, self.telemetry = models, limits, telemetry
         self.stopping = False
         """Whether the server finishes what it has and takes nothing new."""
+        self.open_requests = 0
+        """Requests that are not answered yet."""
         self._key = None if key is None else key.encode()
         self._body_bytes = 0
         self._threads = tokenizing_threads()
@@ -216,6 +218,7 @@ class Envelope:
                 message["headers"] = [*message["headers"], (b"x-request-id", noted.id.encode())]
             await send(message)
 
+        self._service.open_requests += 1
         try:
             if scope["path"] not in OPEN:
                 self._service.check_key(dict(scope["headers"]))
@@ -226,6 +229,7 @@ class Envelope:
         except Exception as error:  # the client has been told; the place is logged, without the message, which may quote a text
             _print_place(error, noted)
         finally:
+            self._service.open_requests -= 1
             noted.total_ms = round(1000 * (time.perf_counter() - started), 2)
             self._service.telemetry.answered(noted)
 

@@ -63,7 +63,7 @@ class ApiError(Exception):
         found = {} if self.retry is None else {"retry-after": str(self.retry)}
         if self.status == 401:
             found["www-authenticate"] = "Bearer"
-        return found | ({"connection": "close"} if self.status == 408 else {})
+        return found | ({"connection": "close"} if self.status == 408 or self.code == "stopping" else {})
 
 
 class EmbeddingsRequest(BaseModel):

@@ -27,8 +27,8 @@ except ImportError as error:
 
 KEEP_ALIVE_SECONDS = 75
 """How long an idle connection stays open: longer than proxies keep theirs, so that it is they who close it."""
-DRAIN_SECONDS = 600
-"""Longest time to finish what was taken, once the server is asked to stop."""
+CHECK_SECONDS = 0.02
+"""How often a server that is stopping looks whether all is answered."""
 
 
 class Stoppable(uvicorn.Server):
@@ -42,10 +42,13 @@ class Stoppable(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Stop in order on the first signal, at once on the second."""
+        loop = asyncio.get_running_loop()
 
         def stop(*_: object) -> None:
-            self.force_exit = self.should_exit
-            self.should_exit = self._service.stopping = True
+            if self._service.stopping:
+                self.force_exit = self.should_exit = True
+            self._service.stopping = True
+            loop.call_soon_threadsafe(self._finish)
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -53,6 +56,13 @@ class Stoppable(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _finish(self) -> None:
+        """End once everything that was taken is answered; until then, new requests are told that the server is stopping."""
+        if self._service.open_requests:
+            asyncio.get_running_loop().call_later(CHECK_SECONDS, self._finish)
+        else:
+            self.should_exit = True
 
 
 def serve(models: Sequence[str], options: ServeOptions) -> None:
@@ -111,7 +121,7 @@ async def _serve(service: Service, listener: socket.socket, options: ServeOption
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_graceful_shutdown=5,
     )
     server = Stoppable(config, service)
     instances = [instance for model in service.models.values() for instance in model.instances]
