@@ -3,9 +3,9 @@
     python benchmarks/serve.py nano
     python benchmarks/serve.py results/<run> --texts texts.jsonl.gz --seconds 20 --clients 1,8,64,256
 
-Clients send one text, then 32 texts a request, as base64, on connections that stay open, from one process, whose share of the CPU is
-said. CPU seconds are those of the server and its computing process; `encode` has a process of its own and is measured in turn with it.
-For overload four times the largest number of clients send at the same time, and come again at once after a 429.
+Clients send one text, then 32 texts a request, as base64, on connections that stay open, from one process, whose share of the CPU
+is said. CPU seconds are those of the server and its computing process; `encode` runs in a process of its own, between the rows.
+For overload four times the largest number of clients send at the same time, and come again a fifth of a second after a 429.
 """
 
 from __future__ import annotations
@@ -110,8 +110,9 @@ def row(label: str, pid: int, port: int, texts: list[str], clients: int, size: i
     took = time.perf_counter() - start
     server, share = cpu_seconds(pid) - before, (own_cpu() - ours) / (took * (os.cpu_count() or 1))
     p50, p99 = np.percentile(np.array(load.seconds) * 1000, (50, 99)) if load.seconds else (np.nan, np.nan)
+    cpu = 1000 * server / max(load.texts, 1)
     print(
-        f"| {label} | {clients} | {size} | {load.texts / took:,.0f} | {p50:,.1f} | {p99:,.1f} | {1000 * server / max(load.texts, 1):.2f} | "
+        f"| {label} | {clients} | {size} | {load.texts / took:,.0f} | {p50:,.1f} | {p99:,.1f} | {cpu:.2f} | "
         f"{100 * share:.0f} % | {load.refused} | {memory(pid):,.0f} |",
         flush=True,
     )
