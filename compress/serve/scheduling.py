@@ -21,7 +21,7 @@ from compress.models.text.tokens import Ids
 
 DISPATCH_SECONDS = 0.05
 """Work that is handed to an instance at a time: an interactive request waits for at most two of these."""
-WINDOW_SECONDS = 1.0
+WINDOW_SECONDS = 3.0
 """Work that is sorted by length together."""
 INTERACTIVE_TURNS = 3
 """While bulk waits, it leads one dispatch after so many of interactive requests."""

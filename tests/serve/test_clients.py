@@ -101,7 +101,11 @@ def test_openai_comes_again_after_429(crowded: Server, expected: np.ndarray) -> 
             together.wait(30)
             return client.embeddings.create(model="tiny", input=TEXTS)
 
-        answers = list(threads.map(ask, range(12)))
+        answers: list[Any] = []
+        for _ in range(10):  # a fast machine may bear a round
+            answers += threads.map(ask, range(12))
+            if any(line["status"] == 429 for line in crowded.lines()):
+                break
     for answer in answers:
         np.testing.assert_allclose(np.array([entry.embedding for entry in answer.data]), expected, atol=1e-6)
     assert any(line["status"] == 429 for line in crowded.lines())

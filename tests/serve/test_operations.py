@@ -75,9 +75,15 @@ def test_the_operator_s_default_prompt_is_put_before_texts(strict: Server, promp
 
 
 def test_overload_is_answered_with_429_and_a_time(strict: Server) -> None:
-    with ThreadPoolExecutor(16) as threads:
-        asked = [threads.submit(strict.ask, "/v1/embeddings", {"model": "tiny", "input": [text] * 2}, KEY) for text in TEXTS * 2]
-        answers = [future.result() for future in asked]
+    answers: list[Any] = []
+    for _ in range(10):  # a fast machine may bear a round
+        with ThreadPoolExecutor(16) as threads:
+            asked = [
+                threads.submit(strict.ask, "/v1/embeddings", {"model": "tiny", "input": [text] * 2}, KEY) for text in TEXTS * 2
+            ]
+            answers += [future.result() for future in asked]
+        if any(answer[0] == 429 for answer in answers):
+            break
     refused = [answer for answer in answers if answer[0] == 429]
     assert {answer[0] for answer in answers} == {200, 429}
     for _, body, headers in refused:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from serve_support import PROMPTS, Server, serving
-from tests_support import GOLDEN, SHARED, TEXTS, folder_of
+from tests_support import GOLDEN, SHARED, TEXTS, compress_to, folder_of
 
 import compress
+from compress.methods.quantize.rtn import RTN
 
 INSTRUCTED = re.compile(r"Instruct: (.*)\nQuery: ")
 GIVEN = [text for text in TEXTS if text] + ["parcel " * 100, "🙂 日本語"]
@@ -237,3 +238,21 @@ def test_alive_ready_and_described(served: Server) -> None:
     fields = described["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert fields["additionalProperties"] is False
     assert set(fields["required"]) == {"input", "model"}
+
+
+def test_a_quantized_variant_gives_what_encode_gives(prompted: Path, tmp_path: Path) -> None:
+    """No further from `encode` than `encode` is from itself with other batches, and its cosines are 1 but for rounding."""
+    variant = tmp_path / "run" / "variant"
+    variant.parent.mkdir()
+    compress_to(prompted, variant, RTN(activations="dynamic_per_token"))
+    embedder = compress.load(str(variant), device="cpu")
+    texts = [f"text {number} " + "word " * (number % 40) for number in range(80)]
+    whole, alone = embedder.encode(texts), embedder.encode(texts, batch_tokens=1)
+    with serving(tmp_path, f"int8={variant.parent}") as server:
+        status, answer = server.embed(texts, model="int8", encoding_format="base64")
+        (described,) = server.ask("/v1/models")[1]["data"]
+    assert status == 200
+    vectors = vectors_of(answer)
+    assert (vectors * whole).sum(axis=1).min() >= 0.9999
+    assert np.abs(vectors - whole).max() <= max(np.abs(whole - alone).max(), 1e-6)
+    assert (described["weights"], described["activations"], described["licence"]) == ("int8", "dynamic_per_token", "mit")
