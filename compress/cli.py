@@ -158,7 +158,7 @@ def encode(
 
 @app.command(cls=accepting(EVALUATE_BEFORE))
 def evaluate(
-    model: ModelArgument,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, folder, run, hub name, or a server's address.")],
     tasks: Annotated[str, typer.Option(metavar="A,B", help="Names of tasks or benchmarks, mini or lite.")] = "mini",
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Another model to compare with, in pairs.")] = None,
     data: DataOption = None,
@@ -169,6 +169,10 @@ def evaluate(
     calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts that vector formats are fitted on.")] = None,
     lengths: Annotated[bool, typer.Option("--lengths", help="Split retrieval scores by document length.")] = False,
     to: Annotated[Path | None, typer.Option("--to", "-o", metavar="FOLDER", help="Folder for results in mteb's format.")] = None,
+    key: Annotated[
+        str | None, typer.Option("--api-key-env", metavar="NAME", help="Environment variable with the API key of a server.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds for each request to a server.")] = 60.0,
     runtime: RuntimeOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -193,6 +197,8 @@ def evaluate(
         vector_formats=[name.strip() for name in vector_formats.split(",") if name.strip()],
         calibration=calibration,
         lengths=lengths,
+        key_variable=key,
+        timeout=timeout,
     )
     found = evaluate_model(model, names, options, against=against, say=told)
     if to is not None:
@@ -370,6 +376,71 @@ def dashboard(
     check_target(to)
     write_text_atomic(to, render(runs))
     print(to)
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL ...", help="Built-in names, folders, runs or hub names; NAME=MODEL names one.")
+    ],
+    host: Annotated[str, typer.Option(metavar="H", help="Address to listen on; one that others reach needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", help="Port to listen on; 0 picks a free one.")] = 8080,
+    key: Annotated[
+        str | None, typer.Option("--api-key-env", metavar="NAME", help="Environment variable with the key that clients send.")
+    ] = None,
+    without_key: Annotated[bool, typer.Option("--without-key", help="Serve a public address to everybody.")] = False,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="P", help="Prompt of requests that name none: query, document or a name of the model's.")
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            "--instruction-template", metavar="T", help="What a request's {instruction} becomes; defaults to the model's."
+        ),
+    ] = None,
+    dimensions: Annotated[
+        str, typer.Option(metavar="A,B", help="Leading dimensions that the models were trained for, which requests may ask for.")
+    ] = "",
+    runtime: RuntimeOption = None,
+    device: Annotated[str | None, typer.Option(metavar="D", help="cpu, cuda, or several: cuda:0,cuda:1.")] = None,
+    dtype: DtypeOption = None,
+    instances: Annotated[
+        int | None, typer.Option(metavar="N", help="Computing processes for each model; defaults to one for each device.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads of each process; defaults to all cores.")] = None,
+    max_items: Annotated[int, typer.Option(metavar="N", help="Most inputs of a request.")] = 2048,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of a request.")] = 300_000,
+    max_body: Annotated[int, typer.Option(metavar="BYTES", help="Largest body of a request.")] = 8 * 2**20,
+    max_waiting: Annotated[int, typer.Option(metavar="N", help="Most tokens that wait for a model.")] = 2_000_000,
+    max_wait: Annotated[float, typer.Option(metavar="S", help="Requests that would wait longer are answered with 429.")] = 10.0,
+    read_timeout: Annotated[float, typer.Option(metavar="S", help="Longest time to send a request, or to take its answer.")] = 30.0,
+) -> None:
+    """Serve models over HTTP in OpenAI's protocol: /v1/embeddings. SIGTERM or Ctrl-C finishes what was taken, then ends."""
+    from compress.serve.server import serve as serve_models
+    from compress.serve.settings import Limits, RuntimeOptions, ServeOptions, whole_numbers
+
+    devices = tuple(name.strip() for name in (device or "").split(",") if name.strip())
+    opened = RuntimeOptions(runtime, devices, dtype, threads, max(1, len(devices)) if instances is None else instances)
+    limits = Limits(
+        items=max_items,
+        tokens=max_tokens,
+        body_bytes=max_body,
+        waiting_tokens=max_waiting,
+        wait_seconds=max_wait,
+        read_seconds=read_timeout,
+    )
+    options = ServeOptions(
+        host=host,
+        port=port,
+        key_variable=key,
+        without_key=without_key,
+        prompt=prompt,
+        dimensions=whole_numbers(dimensions, "--dimensions"),
+        template=template,
+        limits=limits,
+        opened=opened,
+    )
+    serve_models(models, options)
 
 
 @app.command()

@@ -31,6 +31,7 @@ NAVIGATION = {
         "static",
         "runtimes",
         "exports",
+        "serving",
         "hub",
         "doctor",
     ),

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "compress"
 # From left to right; a room imports itself and rooms to its right.
 LEVELS = [
     ["cli"],
-    ["pipeline"],
+    ["pipeline", "serve"],
     ["reports"],
     ["methods", "export"],
     ["measure", "calibration"],

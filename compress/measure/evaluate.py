@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from compress.measure.vectors.index import VectorFormatRow
 from compress.models.folder import ModelFolder
 from compress.models.source import find
 from compress.runtimes.loading import open_source, runtime_of
+from compress.runtimes.remote import Client, RemoteEmbedder, is_url
 
 if TYPE_CHECKING:
     from compress.measure.accuracy.score import TaskScore
@@ -73,6 +76,10 @@ class EvaluationOptions:
     """Texts that ranges and axes of the vector formats are fitted on; None: the embedded calibration texts."""
     lengths: bool = False
     """Whether the scores of retrieval tasks are split by the length of the documents."""
+    key_variable: str | None = None
+    """Environment variable with the API key of servers."""
+    timeout: float = 60.0
+    """Seconds for a request to a server."""
 
 
 def evaluate(
@@ -86,7 +93,7 @@ def evaluate(
     """Score a model on tasks; with `against`, compare it with another model in pairs.
 
     Args:
-        model: any name that `compress.load` takes.
+        model: any name that `compress.load` takes, or the address of a server, as `compress.runtimes.remote.Client` takes it.
         tasks: names of tasks, benchmarks or subsets; see `compress.measure.accuracy.tasks.find_tasks`.
         options: None: all defaults.
         against: another model, such as the one that a variant was made from.
@@ -98,10 +105,8 @@ def evaluate(
     options = options or EvaluationOptions()
     formats = [VectorFormat.parse(name) for name in options.vector_formats]
     texts = read_texts(options.calibration) if options.calibration else calibration_texts()
-    sources = [find(name) for name in (against, model) if name is not None]
-    for source in sources:
-        if source.is_random:
-            raise UserError(f"model {source.name!r}: accuracy cannot be measured on random weights")
+    sources = [_source(name, options) for name in (against, model) if name is not None]
+    _check_options(sources, options)
 
     from compress.measure.accuracy.paired import compare_scores
     from compress.measure.accuracy.tasks import find_tasks
@@ -111,11 +116,11 @@ def evaluate(
     stored: list[VectorFormatRow] = []
     for source in sources:
         own = source is sources[-1]
-        scored = _scored(source, options, options.runtime if own else None)
-        scores.append(_scores(source.name, scored, found, say))
-        if formats and own:
-            stored = scored.vector_formats(formats, found, texts, options.margin)
-        scored.embedder.close()
+        with _scored(source, options, options.runtime if own else None) as scored:
+            scores.append(_scores(source.name, scored, found, say))
+            if formats and own:
+                stored = scored.vector_formats(formats, found, texts, options.margin)
+            scored.embedder.close()
     theirs, ours = scores[0], scores[-1]
     compared = compare_scores(theirs, ours, options.margin)
     return Evaluation(
@@ -129,15 +134,50 @@ def evaluate(
     )
 
 
-def _scored(source: ModelFolder, options: EvaluationOptions, runtime: str | None) -> Scored:
-    """Return a model as tasks see it; its vectors and scores are kept in the cache."""
+def _source(name: str, options: EvaluationOptions) -> ModelFolder | RemoteEmbedder:
+    """Find a model, or ask a server.
+
+    Raises:
+        UserError: it is not there, or its weights are random.
+    """
+    if is_url(name):
+        return RemoteEmbedder(Client(name, options.key_variable, options.timeout))
+    source = find(name)
+    if source.is_random:
+        raise UserError(f"model {source.name!r}: accuracy cannot be measured on random weights")
+    return source
+
+
+def _check_options(sources: Sequence[ModelFolder | RemoteEmbedder], options: EvaluationOptions) -> None:
+    """See that a server is asked for nothing that only a model here can do.
+
+    Raises:
+        UserError: it is.
+    """
+    if not isinstance(sources[-1], RemoteEmbedder):
+        return
+    refused = {"--runtime": options.runtime, "--lengths": options.lengths}
+    if all(isinstance(source, RemoteEmbedder) for source in sources):
+        refused |= {"--device": options.device, "--dtype": options.dtype, "--stream": options.stream}
+    for option, value in refused.items():
+        if value:
+            raise UserError(f"{option}: a server decides that itself, and {sources[-1].name!r} is one", f"leave out {option}")
+
+
+@contextmanager
+def _scored(source: ModelFolder | RemoteEmbedder, options: EvaluationOptions, runtime: str | None) -> Iterator[Scored]:
+    """Give a model as tasks see it. Its vectors and scores are kept in the cache; those of a server, which may change, are not."""
+    if isinstance(source, RemoteEmbedder):
+        with tempfile.TemporaryDirectory(prefix="compress-") as folder:
+            yield Scored(source, lambda: source, Path(folder), prompts=options.prompts)
+        return
     from compress.runtimes.torch_runtime import pick_device
 
     device, dtype = str(pick_device(options.device)), options.dtype
     opened = partial(open_source, source, runtime=runtime, device=device, dtype=dtype, stream=options.stream)
     chosen = runtime_of(source, runtime, device=device, dtype=dtype)
     key = baseline_key(source.fingerprint, dtype, device, options.batch_tokens, chosen)
-    return Scored(source, opened, key, batch_tokens=options.batch_tokens, prompts=options.prompts)
+    yield Scored(source, opened, key, batch_tokens=options.batch_tokens, prompts=options.prompts)
 
 
 def _scores(name: str, model: Scored, tasks: Sequence[Task], say: Callable[[str], None]) -> dict[str, TaskScore]:
@@ -149,9 +189,12 @@ def _scores(name: str, model: Scored, tasks: Sequence[Task], say: Callable[[str]
     return scores
 
 
-def _by_length(tasks: Sequence[Task], scores: Mapping[str, TaskScore], source: ModelFolder) -> dict[str, tuple[Bucket, ...]]:
+def _by_length(
+    tasks: Sequence[Task], scores: Mapping[str, TaskScore], source: ModelFolder | RemoteEmbedder
+) -> dict[str, tuple[Bucket, ...]]:
     from compress.measure.accuracy.lengths import by_length
 
+    assert isinstance(source, ModelFolder), "refused of a server"
     tokenizer = source.tokenizer
     searched = (task for task in tasks if task.mteb.metadata.type == "Retrieval" and scores[task.name].examples.parts)
     return {task.name: tuple(by_length(task, scores[task.name], tokenizer)) for task in searched}

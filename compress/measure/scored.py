@@ -16,8 +16,7 @@ from compress.common.errors import UserError
 from compress.common.journal import Journal
 from compress.common.machine import gpu_name, machine, versions
 from compress.measure.vectors.codec import VectorFormat
-from compress.models.folder import ModelFolder
-from compress.runtimes.stored_vectors import Mapped, StoredEmbedder, VectorStore
+from compress.runtimes.stored_vectors import Described, Mapped, StoredEmbedder, VectorStore
 
 if TYPE_CHECKING:
     from compress.measure.accuracy.score import TaskScore
@@ -31,7 +30,7 @@ class Scored:
 
     def __init__(
         self,
-        source: ModelFolder,
+        source: Described,
         open_embedder: Callable[[], Embedder],
         key: str | Path,
         *,
@@ -41,7 +40,7 @@ class Scored:
         """Wrap a model.
 
         Args:
-            source: the model.
+            source: the model's name, spec and dimension.
             open_embedder: opens the model; called for the first text that is not in the store.
             key: a name for everything that decides the vectors (`baseline_key`), to keep vectors and scores in the cache; or a
                 folder that keeps the vectors only.

@@ -107,36 +107,16 @@ class TextEmbedder(ABC):
         if budget < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {budget}")
         prompt = self.spec.prompt(prompt, task)
-        pool_from = self.tokenizer.prompt_length(prompt) if prompt and not self.spec.pool_prompt else 0
-
-        if pool_from >= self.tokenizer.max_length:
-            raise BadTextError(
-                f"the prompt's {pool_from} tokens leave nothing of {self.tokenizer.max_length} for a text to be pooled"
-            )
+        pool_from = first_pooled(self.tokenizer, prompt)
         chunks: list[Vectors] = []
         for chunk, rows in self._tokenized(texts, prompt):
-            self._check_lengths(rows, sum(map(len, chunks)))
+            check_lengths(self.name, self.tokenizer, rows, sum(map(len, chunks)))
             vectors = self.embed(rows, budget, pool_from, len(rows) >= LONG_WORK_TEXTS if progress is None else progress)
             if not np.isfinite(vectors).all():
                 first = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
                 raise NotFiniteError(f"{self.name} gave a vector that is not finite, for {chunk[first][:80]!r}")
             chunks.append(vectors)
         return np.concatenate(chunks) if chunks else np.empty((0, self.dimension), dtype=np.float32)
-
-    def _check_lengths(self, rows: Sequence[Ids], before: int) -> None:
-        """Check that the network has positions for every text; `before`: number of texts in earlier chunks.
-
-        Raises:
-            ValueError: a text is longer, because the model's settings allow more tokens than its network has positions for.
-        """
-        limit = self.tokenizer.positions
-        for index, row in enumerate(rows) if limit is not None else ():
-            if len(row) > limit:  # type: ignore[operator]
-                raise BadTextError(
-                    f"texts[{before + index}] has {len(row)} tokens; {self.name} has positions for {limit}, "
-                    f"although its settings allow {self.tokenizer.max_length}",
-                    "lower max_seq_length in the model's sentence_bert_config.json, or cut the text",
-                )
 
     def _tokenized(self, texts: Iterable[str], prompt: str) -> Iterator[tuple[list[str], list[Ids]]]:
         """Yield the texts in chunks with their ids; the next chunk is tokenized while the caller computes with this one."""
@@ -182,6 +162,40 @@ class BatchedEmbedder(TextEmbedder):
                 raise UserError(f"{self.name}: its settings say {self.dimension} dimensions, its network gives {made.shape[1]}")
             vectors[batch] = made
         return vectors
+
+
+def first_pooled(tokenizer: TextTokenizer, prompt: str) -> int:
+    """Return the position of the first token that is pooled: 0, or the one after a prompt that the model does not pool.
+
+    Raises:
+        BadTextError: the prompt takes up the whole length of the model.
+    """
+    pool_from = tokenizer.prompt_length(prompt) if prompt and not tokenizer.spec.pool_prompt else 0
+    if pool_from >= tokenizer.max_length:
+        raise BadTextError(f"the prompt's {pool_from} tokens leave nothing of {tokenizer.max_length} for a text to be pooled")
+    return pool_from
+
+
+def check_lengths(name: str, tokenizer: TextTokenizer, rows: Sequence[Ids], before: int = 0) -> None:
+    """Check that a model's network has positions for every text.
+
+    Args:
+        name: the model's name.
+        tokenizer: the model's tokenizer.
+        rows: the ids of each text, int64 [length].
+        before: number of texts before these, which errors count from.
+
+    Raises:
+        BadTextError: a text is longer, because the model's settings allow more tokens than its network has positions for.
+    """
+    limit = tokenizer.positions
+    for index, row in enumerate(rows) if limit is not None else ():
+        if len(row) > limit:  # type: ignore[operator]
+            raise BadTextError(
+                f"texts[{before + index}] has {len(row)} tokens; {name} has positions for {limit}, "
+                f"although its settings allow {tokenizer.max_length}",
+                "lower max_seq_length in the model's sentence_bert_config.json, or cut the text",
+            )
 
 
 def checked_chunks(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -342,7 +342,7 @@ class ModelFolder:
         """
         if self.variant is not None:
             backend = open_tokenizer(self.path)
-            return TextTokenizer(backend, self.variant.max_length, self.spec, self.positions, self._token_rows)
+            return TextTokenizer(backend, self.variant.max_length, self.spec, self.positions, self.token_rows)
         if self.static is not None:
             return TextTokenizer(self.static.tokenizer, self.spec.max_length or LONGEST, self.spec)
         if self.own_architecture is not None:
@@ -351,11 +351,11 @@ class ModelFolder:
         backend, longest, _ = self._transformers_tokenizer
         positions = getattr(self.network_config, "max_position_embeddings", None) or LONGEST
         return TextTokenizer(
-            backend, self.spec.max_length or min(longest, positions, LONGEST), self.spec, self.positions, self._token_rows
+            backend, self.spec.max_length or min(longest, positions, LONGEST), self.spec, self.positions, self.token_rows
         )
 
     @property
-    def _token_rows(self) -> int | None:
+    def token_rows(self) -> int | None:
         """Number of rows of the token table; None where it is not known by its name, or tokens may share rows."""
         if self.is_static:
             return None

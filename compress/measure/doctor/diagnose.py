@@ -14,7 +14,7 @@ from compress.common.errors import UserError
 from compress.measure.doctor.answers import Answers, BothSides, Facts, Side, agreement, norms_of, values_fit
 from compress.measure.doctor.causes import Cause, CauseName, Roles, Search
 from compress.measure.doctor.changes import LocalSide
-from compress.measure.doctor.endpoint import Endpoint, is_url
+from compress.measure.doctor.endpoint import Endpoint
 from compress.measure.doctor.reference import PREFIX, SentenceTransformersSide
 from compress.measure.doctor.texts import probe_texts
 from compress.measure.doctor.weights import compression_of, precision_cause, weights_cause
@@ -23,6 +23,7 @@ from compress.models.folder import ModelFolder
 from compress.models.source import find
 from compress.runtimes.exported import is_export, open_export
 from compress.runtimes.loading import open_source, runtime_of
+from compress.runtimes.remote import is_url
 from compress.runtimes.torch_embedder import TorchEmbedder
 
 SAME = 0.9999

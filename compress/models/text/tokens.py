@@ -232,6 +232,11 @@ class TextTokenizer:
         """How the model takes texts."""
         return self._spec
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens that it knows, added ones counted."""
+        return int(self._tokenizer.get_vocab_size())
+
     def redefined(self, definition: dict[str, Any]) -> TextTokenizer:
         """Return a tokenizer with another definition and the same spec and maximum length.
 
