@@ -55,6 +55,7 @@ def test_what_no_other_beats_is_marked() -> None:
     assert best(line("a", 0.99, 10, 2.0), line("b", 0.98, 9, 2.0), line("c", 0.97, 11, 3.0)) == {"a", "b", "c"}
     assert best(line("a", 0.99, 10, 2.0), line("twin", 0.99, 10, 2.0)) == {"a", "twin"}
     assert best(line("a", 0.99, 10, 1.94), line("hardly faster", 0.9, 10, 1.95)) == {"a"}
+    assert best(line("a", 0.99, 10, 0.0), line("as slow", 0.98, 10, 0.0)) == {"a"}  # a record may say anything
     # A run that was not timed beats none that was; one that was may beat it.
     assert best(line("a", 0.99, 10, 2.0), line("untimed", 1.0, 5, None)) == {"a", "untimed"}
     assert best(line("a", 0.99, 10, 2.0), line("untimed", 0.98, 11, None)) == {"a"}
