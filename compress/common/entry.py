@@ -32,6 +32,7 @@ class Stopping:
         """The first signal that came."""
         self._lock = threading.RLock()
         self._said = False
+        self._unraisable = sys.unraisablehook
 
     def install(self) -> None:
         """Handle the signals from now on. One that the caller ignores, as `nohup` does, stays ignored."""
@@ -43,6 +44,12 @@ class Stopping:
         # Python runs handlers only between its own instructions; this file is written to at once, also while a library computes.
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reading,), daemon=True, name="stopping").start()
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._swallowed
+
+    def _swallowed(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Print no traceback where `Stopped` was raised in a finalizer, which lets nothing pass: `_watch` ends the process then."""
+        if not isinstance(unraisable.exc_value, Stopped):
+            self._unraisable(unraisable)
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         if self.signal is None:

@@ -103,6 +103,30 @@ def test_signals_end_it_with_their_code(tmp_path: Path, number: signal.Signals, 
     ]
 
 
+def test_a_signal_in_a_finalizer_leaves_no_traceback() -> None:
+    """Python prints what a finalizer raises, and goes on: the command ends all the same, within its grace."""
+    code = """
+import os, signal, sys, time
+from compress.common import entry
+class Leaving:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+def work():
+    Leaving()
+    print("goes on", flush=True)
+    time.sleep(60)
+entry._outcome = work
+entry.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 143
+    assert done.stdout == "goes on\n"
+    assert "Traceback" not in done.stderr
+    assert "error: stopped by SIGTERM" in done.stderr
+
+
 def test_signals_are_handled_before_anything_heavy_is_imported() -> None:
     code = "import sys, compress.common.entry as e; print(sorted({'typer', 'pydantic', 'numpy', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
