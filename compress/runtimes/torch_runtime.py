@@ -17,6 +17,7 @@ from compress.models.network.pooling import Float32Linear, Float32Norm, LayerMea
 from compress.models.network.walk import Streamed
 from compress.models.opened import buffers_to, empty_model, weights_of
 from compress.runtimes.allocator import keep_freed_memory
+from compress.runtimes.merging import fuse, merge_products
 from compress.runtimes.streamed import StreamedEmbedder
 from compress.runtimes.torch_embedder import TorchEmbedder
 
@@ -46,8 +47,11 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device, *, merged: bool | None = None) -> nn.Module:
     """Convert a network in place to the form that runs: on its device, in its compute dtype, weights packed for their kernels.
+
+    On a GPU, layers with the same input become one product, and norms and gated MLPs are fused where Triton is installed; `merged`
+    asks for the same elsewhere, or for neither.
 
     The token table keeps the dtype in which it is stored, and rows are converted after the look-up: in a MiniLM it is half of all
     weights. Smaller tables are converted whole, because some networks multiply by them (DeBERTa's relative positions).
@@ -55,6 +59,10 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
     if device.type == "cpu":
         keep_freed_memory()
     model.to(device)
+    if merged is None:
+        merged = device.type == "cuda"
+    if merged:
+        merge_products(model)
     tables = [module for module in model.modules() if type(module) is nn.Embedding]
     largest = max(tables, key=lambda table: table.num_embeddings, default=None)
     for path in [path for path, _ in model.named_modules()]:  # by name: a list of modules would keep replaced ones alive
@@ -73,6 +81,8 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
             continue  # scales stay in float32, tables as they are stored
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
+    if merged:
+        fuse(model, device.type)
     return model
 
 
