@@ -11,7 +11,7 @@ from torch import nn
 from compress.layers.compressed import CompressedLinear
 from compress.layers.float_layers import linear as plain_linear
 from compress.layers.grid import SMALLEST_SCALE
-from compress.layers.kernels.choice import row_kernels, rounded_input
+from compress.layers.kernels.choice import rounded_input, row_kernels
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ class FusedNorm(nn.Module):
 
 
 class FusedGatedMLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))` with gate and up as one product; where `down` rounds its input, only the rounded one is stored."""
+    """`down(silu(gate(x)) * up(x))` with gate and up as one product. Where `down` rounds its input, only that is stored."""
 
     def __init__(self, mlp: nn.Module, merged: Merged) -> None:
         """Take over the MLP's modules under their names."""
@@ -94,13 +94,18 @@ def _eager(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: Any) -> torc
     """Compute an RMSNorm of a kind with torch's operators."""
     wide = x.float()
     normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if kind.rounds_first:
-        return weight * normal.to(x.dtype)
-    return (normal * (kind.offset + weight.float())).to(x.dtype)
+    y: torch.Tensor = weight * normal.to(x.dtype) if kind.rounds_first else (normal * (kind.offset + weight.float())).to(x.dtype)
+    return y
 
 
-def fused_mlp(mlp: nn.Module) -> FusedGatedMLP | None:
-    """Return a fused MLP in place of `mlp`, whose gate and up are merged; None where it is not `down(silu(gate(x)) * up(x))`."""
+def fused_mlp(mlp: nn.Module, device: torch.device, dtype: torch.dtype) -> FusedGatedMLP | None:
+    """Return a fused MLP in place of one whose gate and up are merged; None where it is not `down(silu(gate(x)) * up(x))`.
+
+    Args:
+        mlp: the MLP, ready to run.
+        device: the device it runs on.
+        dtype: the compute dtype.
+    """
     children = dict(mlp.named_children())
     if not {GATE, UP, DOWN, ACTIVATION} <= set(children):
         return None
@@ -108,13 +113,12 @@ def fused_mlp(mlp: nn.Module) -> FusedGatedMLP | None:
     if not isinstance(gate, Part) or not isinstance(up, Part) or gate.merged is not up.merged or (gate.part, up.part) != (0, 1):
         return None
     width = gate.out_features
-    weight = next(iter([*mlp.parameters(), *mlp.buffers()]))
-    kernels = row_kernels(weight.device.type)
+    kernels = row_kernels(device.type)
     if kernels is None or gate.out_features != up.out_features or width > kernels.WIDEST:
         return None
     generator = torch.Generator().manual_seed(0)
-    gates = torch.randn(64, generator=generator).to(weight.device)
-    x = torch.randn((2, gate.in_features), generator=generator).to(weight.device, _compute_dtype(mlp))
+    gates = torch.randn(64, generator=generator).to(device)
+    x = torch.randn((2, gate.in_features), generator=generator).to(device, dtype)
     with torch.inference_mode():
         act = children[ACTIVATION]
         if not torch.allclose(act(gates), F.silu(gates), rtol=1e-6, atol=1e-7):
@@ -122,11 +126,3 @@ def fused_mlp(mlp: nn.Module) -> FusedGatedMLP | None:
         down = children[DOWN]
         alike = torch.equal(mlp(x), down(act(gate(x)) * up(x)))
     return FusedGatedMLP(mlp, gate.merged) if alike else None
-
-
-def _compute_dtype(module: nn.Module) -> torch.dtype:
-    """Return the dtype of a module's plain weights; float32 where all are quantized."""
-    for child in module.modules():
-        if type(child) is nn.Linear:
-            return child.weight.dtype
-    return torch.float32

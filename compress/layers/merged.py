@@ -1,16 +1,17 @@
 """One product for linear layers with the same input (query, key and value; gate and up), behind the layers' own names.
 
-The layers' rows are put below each other in one layer. A part stands in each layer's place: the first one that is called with an
-input computes the whole product, the others take their columns of it. The product is kept in an attribute of the input tensor, so it
+The layers' rows are put below each other in one layer, and a part stands in each layer's place. The first part that is called with an
+input computes the whole product; the others take their columns of it. The product is kept in an attribute of the input tensor. So it
 belongs to this one call of this one thread, and goes when the last part has taken its columns, or with the input. Modules keep no
-state, and may be copied. A part that is called with another input computes anew: no network gets wrong numbers, whatever it does
-with its layers; one that changes an input in place between two parts does (outside of inference mode this is found).
+state, and may be copied. A part that is called with another input computes anew, so a network may call its layers in any order. It may
+not change an input in place between two parts; outside of inference mode such a change is found, and the product is computed anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,10 +68,7 @@ class Merged(nn.Module):
 
     def _when_traced(self, x: torch.Tensor, part: int) -> torch.Tensor:
         # torch.compile does not follow attributes of tensors. It runs this once, in one thread, and the graph has one product.
-        if self._traced is not None and self._traced[0] is x:
-            product = self._traced[1]
-        else:
-            product = self(x)
+        product = self._traced[1] if self._traced is not None and self._traced[0] is x else self(x)
         self._traced = None if part == len(self.widths) - 1 else (x, product)
         return product
 
@@ -117,7 +115,11 @@ def can_merge(one: nn.Module, other: nn.Module) -> bool:
         return False
     if type(one) is nn.Linear:
         assert isinstance(other, nn.Linear)
-        return (one.in_features, one.weight.dtype, one.weight.device) == (other.in_features, other.weight.dtype, other.weight.device)
+        return (one.in_features, one.weight.dtype, one.weight.device) == (
+            other.in_features,
+            other.weight.dtype,
+            other.weight.device,
+        )
     if isinstance(one, QuantizedLinear) and isinstance(other, QuantizedLinear):
         alike = one.layer == other.layer and one.in_features == other.in_features
         unpacked = one.weight is not None and other.weight is not None
@@ -131,15 +133,12 @@ def _joined(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return None if tensors[0] is None else torch.cat([tensor for tensor in tensors if tensor is not None])
 
 
-def _biases(layers: Sequence[nn.Module]) -> torch.Tensor | None:
+def _biases(layers: Sequence[Any]) -> torch.Tensor | None:
     """Return the biases one after another, zeros where a layer has none; None where none has."""
-    biases: list[torch.Tensor | None] = [layer.bias for layer in layers]  # type: ignore[misc]
-    some = next((bias for bias in biases if bias is not None), None)
+    some: torch.Tensor | None = next((layer.bias for layer in layers if layer.bias is not None), None)
     if some is None:
         return None
-    widths = [layer.out_features for layer in layers]
-    pairs = zip(biases, widths, strict=True)
-    return torch.cat([some.new_zeros(width) if bias is None else bias for bias, width in pairs])  # type: ignore[arg-type]
+    return torch.cat([some.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
 
 
 def _merged_float(layers: Sequence[nn.Linear]) -> nn.Module:

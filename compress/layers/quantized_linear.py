@@ -11,7 +11,7 @@ from compress.layers.compressed import CompressedLinear
 from compress.layers.float_layers import OneDnnLinear, has_onednn_linear, linear
 from compress.layers.grid import SMALLEST_SCALE, Grid, dequantize, find_grid
 from compress.layers.int8_matmul import Int8Matmul, int8_matmul
-from compress.layers.kernels.choice import row_kernels, rounded_input, weight_kernels
+from compress.layers.kernels.choice import rounded_input, row_kernels, weight_kernels
 from compress.layers.packing import packed_width
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 from compress.layers.torch_packing import pack, unpack
@@ -226,7 +226,8 @@ class QuantizedLinear(CompressedLinear):
         packed = self._stored_for_kernels or self._packed_weight()
         rows = x.reshape(-1, self.in_features)
         if len(rows) <= kernels.FEW_TOKENS:
-            return kernels.few_token_product(rows, packed, bias).view(*x.shape[:-1], self.out_features)
+            few: torch.Tensor = kernels.few_token_product(rows, packed, bias)
+            return few.view(*x.shape[:-1], self.out_features)
         return linear(x, kernels.unpacked(packed, x.dtype), bias)
 
     def _packed_weight(self) -> Any:

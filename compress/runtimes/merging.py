@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 
+import torch
 from torch import nn
 
 from compress.layers.fused import FusedNorm, fused_mlp, fused_norm
@@ -42,18 +43,21 @@ def merge_products(model: nn.Module) -> int:
 
 
 def _projects_positions(attention: nn.Module) -> bool:
-    """Whether an attention also projects relative positions, with its query and key alone (DeBERTa): most products would be wasted."""
+    """Whether an attention projects relative positions too, without its value (DeBERTa): products would be wasted."""
     return "rel_embeddings" in inspect.signature(attention.forward).parameters
 
 
-def fuse(model: nn.Module, device_type: str) -> int:
-    """Replace norms and gated MLPs by fused ones, in place, where there are kernels for the device; return how many were replaced."""
-    if row_kernels(device_type) is None:
+def fuse(model: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
+    """Replace norms and gated MLPs by fused ones, in place, where there are kernels for the device; return how many were replaced.
+
+    The network is ready to run on `device`, in `dtype`.
+    """
+    if row_kernels(device.type) is None:
         return 0
     count = 0
     for path in [path for path, module in model.named_modules() if path and not isinstance(module, FusedNorm | Part)]:
         module = model.get_submodule(path)
-        fused = fused_norm(module) or fused_mlp(module)
+        fused = fused_norm(module) or fused_mlp(module, device, dtype)
         if fused is not None:
             model.set_submodule(path, fused.eval())
             count += 1

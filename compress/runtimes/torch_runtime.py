@@ -82,7 +82,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device, *, merge
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
     if merged:
-        fuse(model, device.type)
+        fuse(model, device, dtype)
     return model
 
 

@@ -1,7 +1,7 @@
 """Casts that round to nearest, ties to even, in the compiler and in the interpreter alike.
 
-The compiler's casts do. The interpreter's cut bfloat16 off and carry no E4M3 mantissa into the exponent, so there float32 values are
-rounded to the narrow type's own values first; casting these is exact everywhere.
+The compiler's casts do. The interpreter's cut bfloat16 off and carry no E4M3 mantissa into the exponent, so there float32 values
+are rounded to the narrow type's own values first. Casting these is exact everywhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _round_mantissa(x, DROPPED: tl.constexpr):
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr):
     """Cast float32 to float32, float16 or bfloat16."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         x = _round_mantissa(x, 16)
     return x.to(DTYPE)
 

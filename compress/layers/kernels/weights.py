@@ -1,7 +1,7 @@
 """Products with packed integer weights and floating-point inputs, for few tokens, where reading the weight is all of the time.
 
-The weight is read as it is stored: 8-bit values, or two 4-bit values a byte (`compress.layers.packing`), with a scale and a zero for
-each output or group of inputs. Values are `(u - zero) * scale` in float32, rounded to the compute dtype, as in
+The weight is read as it is stored: 8-bit values, or two 4-bit values a byte (`compress.layers.packing`), with a scale and a zero
+for each output or group of inputs. Values are `(u - zero) * scale` in float32, rounded to the compute dtype, as in
 `compress.layers.grid.dequantize`. For many tokens the same decoding writes the whole weight once, for a plain product.
 """
 
