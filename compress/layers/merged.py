@@ -1,10 +1,11 @@
 """One product for linear layers with the same input (query, key and value; gate and up), behind the layers' own names.
 
-The layers' rows are put below each other in one layer, and a part stands in each layer's place. The first part that is called with an
-input computes the whole product; the others take their columns of it. The product is kept in an attribute of the input tensor. So it
-belongs to this one call of this one thread, and goes when the last part has taken its columns, or with the input. Modules keep no
-state, and may be copied. A part that is called with another input computes anew, so a network may call its layers in any order. It may
-not change an input in place between two parts; outside of inference mode such a change is found, and the product is computed anew.
+The layers' rows are put below each other in one layer, and a part stands in each layer's place. The first part that is called
+with an input computes the whole product; the others take their columns of it. The product is kept in an attribute of the input
+tensor. So it belongs to this one call of this one thread, and goes when the last part has taken its columns, or with the input.
+Modules keep no state, and may be copied. A part that is called with another input computes anew, so a network may call its layers
+in any order. It may not change an input in place between two parts; outside of inference mode such a change is found, and the
+product computed anew.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import torch
@@ -9,8 +10,10 @@ from torch import nn
 
 from compress.common.errors import UserError
 from compress.layers.compressed import CompressedLayer, CompressedLinear
+from compress.layers.float8_linear import has_float8_products
 from compress.layers.float_layers import CastEmbedding, OneDnnLinear, has_onednn_linear
 from compress.layers.quantized_embedding import QuantizedEmbedding
+from compress.layers.scheme import ActivationScheme, Numbers
 from compress.models.folder import ModelFolder
 from compress.models.network.build import load_network, sharing_network
 from compress.models.network.pooling import Float32Linear, Float32Norm, LayerMean, head_of
@@ -28,13 +31,44 @@ def pick_device(device: str | None) -> torch.device:
     """Return the named device; by default the GPU if there is one, else the CPU.
 
     Raises:
-        UserError: the device is a GPU, and torch finds none.
+        UserError: the device is a GPU, and torch finds none of its kind.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device!r}: this torch ({torch.__version__}) sees no GPU")
+    if device.startswith("mps") and not torch.backends.mps.is_available():
+        raise UserError(f"device {device!r}: this torch ({torch.__version__}) sees no Apple GPU")
     return torch.device(device)
+
+
+def check_device(folder: ModelFolder, device: torch.device) -> None:
+    """Check that a device multiplies a variant's numbers, and say where it does so no faster than in floating point.
+
+    Raises:
+        UserError: the device is an Apple GPU, and the variant's layers round their inputs, or are in FP8 or in bitsandbytes'
+            formats. Floating point and integer weights alone run there.
+    """
+    quantized = folder.compressed.quantized
+    if device.type == "mps":
+        for name, layer in quantized.items():
+            if layer.numbers is not Numbers.INTEGER or layer.activations is not ActivationScheme.NONE:
+                raise UserError(
+                    f"model {folder.name!r}: device 'mps' has no product of {layer.name} with activations {layer.activations} "
+                    f"(layer {name})",
+                    "use device 'cpu', or a variant of recipes/int8-weights.yaml",
+                )
+    eight = (layer for layer in quantized.values() if layer.numbers is Numbers.FLOAT8)
+    rounds = any(layer.activations is not ActivationScheme.NONE for layer in eight)
+    if rounds and device.type == "cuda" and not has_float8_products(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        print(
+            f"model {folder.name!r}: {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no FP8 "
+            "products: the same numbers are multiplied in the compute dtype, which is no faster than the original. "
+            "This card has products of int8: recipes/int8.yaml",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
@@ -122,10 +156,12 @@ def open_variant(
             unpack the weights.
 
     Raises:
-        UserError: the device does not exist, or the weights do not fit the network.
+        UserError: the device does not exist or does not multiply the variant's numbers, or the weights do not fit the network.
     """
     target = pick_device(device)
     compute = pick_dtype(dtype, target)
+    if activations:
+        check_device(folder, target)
     model = empty_model(folder)
     weights_of(folder, model).fill(model)
     if not activations:
@@ -139,6 +175,8 @@ def open_streamed(folder: ModelFolder, *, device: str | None = None, dtype: str 
     """Open a model or a variant without loading it. Each call of `encode` reads its blocks one after another."""
     target = pick_device(device)
     compute = pick_dtype(dtype, target)
+    if folder.is_variant:
+        check_device(folder, target)
     model = empty_model(folder)
     buffers_to(model, target)
     source = Streamed(model, weights_of(folder, model), partial(prepare, dtype=compute, device=target))
