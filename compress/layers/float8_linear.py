@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,7 +11,11 @@ from torch import nn
 from compress.layers.compressed import CompressedLinear
 from compress.layers.float_layers import linear as plain_linear
 from compress.layers.grid import SMALLEST_SCALE
+from compress.layers.kernels.choice import rounded_input, row_kernels
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
+
+if TYPE_CHECKING:
+    from compress.layers.kernels.rows import Rounded
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = float(torch.finfo(E4M3).max)
@@ -71,23 +76,68 @@ class Float8Linear(CompressedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out] in the dtype of `x`."""
+        kernels = row_kernels(x.device.type) if self.takes is not None else None
+        if kernels is not None and self.in_features <= kernels.WIDEST:
+            return self.multiply(rounded_input(x, Numbers.FLOAT8, kernels), x.dtype).view(*x.shape[:-1], self.out_features)
         rows = x.reshape(-1, self.in_features)
         if self.layer.activations is ActivationScheme.NONE:
-            y = plain_linear(rows, self.weight.to(x.dtype)).float()
-        else:
-            quantized, scale = to_float8(rows)
-            if has_float8_products(x.device) and x.dtype in (torch.float16, torch.bfloat16):
-                ones = torch.ones((1, self.out_features), device=x.device)
-                y = torch._scaled_mm(quantized, self.weight.t(), scale, ones, out_dtype=torch.bfloat16).float()
-            else:
-                y = plain_linear(quantized.to(x.dtype), self.weight.to(x.dtype)).float().mul_(scale)
-        y = y.mul_(self.weight_scale)
+            y = plain_linear(rows, self.weight.to(x.dtype)).float().mul_(self.weight_scale)
+            if self.bias is not None:
+                y = y.add_(self.bias)
+            return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return self._product(*to_float8(rows), x.dtype).view(*x.shape[:-1], self.out_features)
+
+    @property
+    def takes(self) -> Numbers | None:
+        """The numbers that its input may come rounded to, per token; None where it stays in floating point."""
+        return None if self.layer.activations is ActivationScheme.NONE else Numbers.FLOAT8
+
+    def multiply(self, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply an input that was rounded as `takes` says: [rows, in] to [rows, out] in `dtype`."""
+        return self._product(rounded.values, rounded.scale, dtype)
+
+    def _product(self, quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply E4M3 [rows, in] with its scales, float32 [rows, 1], to [rows, out] in `dtype`."""
+        whole = self.in_features % 16 == 0 and self.out_features % 16 == 0
+        if dtype in (torch.float16, torch.bfloat16) and whole and len(quantized) and has_float8_products(quantized.device):
+            y = float8_product(quantized, self.weight, scale, self.weight_scale)
+            if self.bias is not None:
+                y = y.add_(self.bias)
+            return y.to(dtype)
+        y = plain_linear(quantized.to(dtype), self.weight.to(dtype)).float().mul_(scale).mul_(self.weight_scale)
         if self.bias is not None:
             y = y.add_(self.bias)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y.to(dtype)
+
+
+def float8_product(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """Return `(x weight^T) * x_scale * weight_scale` in bfloat16, in one product with fast accumulation.
+
+    Args:
+        x: E4M3 [rows, inputs]; sizes other than `rows` are multiples of 16.
+        weight: E4M3 [outputs, inputs], contiguous.
+        x_scale: float32 [rows, 1].
+        weight_scale: float32 [outputs].
+    """
+    product: torch.Tensor = torch._scaled_mm(
+        x, weight.t(), x_scale, weight_scale[None, :], out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return product
 
 
 @functools.cache
 def has_float8_products(device: torch.device) -> bool:
-    """Whether the device multiplies FP8 numbers directly."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether the device multiplies FP8 numbers directly, with a scale for each row and column: found by trying.
+
+    The products of small whole numbers are exact in bfloat16 whatever the order of the sums.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        return False
+    row, column = torch.arange(32, device=device) % 3 - 1, torch.arange(16, device=device) % 2
+    x, weight = (row[:, None] * column[None, :]).float(), torch.eye(16, device=device)
+    scales = torch.full((32, 1), 2.0, device=device), torch.arange(1, 17, device=device).float()
+    try:
+        product = float8_product(x.to(E4M3), weight.to(E4M3), *scales)
+    except (RuntimeError, NotImplementedError):  # this build of torch has no product with scales by row for this card
+        return False
+    return torch.equal(product.float(), x * scales[0] * scales[1])

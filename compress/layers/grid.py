@@ -9,8 +9,9 @@ import torch
 
 # Scale of an all-zero group, where any positive scale gives zeros: small, and still representable in half precision.
 SMALLEST_SCALE = 1e-7
-# Rows are processed this many elements at a time, so that they stay in the CPU's cache between passes.
-CHUNK = 2**18
+# Rows are processed this many elements at a time: on a CPU so that they stay in its cache between passes, elsewhere so that
+# temporary tensors take some hundred MB at most.
+CHUNK, LARGE_CHUNK = 2**18, 2**26
 # The search tries this many ranges per group, from the full range down to this share of it.
 SHRINK_TO, SHRINK_STEPS = 0.6, 17
 
@@ -62,8 +63,8 @@ class Grid:
 
 
 def row_chunks(weight: torch.Tensor) -> Iterator[slice]:
-    """Split the rows of a matrix into chunks of about `CHUNK` elements."""
-    step = max(1, CHUNK // max(1, weight.shape[1]))
+    """Split the rows of a matrix into chunks of about `CHUNK` elements, `LARGE_CHUNK` on a GPU."""
+    step = max(1, (CHUNK if weight.device.type == "cpu" else LARGE_CHUNK) // max(1, weight.shape[1]))
     return (slice(start, start + step) for start in range(0, weight.shape[0], step))
 
 

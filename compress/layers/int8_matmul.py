@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from compress.layers.kernels import available, failures
+
 
 def pad_rows(x: torch.Tensor) -> torch.Tensor:
     """Pad `x` [rows, width] with zero rows to a multiple of 16, above 128 rows of 64; the caller removes them from the product.
@@ -34,8 +36,26 @@ class Int8Matmul(Protocol):
         """Multiply int8 [tokens, in], giving [tokens, out] in `dtype`, scaled by the weight's scale but not by the activation's."""
         ...
 
+    def scaled(self, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply int8 [tokens, in], scaled by the weight's scale and by the activations', float32 [tokens, 1] or one value.
 
-class OneDnnMatmul:
+        `bias` [out] is added in float32, and the result is rounded to `dtype` once.
+        """
+        ...
+
+
+class Separately:
+    """`Int8Matmul.scaled` as operators of their own, for kernels whose product does not apply the activations' scale."""
+
+    def scaled(self, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply, scale and add; see `Int8Matmul.scaled`."""
+        y: torch.Tensor = self(x, torch.float32).mul_(scale)  # type: ignore[operator]
+        if bias is not None:
+            y = y.add_(bias)
+        return y.to(dtype)
+
+
+class OneDnnMatmul(Separately):
     """oneDNN's int8 linear operator on the CPU; it applies the scale of each output channel to the 32-bit sums.
 
     The fast path is unsigned x signed; signed x signed falls back to a reference loop in the tested build (torch 2.13). So
@@ -59,7 +79,7 @@ class OneDnnMatmul:
         return product[: x.shape[0]]
 
 
-class OneDnnSplitMatmul:
+class OneDnnSplitMatmul(Separately):
     """oneDNN's int8 linear operator on CPUs without VNNI, as two products that cannot saturate.
 
     AVX2 adds pairs of unsigned x signed 8-bit products in 16 bits: 2 x 255 x 127 overflows them, 2 x 127 x 127 does not. So the
@@ -90,7 +110,7 @@ class OneDnnSplitMatmul:
         return product
 
 
-class IntMmMatmul:
+class IntMmMatmul(Separately):
     """`torch._int_mm`: cuBLASLt on CUDA, a plain loop or oneDNN on the CPU.
 
     It needs more than 16 rows, and inner and outer sizes that are multiples of 8, so both operands are padded with zeros, which
@@ -129,7 +149,7 @@ def is_exact(kernel: type[Int8Matmul], device: torch.device) -> bool:
     expected = x.cpu().long() @ weight.cpu().long().t()
     try:
         product = kernel(weight, torch.ones(weight.shape[0], device=device))(x, torch.float32)
-    except (RuntimeError, AttributeError):  # the operator is not in this build, or not for this device
+    except failures():  # the operator is not in this build, or not for this device
         return False
     return torch.equal(product.cpu().long(), expected)
 
@@ -142,6 +162,10 @@ def int8_matmul(device_type: str) -> type[Int8Matmul]:
         RuntimeError: no kernel is exact; there is no silent fallback to floating point.
     """
     kernels: list[type[Int8Matmul]] = [OneDnnMatmul, OneDnnSplitMatmul, IntMmMatmul] if device_type == "cpu" else [IntMmMatmul]
+    if available(device_type):
+        from compress.layers.kernels.products import TritonMatmul
+
+        kernels.insert(0, TritonMatmul)
     for kernel in kernels:
         if is_exact(kernel, torch.device(device_type)):
             return kernel

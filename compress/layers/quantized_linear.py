@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
@@ -9,9 +11,13 @@ from compress.layers.compressed import CompressedLinear
 from compress.layers.float_layers import OneDnnLinear, has_onednn_linear, linear
 from compress.layers.grid import SMALLEST_SCALE, Grid, dequantize, find_grid
 from compress.layers.int8_matmul import Int8Matmul, int8_matmul
+from compress.layers.kernels.choice import rounded_input, row_kernels, weight_kernels
 from compress.layers.packing import packed_width
-from compress.layers.scheme import ActivationScheme, QuantizedLayer
+from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 from compress.layers.torch_packing import pack, unpack
+
+if TYPE_CHECKING:
+    from compress.layers.kernels.rows import Rounded
 
 QMAX = 127  # largest integer of a symmetric 8-bit grid
 
@@ -90,6 +96,7 @@ class QuantizedLinear(CompressedLinear):
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("input_factor", input_factor)
         self._packed: Int8Matmul | None = None
+        self._stored_for_kernels: Any = None
 
     @property
     def scheme(self) -> ActivationScheme:
@@ -166,9 +173,13 @@ class QuantizedLinear(CompressedLinear):
 
     def pack(self) -> None:
         """Pack the weight for the kernel of its device and drop the plain copy; a second call does nothing."""
-        if self.weight is not None and self.scheme is not ActivationScheme.NONE:
+        if self.weight is None:
+            return
+        if self.scheme is not ActivationScheme.NONE:
             self._packed = self._matmul()
             self.weight = None
+        elif self._stored_for_kernels is None:
+            self._stored_for_kernels = self._packed_weight()
 
     def held(self, dtype: torch.dtype) -> nn.Module:
         """Return the packed layer itself; where only weights are quantized, a plain layer with their values."""
@@ -184,7 +195,9 @@ class QuantizedLinear(CompressedLinear):
         if self.scheme is ActivationScheme.NONE:
             if self.input_factor is not None:
                 x = x / self.input_factor.to(x.dtype)
-            return linear(x, self.dequantized(x.dtype), bias)
+            return self._weight_only(x, bias)
+        if self.takes is not None and (kernels := row_kernels(x.device.type)) is not None and self.in_features <= kernels.WIDEST:
+            return self.multiply(rounded_input(x, self.takes, kernels), x.dtype).view(*x.shape[:-1], self.out_features)
         rows = x.reshape(-1, self.in_features)
         if self.input_factor is not None:
             rows = rows / self.input_factor
@@ -192,10 +205,45 @@ class QuantizedLinear(CompressedLinear):
         quantized = quantize_symmetric(rows, input_scale)
         # Not cached before `pack`: until then the layer may be changed or saved.
         matmul = self._packed or self._matmul()
-        y = matmul(quantized, torch.float32).mul_(input_scale)
-        if bias is not None:
-            y = y.add_(bias)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return matmul.scaled(quantized, input_scale, bias, x.dtype).view(*x.shape[:-1], self.out_features)
+
+    @property
+    def takes(self) -> Numbers | None:
+        """The numbers that its input may come rounded to, per token; None where it rounds its own way."""
+        dynamic = self.scheme is ActivationScheme.DYNAMIC_PER_TOKEN and self.input_factor is None
+        return Numbers.INTEGER if dynamic else None
+
+    def multiply(self, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply an input that was rounded as `takes` says: [rows, in] to [rows, out] in `dtype`."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return (self._packed or self._matmul()).scaled(rounded.values, rounded.scale, bias, dtype)
+
+    def _weight_only(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply a floating-point input: few tokens with the packed weight, where a kernel reads it, many with its values."""
+        kernels = weight_kernels(x.device.type) if self.layer.bits in (4, 8) else None
+        if kernels is None:
+            return linear(x, self.dequantized(x.dtype), bias)
+        packed = self._stored_for_kernels or self._packed_weight()
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) <= kernels.FEW_TOKENS:
+            few: torch.Tensor = kernels.few_token_product(rows, packed, bias)
+            return few.view(*x.shape[:-1], self.out_features)
+        return linear(x, kernels.unpacked(packed, x.dtype), bias)
+
+    def _packed_weight(self) -> Any:
+        """Return the weight as the kernels for packed weights take it; None where there are none."""
+        stored = self._stored()
+        kernels = weight_kernels(stored.device.type) if self.layer.bits in (4, 8) else None
+        if kernels is None:
+            return None
+        return kernels.PackedWeight(
+            values=stored.contiguous(),
+            scale=self.weight_scale.view(self.out_features, -1).contiguous(),
+            zero=None if self.weight_zero is None else self.zeros().contiguous(),
+            bits=self.layer.bits,
+            inputs=self.in_features,
+            group_size=self.layer.group_size,
+        )
 
     def _stored(self) -> torch.Tensor:
         assert self.weight is not None, "a packed layer has no plain weight"

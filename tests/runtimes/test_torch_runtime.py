@@ -15,11 +15,12 @@ from tests_support import apply_in_memory, compress_to, folder_of
 
 import compress
 from compress.common.errors import UserError
+from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.rtn import RTN
 from compress.models.files.variant import VariantInfo
 from compress.models.network.build import load_network
 from compress.runtimes.torch_embedder import TorchEmbedder
-from compress.runtimes.torch_runtime import prepare
+from compress.runtimes.torch_runtime import check_device, prepare
 
 SCHEMES = ["none", "dynamic_per_tensor", "dynamic_per_token"]
 
@@ -98,6 +99,29 @@ def test_a_variant_that_does_not_fit_its_network_is_refused(bert: Path, tmp_path
     path.write_text(json.dumps(info | {"format": 2}))
     with pytest.raises(UserError, match=r"variant\.json: format"):
         compress.load(str(tmp_path / "variant"), device="cpu")
+
+
+def test_an_apple_gpu_takes_floating_point_and_integer_weights_alone(bert: Path, tmp_path: Path) -> None:
+    apple = torch.device("mps")
+    for name, step in {"int8": RTN(), "fp8": FP8(), "weights": RTN(activations="none")}.items():
+        compress_to(bert, tmp_path / name, step)
+    for name in ("int8", "fp8"):
+        with pytest.raises(UserError, match=rf"device 'mps' has no product of {name} with activations .*layer .*attention"):
+            check_device(folder_of(tmp_path / name), apple)
+    check_device(folder_of(tmp_path / "weights"), apple)
+    if not torch.backends.mps.is_available():
+        with pytest.raises(UserError, match="sees no Apple GPU"):
+            compress.load(str(bert), device="mps")
+
+
+def test_a_card_without_fp8_products_says_so(bert: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    compress_to(bert, tmp_path / "fp8", FP8())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    check_device(folder_of(tmp_path / "fp8"), torch.device("cuda:7"))
+    assert "A100 (compute capability 8.0) has no FP8 products" in capsys.readouterr().err
+    check_device(folder_of(tmp_path / "fp8"), torch.device("cpu"))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_device_that_is_not_there_is_refused(bert: Path) -> None:

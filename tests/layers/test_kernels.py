@@ -1,0 +1,74 @@
+"""Runs the Triton kernels' cases in Triton's interpreter, in a process of its own: it must be chosen before the first import."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.layers import kernels
+from compress.layers.int8_matmul import OneDnnMatmul, OneDnnSplitMatmul, int8_matmul
+from compress.layers.kernels import tiles
+from compress.layers.kernels.choice import row_kernels, weight_kernels
+
+ROOT = Path(__file__).parents[2]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (Linux only)")
+
+
+@needs_triton
+@pytest.mark.parametrize("cases", ["cases_kernels.py", "cases_networks.py"])
+def test_kernels_equal_their_references_in_the_interpreter(cases: str) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    file = Path(__file__).parent / "interpreted" / cases
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n0", str(file)]
+    if importlib.util.find_spec("xdist") is None:
+        command.remove("-n0")
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
+    assert re.search(r"\d+ passed", ran.stdout)
+    assert "skipped" not in ran.stdout
+
+
+def test_without_the_interpreter_a_cpu_runs_no_triton() -> None:
+    """Numbers of the CPU are those of its own kernels, whether or not Triton is installed."""
+    if os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("this process interprets Triton")
+    assert not kernels.available("cpu")
+    assert not kernels.available("mps")
+    assert row_kernels("cpu") is None
+    assert weight_kernels("cpu") is None
+    assert int8_matmul("cpu") is not None
+    assert issubclass(int8_matmul("cpu"), OneDnnMatmul | OneDnnSplitMatmul) or not torch.backends.mkldnn.is_available()
+
+
+def test_without_triton_nothing_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not kernels.available.__wrapped__("cuda")
+    assert kernels.failures() == (RuntimeError, AttributeError)
+
+
+def test_measured_tiles_serve_their_shape_and_defaults_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = tiles.Tile(32, 64, 128, 4, 4), tiles.Tile(128, 128, 64, 8, 3, descriptors=True)
+    entries = [tiles.entry("int8", 64, 6144, 4096, few), tiles.entry("int8", 16384, 6144, 4096, many)]
+    monkeypatch.setattr(tiles, "_measured", lambda: entries)
+    find = tiles.tile_for.__wrapped__
+    assert find("int8", 64, 6144, 4096) == few
+    assert find("int8", 65, 6144, 4096) == many
+    assert find("int8", 10**6, 6144, 4096) == many
+    assert find("int8", 64, 4096, 4096) == tiles.DEFAULTS["int8"][256]
+    assert find("weights", 1, 6144, 4096) == tiles.DEFAULTS["weights"][16]
+    assert find("int8", 10**6, 1, 1) == tiles.DEFAULTS["int8"][None]
+
+
+def test_the_table_of_tiles_is_read_and_every_tile_is_one_that_a_product_takes() -> None:
+    measured = [tiles.Tile(**entry["tile"]) for entry in tiles._measured()]
+    for tile in (*measured, *(tile for table in tiles.DEFAULTS.values() for tile in table.values())):
+        sizes = tile.rows, tile.outputs, tile.inputs, tile.warps
+        assert all(size & (size - 1) == 0 for size in sizes)
+        assert min(sizes[:3]) >= 16
