@@ -10,14 +10,12 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import nn
 
 from compress.common.errors import first_line
-from compress.models.network.packed import Packed, packed_vectors, to_device
+from compress.models.network.packed import Packed, packed_vectors
 from compress.models.network.pooling import PackedRows
-from compress.models.text.packed import PackedBatch, pack
 
 BUCKETS = (32, 64, 128, 256, 512)
 """Tokens of the longest text of each bucket."""
@@ -37,9 +35,24 @@ def bucket_of(tokens: int, buckets: Sequence[int] = BUCKETS) -> int | None:
     return min((bucket for bucket in buckets if bucket >= tokens), default=None)
 
 
-def filled(batch: PackedBatch, rows: int) -> PackedBatch:
-    """Return a batch of one text with a second one of pad tokens, `rows` rows in all; more than the text has."""
-    return pack([batch.ids, np.zeros(rows - len(batch.ids), dtype=np.int64)])
+def filled(packed: Packed, rows: int) -> Packed:
+    """Return a batch of one text with a second one of pad tokens, `rows` rows in all; more than the text has. Both on the CPU.
+
+    All pad tokens are at the network's first position: their own could lie beyond its table of positions.
+    """
+    text = packed.rows
+    taken = len(text.text)
+    more = torch.zeros(rows - taken, dtype=torch.int64)
+    end = torch.tensor([rows])
+    both = PackedRows(
+        text=torch.cat([text.text, more + 1]),
+        positions=torch.cat([text.positions, more]),
+        offsets=torch.cat([text.offsets, end.int()]),
+        first=torch.cat([text.first, torch.tensor([taken])]),
+        stop=torch.cat([text.stop, end]),
+    )
+    ids, positions = (torch.cat([part, more.unsqueeze(0)], dim=1) for part in (packed.ids, packed.positions))
+    return Packed(ids, positions, both, max(taken, rows - taken))
 
 
 def cuda_graph(run: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
@@ -94,12 +107,15 @@ class SmallRequests:
             return f"as it is: no CUDA graph ({self.refused})"
         return f"CUDA graphs of up to {', '.join(map(str, self._buckets))} tokens"
 
-    def __call__(self, batch: PackedBatch, pool_from: int) -> torch.Tensor | None:
-        """Embed a batch of one text: float32 [1, dimension]. None where no graph is for it: several texts, a long one, none at all."""
-        bucket = bucket_of(len(batch.ids), self._buckets) if len(batch.lengths) == 1 and batch.lengths[0] else None
+    def __call__(self, packed: Packed) -> torch.Tensor | None:
+        """Embed a batch of one text, given on the CPU: float32 [1, dimension]. None where no graph is for it: several texts, a long one, one
+        of which nothing is pooled.
+        """
+        alone = len(packed.rows.first) == 1 and bool(packed.rows.any_pooled.all())
+        bucket = bucket_of(packed.ids.shape[1], self._buckets) if alone else None
         if bucket is None or self.refused is not None:
             return None
-        staged = to_device(filled(batch, bucket + FILLER), self._network, pool_from, self._device)
+        staged = filled(packed, bucket + FILLER).to(self._device)
         with self._lock:
             if bucket not in self._recorded:
                 self._record(bucket, staged)
@@ -115,8 +131,9 @@ class SmallRequests:
 
     def _record(self, bucket: int, staged: Packed) -> None:
         """Record a bucket's graph; afterwards it agrees with the network, or `refused` says why there is none."""
-        # The longest text is a number in the graph, not a tensor: the largest that may come.
-        inputs = Packed(staged.ids, staged.positions, staged.rows, bucket + FILLER)
+        # Recorded on other tokens than the first text's, so that the check below sees the graph read what it is given. The longest
+        # text is a number in the graph, not a tensor: the largest that may come.
+        inputs = Packed(torch.zeros_like(staged.ids), staged.positions.clone(), _cloned(staged.rows), bucket + FILLER)
         try:
             replay, output = self._capture(lambda: packed_vectors(self._network, inputs))
         except RuntimeError as error:
@@ -129,6 +146,10 @@ class SmallRequests:
             self.refused = f"its vectors differ from the network's by {apart:.1e}"
             return
         self._recorded[bucket] = recorded
+
+
+def _cloned(rows: PackedRows) -> PackedRows:
+    return PackedRows(*(getattr(rows, field.name).clone() for field in fields(rows)))
 
 
 def _tensors(packed: Packed) -> list[torch.Tensor]:

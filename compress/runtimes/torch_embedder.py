@@ -12,7 +12,7 @@ from torch import nn
 from compress.common.errors import UserError
 from compress.models.embedder import BatchedEmbedder, Vectors, with_progress
 from compress.models.folder import ModelFolder
-from compress.models.network.packed import has_kernel, packed_vectors, set_packed, to_device
+from compress.models.network.packed import has_kernel, packed_vectors, prepared, set_packed
 from compress.models.network.pooling import backbone_of, head_of, hidden_of
 from compress.models.text.packed import PackedBatch, consecutive, pack
 from compress.models.text.tokens import Batch, Ids
@@ -113,8 +113,9 @@ class TorchEmbedder(BatchedEmbedder):
 
     @torch.inference_mode()
     def _embed_packed(self, batch: PackedBatch, pool_from: int) -> torch.Tensor:
-        made = None if self._small is None else self._small(batch, pool_from)
-        return packed_vectors(self.model, to_device(batch, self.model, pool_from, self.device)) if made is None else made
+        packed = prepared(batch, self.model, pool_from)
+        made = None if self._small is None else self._small(packed)
+        return packed_vectors(self.model, packed.to(self.device)) if made is None else made
 
     def forward(self, batches: Sequence[Batch], pool_from: int, show: bool) -> Iterator[Vectors]:
         """Embed padded batches; see `BatchedEmbedder.forward`."""

@@ -130,7 +130,7 @@ def test_networks_with_additive_biases_stay_padded(make_model: Callable[..., Pat
 def test_a_broken_offset_is_seen(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     padded, packed = both(bert)
     expected = padded.encode(MIXED)
-    right = packed_module.to_device
+    right = packed_module.prepared
 
     def shifted(*arguments: Any) -> Any:
         made = right(*arguments)
@@ -138,9 +138,9 @@ def test_a_broken_offset_is_seen(bert: Path, monkeypatch: pytest.MonkeyPatch) ->
         offsets[1] += 1  # the first text takes a token of the second
         return dataclasses.replace(made, rows=dataclasses.replace(made.rows, offsets=offsets))
 
-    monkeypatch.setattr("compress.runtimes.torch_embedder.to_device", shifted)
+    monkeypatch.setattr("compress.runtimes.torch_embedder.prepared", shifted)
     assert np.abs(packed.encode(MIXED) - expected).max() > 1e-3
-    monkeypatch.setattr(packed_module, "to_device", shifted)
+    monkeypatch.setattr(packed_module, "prepared", shifted)
     with pytest.raises(UserError, match="its packed hidden states are not its padded ones"):
         compress.load(str(bert), device="cpu", batching="packed")
 

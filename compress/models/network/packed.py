@@ -50,31 +50,30 @@ class Packed:
     longest: int
     """Rows of the longest text, or more."""
 
+    def to(self, device: torch.device) -> Packed:
+        """Copy the batch to a device, without waiting for what the device still has to do."""
+        rows = PackedRows(*(_sent(getattr(self.rows, field.name), device) for field in fields(PackedRows)))
+        return Packed(_sent(self.ids, device), _sent(self.positions, device), rows, self.longest)
 
-def to_device(batch: PackedBatch, network: nn.Module, pool_from: int, device: torch.device) -> Packed:
-    """Put a packed batch on a device, with the positions that a network gives to its tokens.
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def prepared(batch: PackedBatch, network: nn.Module, pool_from: int) -> Packed:
+    """Return a packed batch as a network takes it, on the CPU.
 
     Args:
         batch: the batch.
         network: the network, whose table of positions says from where it counts.
         pool_from: position of the first pooled token; earlier ones are a prompt that is not pooled.
-        device: the device.
     """
-    starts = torch.from_numpy(batch.offsets[:-1]).long()
-    positions = torch.from_numpy(batch.positions)
-    ids = torch.from_numpy(batch.ids)
-    lengths = torch.from_numpy(batch.lengths)
     offsets = torch.from_numpy(batch.offsets)
+    starts, lengths = offsets[:-1].long(), torch.from_numpy(batch.lengths)
     text = torch.repeat_interleave(torch.arange(len(starts)), offsets.diff().long())
-    rows = PackedRows(text, positions, offsets, starts + pool_from, starts + lengths)
-    own = network_positions(network, ids, rows)
-    there = PackedRows(*(_sent(getattr(rows, field.name), device) for field in fields(rows)))
-    return Packed(_sent(ids.unsqueeze(0), device), _sent(own.unsqueeze(0), device), there, batch.longest)
-
-
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor to a device without waiting for what the device still has to do."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    rows = PackedRows(text, torch.from_numpy(batch.positions), offsets, starts + pool_from, starts + lengths)
+    ids = torch.from_numpy(batch.ids)
+    return Packed(ids.unsqueeze(0), network_positions(network, ids, rows).unsqueeze(0), rows, batch.longest)
 
 
 def network_positions(network: nn.Module, ids: torch.Tensor, rows: PackedRows) -> torch.Tensor:
@@ -295,7 +294,7 @@ def _difference(
 ) -> str | None:
     """Say how packed hidden states differ from padded ones, [tokens, width] of all texts; None: they do not."""
     try:
-        hidden = packed_hidden(network, to_device(pack(texts), network, 0, device))
+        hidden = packed_hidden(network, prepared(pack(texts), network, 0).to(device))
     except TRIAL_ERRORS as error:
         return first_line(error)
     lengths = [len(text) for text in texts]
