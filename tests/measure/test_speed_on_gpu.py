@@ -134,6 +134,10 @@ def test_rounds_are_kept_and_old_records_have_none() -> None:
     assert "packed batches" in said
     assert "1755 to 1755 MHz of 1980" in said
     assert "90%" in said
-    old = {name: value for name, value in speed.model_dump().items() if name not in ("batching", "small_requests", "ids_seconds", "cards")}
+    old = {
+        name: value
+        for name, value in speed.model_dump().items()
+        if name not in ("batching", "small_requests", "ids_seconds", "cards")
+    }
     assert Speed(**old).cards == Speed(**old).ids_seconds == ()
     assert Speed(**old).batching is None

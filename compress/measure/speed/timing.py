@@ -63,7 +63,7 @@ class Speed(BaseModel):
     small_requests: str | None = None
     """What runs a single short text on a GPU, such as CUDA graphs. None without a GPU."""
     ids_seconds: tuple[float, ...] = ()
-    """Seconds of each round from token ids to vectors, by the GPU's own events: `seconds` without tokenizing. Empty without a GPU."""
+    """Seconds of each round from token ids to vectors, by the GPU's events: `seconds` without tokenizing. Empty without a GPU."""
     cards: tuple[Card, ...] = ()
     """The GPU after each round, with its clocks. Empty without a GPU, or without `nvidia-smi`."""
 

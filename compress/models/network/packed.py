@@ -3,7 +3,7 @@
 A network takes part by transformers' attention interface, so no architecture is written anew. On a CUDA card attention is
 `torch.nn.attention.varlen` (FlashAttention-2: Dao 2023, arXiv 2307.08691), elsewhere torch's attention, text by text.
 
-Nothing lists the architectures that can be packed. A network is tried: it is packed if it gives the hidden states of its padded form.
+Nothing lists the architectures that can be packed. A network is tried: it is packed if the hidden states are those of its padded form.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -155,7 +156,8 @@ def attend(
     """
     call = _call_of(module, query, attention_mask, asked)
     kernel = _varlen if _has_varlen(query) else _text_by_text
-    made = kernel(*(part[0].transpose(0, 1) for part in (query, key, value)), call)
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    made = kernel(query, key, value, call)
     return made.unsqueeze(0), None
 
 
@@ -186,11 +188,13 @@ def _text_by_text(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, c
     """Attend with torch's own attention, one text after another: [rows, heads, head width] to the same. The reference."""
     made = torch.empty((*query.shape[:2], value.shape[-1]), dtype=query.dtype, device=query.device)
     bounds = call.offsets.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
-        parts = [part[start:stop].transpose(0, 1)[None] for part in (query, key, value)]
+    for start, stop in pairwise(bounds):
+        ours, keys, values = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))
         mask = _window(stop - start, call, query.device)
         mixed = F.scaled_dot_product_attention(
-            *parts,
+            ours,
+            keys,
+            values,
             attn_mask=mask,
             is_causal=call.causal and mask is None,
             scale=call.scale,
@@ -298,7 +302,8 @@ def _difference(
     except TRIAL_ERRORS as error:
         return first_line(error)
     lengths = [len(text) for text in texts]
-    pairs = zip(hidden.float().split(lengths), expected.float().split(lengths), strict=True)
-    apart = max(float((made - right).norm() / right.norm()) for made, right in pairs)
-    # Written so that not-a-number is a difference too.
-    return None if apart <= TOLERANCES[dtype] else f"its packed hidden states are not its padded ones (relative difference {apart:.1e})"
+    ours, theirs = (torch.split(part.float(), lengths) for part in (hidden, expected))  # type: ignore[no-untyped-call]
+    apart = max(float((made - right).norm() / right.norm()) for made, right in zip(ours, theirs, strict=True))
+    if apart <= TOLERANCES[dtype]:  # not-a-number is a difference too
+        return None
+    return f"its packed hidden states are not its padded ones (relative difference {apart:.1e})"
