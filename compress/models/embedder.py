@@ -158,10 +158,18 @@ class BatchedEmbedder(TextEmbedder):
         order = list(batches_by_tokens([len(row) for row in rows], budget))
         batches = [pad_batch([rows[index] for index in batch]) for batch in order]
         for batch, made in zip(order, self.forward(batches, pool_from, show), strict=True):
-            if made.shape[1] != self.dimension:
-                raise UserError(f"{self.name}: its settings say {self.dimension} dimensions, its network gives {made.shape[1]}")
+            self.check_width(made)
             vectors[batch] = made
         return vectors
+
+    def check_width(self, made: Vectors) -> None:
+        """Check that vectors [texts, width] are as wide as the model's settings say.
+
+        Raises:
+            UserError: they are not.
+        """
+        if made.shape[1] != self.dimension:
+            raise UserError(f"{self.name}: its settings say {self.dimension} dimensions, its network gives {made.shape[1]}")
 
 
 def first_pooled(tokenizer: TextTokenizer, prompt: str) -> int:

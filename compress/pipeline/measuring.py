@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 # float32 stands in for float16 where the lowest cosine between the two, over so many texts, is at least this.
 STAND_IN_COSINE = 1 - 1e-4
 STAND_IN_TEXTS = 32
+# Equally long texts that are timed on a GPU, as batch size and tokens: one query, and a batch that keeps a large card busy.
+EQUAL_LENGTHS = ((1, 32), (32, 512))
+# Compute capability from which a card multiplies bfloat16.
+BFLOAT16_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -179,21 +183,34 @@ class Measurements:
             rounds=measure.rounds,
             requests=measure.requests,
             batch_tokens=measure.batch_tokens,
-            cells=[(batch, length) for batch in measure.batches for length in measure.lengths],
+            cells=[(batch, length) for batch in measure.batches for length in measure.lengths] or self._equal_lengths(),
             threads=measure.threads,
         )
         return {name: speed.model_dump() for name, speed in speeds.items()}
 
+    def _equal_lengths(self) -> Sequence[tuple[int, int]]:
+        """Return the batch sizes and lengths that are timed where the recipe names none: on a GPU a query and a full batch."""
+        return () if self.device == "cpu" else EQUAL_LENGTHS
+
+    def _fits_together(self, needed: int) -> bool:
+        """Whether so many bytes of weights, of several processes, fit in the memory of the device next to what running takes."""
+        if self.device == "cpu":
+            return self._fits(needed)
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return needed + self.plan.run_memory_bytes - self.plan.variant_bytes < free
+
     def _dtypes_that_fit(self) -> list[str]:
         """Leave out baselines that do not fit in memory next to the variant, largest first; all are loaded at the same time."""
         dtypes = list(self._dtypes())
-        while dtypes and not self._fits(
+        while dtypes and not self._fits_together(
             self.plan.variant_bytes + sum(self.shape.parameters * DTYPE_BYTES[dtype] for dtype in dtypes)
         ):
             largest = max(dtypes, key=DTYPE_BYTES.__getitem__)
             self.say(f"speed: the {largest} baseline does not fit in memory next to the others; it is left out")
             dtypes.remove(largest)
-        if not dtypes and not self._fits(self.plan.variant_bytes):
+        if not dtypes and not self._fits_together(self.plan.variant_bytes):
             raise UserError(
                 f"speed: the variant takes {gigabytes(self.plan.variant_bytes)} and does not fit in memory",
                 "set measure.what to [] to measure nothing",
@@ -203,12 +220,13 @@ class Measurements:
     def _dtypes(self) -> tuple[str, ...]:
         """Return the precisions that speed is compared with; gates look at the first.
 
-        bfloat16 is one only where the CPU multiplies it. Elsewhere it is several times slower than float32, so no baseline at all.
+        bfloat16 is one only where the device multiplies it. Elsewhere it is several times slower, so no baseline at all.
         """
-        if self.device != "cpu":
-            return ("float16",)
         import torch
 
+        if self.device != "cpu":
+            multiplies = torch.cuda.get_device_capability(self.device) >= BFLOAT16_CAPABILITY
+            return ("float16", "bfloat16") if multiplies else ("float16",)
         from compress.layers.float_layers import has_onednn_linear
 
         return ("float32", "bfloat16") if has_onednn_linear(torch.bfloat16) else ("float32",)

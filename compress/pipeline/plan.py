@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.calibration.texts import BATCH_TOKENS as CALIBRATION_BATCH_TOKENS
+from compress.common.card import read_card
 from compress.common.errors import UserError
 from compress.common.memory import available_memory_bytes, gigabytes
 from compress.layers.scheme import QuantizedLayer
@@ -19,6 +20,7 @@ from compress.methods import METHODS, method_class
 from compress.methods.base import Estimate
 from compress.models.architectures import one_set_of_blocks
 from compress.models.shape import ModelShape
+from compress.pipeline.gpu_rates import rate_for, read_rates
 from compress.pipeline.recipe import Recipe, steps_for
 from compress.runtimes.contract import CPU_BATCH_TOKENS, Kind, pick_runtime
 
@@ -26,7 +28,6 @@ from compress.runtimes.contract import CPU_BATCH_TOKENS, Kind, pick_runtime
 MEMORY_BYTES_PER_SECOND = 2e9  # elementwise passes over weights, and reading files
 DISK_BYTES_PER_SECOND = 2.5e8  # writing with fsync
 EMBEDDED_TASK_TOKENS = 45_000  # the embedded suite, once
-GPU_OPERATIONS_PER_SECOND = 1.25e14  # 40 % of the 312 TFLOPS in bfloat16 of an A100's data sheet
 PROCESS_SECONDS = 8  # start of a measuring process
 LONGEST_TEXT = 8_192  # tokens, where a config gives no number of positions
 TYPICAL_LENGTH = 64  # tokens of a text that speed is measured on
@@ -146,11 +147,13 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
 
 
 def _on_gpus(estimate: Estimate) -> str:
+    card = read_card()
+    rate, said = rate_for(None if card is None else card.name, read_rates())
     costs = (
-        f"{count}: {gigabytes(each)}{' each' if count > 1 else ''}, {duration(operations / GPU_OPERATIONS_PER_SECOND)}"
+        f"{count}: {gigabytes(each)}{' each' if count > 1 else ''}, {duration(operations / rate)}"
         for count, (each, operations) in estimate.gpus.items()
     )
-    return f"{'; '.join(costs)} (rough, at {GPU_OPERATIONS_PER_SECOND / 1e12:.0f} TFLOPS a GPU)"
+    return f"{'; '.join(costs)} (rough; {said})"
 
 
 def _problems(plan: Plan, output: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from rich.table import Table
 from compress.common.memory import gigabytes
 from compress.measure.accuracy.statistics import Interval
 from compress.measure.record import Record, TaskRow
+from compress.measure.speed.timing import Speed
 from compress.measure.vectors.fidelity import Fidelity
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ def print_record(record: Record, console: Console | None = None) -> None:
     if record.fidelity:
         console.print(_fidelity(record.fidelity), soft_wrap=True)
     console.print(_rows(record))
+    for row in record.rows:
+        if row.speed is not None and row.speed.cards:
+            console.print(_on_card(row.name, row.speed), soft_wrap=True)
     for gate in record.gates:
         bound = "at most" if gate.name == "size_ratio" else "at least"
         console.print(f"gate {gate.name}: {gate.value:.4f}, {bound} {gate.bound:g} wanted: {'kept' if gate.kept else 'MISSED'}")
@@ -150,6 +155,23 @@ def _fidelity(agreement: Fidelity) -> str:
         + (f", @100 {far:.3f}" if far is not None else "")
         + (f"; rank correlation of similarities {ranks:.4f}" if ranks else "")
     )
+
+
+def _on_card(name: str, speed: Speed) -> str:
+    """Say how an embedder ran on a GPU, and at which clocks."""
+    card = speed.cards[-1]
+    clocks = [each.clock_mhz for each in speed.cards if each.clock_mhz is not None]
+    said = [
+        f"{name}: {speed.batching} batches",
+        f"single texts by {speed.small_requests}",
+        card.name,
+        f"driver {card.driver or '?'}",
+    ]
+    if clocks:
+        said.append(f"{min(clocks):.0f} to {max(clocks):.0f} MHz of {card.most_clock_mhz or 0:.0f}")
+    if speed.ids_seconds:
+        said.append(f"{median(speed.ids_seconds) / median(speed.seconds):.0%} of the time is from token ids to vectors")
+    return "; ".join(said)
 
 
 def _rows(record: Record) -> Table:

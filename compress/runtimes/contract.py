@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from compress.common.errors import UserError, nearest
 from compress.common.inputs import check_file
@@ -28,6 +29,24 @@ AUTO = "auto"
 # a GPU needs many more to be busy (measured for MiniLM on two cores: 1,024 tokens are 1.1 to 1.7 times as fast as 4,096).
 CPU_BATCH_TOKENS = 1_024
 GPU_BATCH_TOKENS = 16_384
+# Rows of a packed batch: at most so many, at least so many where little memory is free.
+MOST_PACKED_TOKENS, LEAST_PACKED_TOKENS = 32_768, 1_024
+PACKED_SHARE = 0.5
+"""Share of a card's free memory that a packed batch may take up."""
+
+PACKED, PADDED = "packed", "padded"
+Batching = Literal["auto", "packed", "padded"]
+"""How texts share a batch: end to end, or padded to one length. `auto` packs on a CUDA card where the network can be packed."""
+
+
+def packed_budget(free_bytes: int, token_bytes: int) -> int:
+    """Return how many tokens a packed batch may hold.
+
+    Args:
+        free_bytes: memory of the card that is free once the weights are loaded.
+        token_bytes: memory that a token takes up while it passes a block; see `ModelShape.activation_bytes`.
+    """
+    return max(LEAST_PACKED_TOKENS, min(MOST_PACKED_TOKENS, int(PACKED_SHARE * free_bytes) // token_bytes))
 
 
 @contextmanager

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from compress.common.errors import UserError
+from compress.common.errors import UserError, nearest
 from compress.common.memory import available_memory_bytes, gigabytes
 from compress.models.folder import ModelFolder
 from compress.models.source import DTYPE_BYTES, find
 from compress.models.text.sentence_transformers import TRANSFORMER
-from compress.runtimes.contract import AUTO, RUNTIMES, TORCH, Kind, pick_runtime, runtime_named
+from compress.runtimes.contract import AUTO, PACKED, RUNTIMES, TORCH, Batching, Kind, pick_runtime, runtime_named
 from compress.runtimes.routed import RoutedEmbedder
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def load(
     threads: int | None = None,
     compile: bool = False,
     stream: bool = False,
+    batching: Batching = "auto",
 ) -> Embedder:
     """Load an embedder.
 
@@ -92,12 +93,17 @@ def load(
         compile: whether to run the network through `torch.compile`, which needs a C++ compiler.
         stream: whether to stream the model instead of loading it: each call of `encode` reads it block by block, in the memory of
             one block.
+        batching: how texts share a batch. `packed` puts them end to end, `padded` fills them up to one length, `auto` packs on a
+            CUDA card where the network can be packed. The vectors are the same up to rounding; the torch embedder's `batching`
+            says which it is.
 
     Raises:
-        UserError: the model does not exist, this version does not run its kind, or the runtime does not execute it.
+        UserError: the model does not exist, this version does not run its kind, the runtime does not execute it, or it cannot be
+            packed and `batching` is `packed`.
         ValueError: `compile` and `stream` are both set. Compiling needs the whole network, which streaming never holds.
     """
-    return open_source(find(model), runtime=runtime, device=device, dtype=dtype, threads=threads, compile=compile, stream=stream)
+    how: dict[str, Any] = {"runtime": runtime, "device": device, "dtype": dtype, "threads": threads}
+    return open_source(find(model), **how, compile=compile, stream=stream, batching=batching)
 
 
 def _check_fits(source: ModelFolder, dtype: str | None) -> None:
@@ -125,12 +131,14 @@ def open_source(
     threads: int | None = None,
     compile: bool = False,
     stream: bool = False,
+    batching: Batching = "auto",
 ) -> Embedder:
     """Load the embedder of a model whose folder was found; see `load`."""
     if source.routes is not None:
-        return _open_routes(
-            source, source.routes, runtime=runtime, device=device, dtype=dtype, threads=threads, compile=compile, stream=stream
-        )
+        how: dict[str, Any] = {"runtime": runtime, "device": device, "dtype": dtype, "threads": threads}
+        return _open_routes(source, source.routes, **how, compile=compile, stream=stream, batching=batching)
+    if batching not in get_args(Batching):
+        raise UserError(f"batching {batching!r} is not known", nearest(batching, get_args(Batching)))
     info = source.variant
     if info is None and (compile or stream):
         runtime = runtime or TORCH  # only torch does either, and a static table would open in numpy
@@ -140,11 +148,15 @@ def open_source(
     if name != TORCH:
         if compile or stream:
             raise UserError(f"model {source.name!r}: only torch compiles or streams, and this one runs in {name}", "runtime: torch")
+        if batching == PACKED:
+            raise UserError(f"model {source.name!r}: only torch runs packed batches, and this one runs in {name}", "runtime: torch")
         _check_fits(source, dtype)
         opener = importlib.import_module(RUNTIMES[name].opener).open_variant
         embedder: Embedder = opener(source, dtype=dtype, threads=threads)
         return embedder
-    return _open_in_torch(source, device, dtype, threads, compile, stream)
+    if stream and batching == PACKED:
+        raise UserError(f"model {source.name!r}: a streamed model runs padded batches", "batching: padded")
+    return _open_in_torch(source, device, dtype, threads, compile, stream, batching)
 
 
 def _open_routes(source: ModelFolder, routes: Routes, **how: Any) -> RoutedEmbedder:
@@ -154,7 +166,7 @@ def _open_routes(source: ModelFolder, routes: Routes, **how: Any) -> RoutedEmbed
     for way in routes.ways:
         route, place = source.along(way), way[0].folder
         if place in networks:
-            opened[way] = _sharing(route, networks[place], how["compile"])
+            opened[way] = _sharing(route, networks[place], how["compile"], how["batching"])
             continue
         opened[way] = open_source(route, **how)
         if way[0].kind == TRANSFORMER and not how["stream"] and route.own_architecture is None:
@@ -162,20 +174,26 @@ def _open_routes(source: ModelFolder, routes: Routes, **how: Any) -> RoutedEmbed
     return RoutedEmbedder(source.name, routes, opened)
 
 
-def _sharing(route: ModelFolder, other: Embedder, compile: bool) -> Embedder:
+def _sharing(route: ModelFolder, other: Embedder, compile: bool, batching: Batching) -> Embedder:
     """Open a route whose Transformer the embedder of another one holds."""
     from compress.runtimes.torch_embedder import TorchEmbedder
     from compress.runtimes.torch_runtime import open_sharing
 
     assert isinstance(other, TorchEmbedder), "a checkpoint that is not streamed runs in torch alone"
-    embedder = open_sharing(route, other)
+    embedder = open_sharing(route, other, batching=batching)
     if compile:
         embedder.compile()
     return embedder
 
 
 def _open_in_torch(
-    source: ModelFolder, device: str | None, dtype: str | None, threads: int | None, compile: bool, stream: bool
+    source: ModelFolder,
+    device: str | None,
+    dtype: str | None,
+    threads: int | None,
+    compile: bool,
+    stream: bool,
+    batching: Batching,
 ) -> Embedder:
     from compress.runtimes import torch_runtime
 
@@ -188,7 +206,7 @@ def _open_in_torch(
             raise ValueError("compile and stream exclude each other")
         return torch_runtime.open_streamed(source, device=device, dtype=dtype)
     opener = torch_runtime.open_variant if source.is_variant else torch_runtime.open_checkpoint
-    embedder = opener(source, device=device, dtype=dtype)
+    embedder = opener(source, device=device, dtype=dtype, batching=batching)
     if compile:
         embedder.compile()
     return embedder

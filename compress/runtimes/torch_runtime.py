@@ -20,6 +20,7 @@ from compress.models.network.pooling import Float32Linear, Float32Norm, LayerMea
 from compress.models.network.walk import Streamed
 from compress.models.opened import buffers_to, empty_model, weights_of
 from compress.runtimes.allocator import keep_freed_memory
+from compress.runtimes.contract import Batching
 from compress.runtimes.merging import fuse, merge_products
 from compress.runtimes.streamed import StreamedEmbedder
 from compress.runtimes.torch_embedder import TorchEmbedder
@@ -135,22 +136,29 @@ def import_architecture(folder: ModelFolder) -> None:
         AutoModel._model_mapping[type(config)]
 
 
-def open_checkpoint(folder: ModelFolder, *, device: str | None = None, dtype: str | None = None) -> TorchEmbedder:
-    """Open a sentence-transformers or transformers folder as an embedder."""
+def open_checkpoint(
+    folder: ModelFolder, *, device: str | None = None, dtype: str | None = None, batching: Batching = "padded"
+) -> TorchEmbedder:
+    """Open a sentence-transformers or transformers folder as an embedder; `batching`: see `TorchEmbedder`."""
     target = pick_device(device)
     compute = pick_dtype(dtype, target)
-    return TorchEmbedder(folder, prepare(load_network(folder, compute), compute, target), target, compute)
+    return TorchEmbedder(folder, prepare(load_network(folder, compute), compute, target), target, compute, batching)
 
 
-def open_sharing(folder: ModelFolder, other: TorchEmbedder) -> TorchEmbedder:
+def open_sharing(folder: ModelFolder, other: TorchEmbedder, *, batching: Batching = "padded") -> TorchEmbedder:
     """Open a checkpoint whose Transformer module another embedder has loaded: the network is in memory once."""
     network = sharing_network(other.model, folder, other.dtype)
     head_of(network).to(other.device)
-    return TorchEmbedder(folder, network, other.device, other.dtype)
+    return TorchEmbedder(folder, network, other.device, other.dtype, batching)
 
 
 def open_variant(
-    folder: ModelFolder, *, device: str | None = None, dtype: str | None = None, activations: bool = True
+    folder: ModelFolder,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    activations: bool = True,
+    batching: Batching = "padded",
 ) -> TorchEmbedder:
     """Open a variant as it is stored: quantized weights go from the file to their kernels without conversion to floating point.
 
@@ -160,6 +168,7 @@ def open_variant(
         dtype: the compute dtype; see `pick_dtype`.
         activations: whether to quantize activations as the variant says. False keeps them in floating point, like libraries that
             unpack the weights.
+        batching: how texts share a batch; see `TorchEmbedder`.
 
     Raises:
         UserError: the device does not exist or does not multiply the variant's numbers, or the weights do not fit the network.
@@ -174,7 +183,7 @@ def open_variant(
         for path, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear) and module.rounds_inputs:
                 model.set_submodule(path, module.plain().requires_grad_(False))
-    return TorchEmbedder(folder, prepare(model, compute, target), target, compute)
+    return TorchEmbedder(folder, prepare(model, compute, target), target, compute, batching)
 
 
 def open_streamed(folder: ModelFolder, *, device: str | None = None, dtype: str | None = None) -> StreamedEmbedder:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from compress.common.card import Card
 from compress.common.children import tied
 
 
@@ -56,7 +57,15 @@ class Speed(BaseModel):
     gpu_peak_bytes: int | None
     """Peak GPU memory while encoding. None without a GPU."""
     cells: tuple[Cell, ...] = ()
-    """Time by batch size and length, if the recipe asks for it."""
+    """Time by batch size and length: equally long texts, if the recipe asks for it, and on a GPU."""
+    batching: str | None = None
+    """How texts share a batch: `packed` or `padded`. None if the embedder does not say, and in older records."""
+    small_requests: str | None = None
+    """What runs a single short text on a GPU, such as CUDA graphs. None without a GPU."""
+    ids_seconds: tuple[float, ...] = ()
+    """Seconds of each round from token ids to vectors, by the GPU's events: `seconds` without tokenizing. Empty without a GPU."""
+    cards: tuple[Card, ...] = ()
+    """The GPU after each round, with its clocks. Empty without a GPU, or without `nvidia-smi`."""
 
 
 @dataclass(frozen=True)
@@ -163,14 +172,17 @@ def measure_speed(
         times = {name: _Times() for name in workers}
         for turn in range(rounds):
             for name, worker in workers.items():
-                times[name].seconds.append(worker.ask("throughput", texts=texts, batch_tokens=batch_tokens)["seconds"])
+                times[name].add(worker.ask("throughput", texts=texts, batch_tokens=batch_tokens))
                 times[name].latencies += worker.ask("latency", texts=singles[turn::rounds])["seconds"]
             for batch, length in cells:
                 for name, worker in workers.items():
                     took = worker.ask("cell", batch=batch, length=length)["seconds"]
                     if took is not None:
                         times[name].cells.setdefault((batch, length), []).append(took)
-        return {name: times[name].speed(len(texts), tokens, **worker.loaded, **peaks[name]) for name, worker in workers.items()}
+        return {
+            name: times[name].speed(len(texts), tokens, **worker.loaded, **peaks[name], **worker.ask("ways"))
+            for name, worker in workers.items()
+        }
     finally:
         for worker in workers.values():
             worker.close()
@@ -182,10 +194,20 @@ class _Times:
 
     seconds: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
+    ids: list[float] = field(default_factory=list)
+    cards: list[Card] = field(default_factory=list)
     cells: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
-    def speed(self, texts: int, tokens: int, **memory: Any) -> Speed:
-        """Summarize the rounds; `memory` has the fields of `Speed` that are no times."""
+    def add(self, round: Mapping[str, Any]) -> None:
+        """Add a round, as the worker's `throughput` answers."""
+        self.seconds.append(round["seconds"])
+        if round["ids_seconds"] is not None:
+            self.ids.append(round["ids_seconds"])
+        if round["card"] is not None:
+            self.cards.append(Card(**round["card"]))
+
+    def speed(self, texts: int, tokens: int, **others: Any) -> Speed:
+        """Summarize the rounds; `others` has the fields of `Speed` that are no times."""
         middle = median(self.seconds)
         cells = (Cell(batch=batch, length=length, seconds=median(took)) for (batch, length), took in self.cells.items())
         return Speed(
@@ -195,7 +217,9 @@ class _Times:
             latency_p50_ms=float(np.percentile(self.latencies, 50)) * 1e3,
             latency_p99_ms=float(np.percentile(self.latencies, 99)) * 1e3,
             cells=tuple(cells),
-            **memory,
+            ids_seconds=tuple(self.ids),
+            cards=tuple(self.cards),
+            **others,
         )
 
 

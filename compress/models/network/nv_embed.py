@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import MistralConfig, MistralModel
 
 from compress.models.folder import ModelFolder
-from compress.models.network.pooling import TextHead, vectors_of
+from compress.models.network.pooling import PackedRows, TextHead, vectors_of
 from compress.models.text.nv_embed import latent_settings
 
 FEED_FORWARD_FACTOR = 4
@@ -175,6 +175,16 @@ def mean_of_padded(mask: torch.Tensor) -> Mean:
     return mean
 
 
+def mean_of_packed(rows: PackedRows) -> Mean:
+    """Return a mean over the pooled rows of each text of a packed batch. A text of which nothing is pooled becomes not-a-number."""
+    weights = rows.pooled.to(torch.float32).unsqueeze(1)
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return rows.sums(x.float() * weights) / rows.sums(weights)
+
+    return mean
+
+
 @torch.no_grad()
 def fold(head: LatentAttention) -> FoldedLatentAttention:
     """Fold a head: compute the constant matrices of `FoldedLatentAttention`, in float64.
@@ -233,6 +243,14 @@ class LatentPooling(nn.Module):
             return vectors
         text, position = pooled.nonzero(as_tuple=True)
         vectors = self.latent_attention(hidden[text, position], mean_of_rows(text, len(hidden)))
+        return vectors
+
+    def packed(self, hidden: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+        """Pool the hidden states of a packed batch; see `TextHead.packed`. Every text needs a pooled token.
+
+        The head runs on prompts too, and the mean leaves them out: to select rows would wait for the device.
+        """
+        vectors: torch.Tensor = self.latent_attention(hidden, mean_of_packed(rows))
         return vectors
 
 

@@ -5,7 +5,8 @@ Embedders, streamed walks, calibration, training and graphs all run a network's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -13,6 +14,46 @@ from torch import nn
 
 from compress.common.errors import UserError
 from compress.models.text.spec import EmbedderSpec, HeadModule, Pooling, WeightedLayers
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Which rows of a packed batch belong to which text, and which of them are pooled. A text's rows follow each other."""
+
+    text: torch.Tensor
+    """Number of the text that each row belongs to, int64 [rows]."""
+    positions: torch.Tensor
+    """Position of each row in its text, from 0, int64 [rows]."""
+    offsets: torch.Tensor
+    """Row at which each text begins, and the number of rows at the end, int32 [texts + 1]. Every text has a row."""
+    first: torch.Tensor
+    """First pooled row of each text, int64 [texts]."""
+    stop: torch.Tensor
+    """Row after the last pooled one of each text, int64 [texts]; at most `first` where no row is pooled."""
+
+    @property
+    def any_pooled(self) -> torch.Tensor:
+        """Whether a text has a pooled row, bool [texts, 1]."""
+        return (self.stop > self.first).unsqueeze(1)
+
+    @property
+    def pooled(self) -> torch.Tensor:
+        """Whether a row is pooled, bool [rows]."""
+        row = torch.arange(len(self.text), device=self.text.device)
+        return (row >= self.first[self.text]) & (row < self.stop[self.text])
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Add up the rows of each text: float32 [rows, width] to [texts, width], in the same order on every call."""
+        return self._reduced(values, "sum")
+
+    def highest(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the largest values over the rows of each text: float32 [rows, width] to [texts, width]."""
+        return self._reduced(values, "max")
+
+    def _reduced(self, values: torch.Tensor, how: str) -> torch.Tensor:
+        # `unsafe` leaves out a check of the offsets that would wait for the device.
+        made: torch.Tensor = torch.segment_reduce(values, how, offsets=self.offsets.long(), axis=0, unsafe=True)
+        return made
 
 
 class TokenPooling(nn.Module):
@@ -27,7 +68,12 @@ class TokenPooling(nn.Module):
 
     def forward(self, hidden: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor, *, traced: bool = False) -> torch.Tensor:
         """Pool hidden states; see `TextHead.forward`. A text without any pooled token becomes a zero vector."""
-        made = [POOLINGS[mode](hidden, pooled) for mode in self.modes]
+        made = [POOLINGS[mode].padded(hidden, pooled) for mode in self.modes]
+        return made[0] if len(made) == 1 else torch.cat(made, dim=1)
+
+    def packed(self, hidden: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+        """Pool the hidden states of a packed batch; see `TextHead.packed`."""
+        made = [POOLINGS[mode].packed(hidden, rows) for mode in self.modes]
         return made[0] if len(made) == 1 else torch.cat(made, dim=1)
 
 
@@ -73,15 +119,64 @@ def _max(hidden: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
     return torch.where(pooled.any(dim=1, keepdim=True), highest, 0.0)
 
 
+def _row_of(hidden: torch.Tensor, rows: PackedRows, place: torch.Tensor) -> torch.Tensor:
+    """Return one row of each text, zeros where none is pooled; place: int64 [texts]."""
+    return torch.where(rows.any_pooled, hidden[place.clamp(0, len(hidden) - 1)].float(), 0.0)
+
+
+def _first_packed(hidden: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+    return _row_of(hidden, rows, rows.first)
+
+
+def _last_packed(hidden: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+    return _row_of(hidden, rows, rows.stop - 1)
+
+
+def _sums_packed(hidden: torch.Tensor, rows: PackedRows, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weighted sums [texts, width] and the sums of the weights [texts, 1]; weights: float32 [rows]."""
+    total = rows.sums(weights.unsqueeze(1)).clamp_min(1e-9)
+    return rows.sums(hidden.float() * weights.unsqueeze(1)), total
+
+
+def _mean_packed(hidden: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+    sums, total = _sums_packed(hidden, rows, rows.pooled.float())
+    return sums / total
+
+
+def _mean_sqrt_packed(hidden: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+    sums, total = _sums_packed(hidden, rows, rows.pooled.float())
+    return sums / total.sqrt()
+
+
+def _weighted_mean_packed(hidden: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+    sums, total = _sums_packed(hidden, rows, rows.pooled * (rows.positions + 1).float())
+    return sums / total
+
+
+def _max_packed(hidden: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+    highest = rows.highest(hidden.float().masked_fill(~rows.pooled.unsqueeze(1), float("-inf")))
+    return torch.where(rows.any_pooled, highest, 0.0)
+
+
+@dataclass(frozen=True)
+class PoolingRule:
+    """A pooling without weights, for both forms of a batch."""
+
+    padded: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """From hidden states [texts, length, width] and the pooled tokens, int64 [texts, length], to float32 [texts, width]."""
+    packed: Callable[[torch.Tensor, PackedRows], torch.Tensor]
+    """From hidden states [rows, width] of texts end to end to float32 [texts, width]."""
+
+
 POOLINGS = {
-    Pooling.CLS: _first,
-    Pooling.LAST: _last,
-    Pooling.MEAN: _mean,
-    Pooling.MEAN_SQRT: _mean_sqrt,
-    Pooling.WEIGHTED: _weighted_mean,
-    Pooling.MAX: _max,
+    Pooling.CLS: PoolingRule(_first, _first_packed),
+    Pooling.LAST: PoolingRule(_last, _last_packed),
+    Pooling.MEAN: PoolingRule(_mean, _mean_packed),
+    Pooling.MEAN_SQRT: PoolingRule(_mean_sqrt, _mean_sqrt_packed),
+    Pooling.WEIGHTED: PoolingRule(_weighted_mean, _weighted_mean_packed),
+    Pooling.MAX: PoolingRule(_max, _max_packed),
 }
-"""By mode, from hidden states [texts, length, width] and the pooled tokens, int64 [texts, length], to float32 [texts, width]."""
+"""By mode. A text of which nothing is pooled becomes zeros."""
 
 
 class Dense(nn.Module):
@@ -229,11 +324,36 @@ class TextHead(nn.Module):
             float32 [texts, dimension], differentiable.
         """
         vectors: torch.Tensor = self.pooling(hidden, tokens, pooled, traced=traced)
+        return self._finished(vectors)
+
+    def packed(self, hidden: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+        """Turn the hidden states of a packed batch into vectors; equals `forward` on the same texts padded, up to rounding.
+
+        Args:
+            hidden: [rows, width], any floating dtype, as `forward` takes them, without padding.
+            rows: which rows are whose.
+
+        Returns:
+            float32 [texts, dimension]. Nothing in it waits for the device.
+        """
+        pooling = cast(PackedPooling, self.pooling)
+        return self._finished(pooling.packed(hidden, rows))
+
+    def _finished(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Run what comes after pooling, float32 [texts, width] to [texts, dimension]."""
         for module in self.after:
             vectors = module(vectors)
         if self.normalize:
             vectors = nn.functional.normalize(vectors, dim=1)
         return vectors if self.dimensions is None else vectors[:, : self.dimensions]
+
+
+class PackedPooling(Protocol):
+    """A pooling as packed batches are put through it; both poolings of this project are."""
+
+    def packed(self, hidden: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+        """Pool hidden states [rows, width] to float32 [texts, width]."""
+        ...
 
 
 class TextNetwork(Protocol):
