@@ -142,6 +142,11 @@ class BatchedEmbedder(TextEmbedder):
     Subclasses run the batches.
     """
 
+    @property
+    def batching(self) -> str:
+        """How texts share a batch: `padded` to one length or, by embedders that can, `packed` end to end."""
+        return "padded"
+
     @abstractmethod
     def forward(self, batches: Sequence[Batch], pool_from: int, show: bool) -> Iterator[Vectors]:
         """Embed padded batches and yield the vectors of each in order, float32 [texts, dimension].

@@ -1,4 +1,4 @@
-"""How fast cards run embedders, from a table in the package's data: measured rates by card, and a published one to go by until then.
+"""How fast cards run embedders, from a table in the package's data: measured rates by card, and a published one until then.
 
 A measured card is added to `measured` in `compress/data/gpu_rates.json`, by the name that its driver gives it.
 """
@@ -64,5 +64,5 @@ def rate_for(card: str | None, rates: Rates) -> tuple[float, str]:
             return rate.operations_per_second, f"measured on this card: {rate.operations_per_second / 1e12:.0f} TFLOPS in bfloat16"
     known = rates.published
     where = "not measured on this card" if card else "no card here"
-    rate = f"{known.operations_per_second / 1e12:.0f} TFLOPS in {known.precision}"
-    return known.operations_per_second, f"{where}; at {rate}, published for {known.model} on an {known.card}"
+    speed = f"{known.operations_per_second / 1e12:.0f} TFLOPS in {known.precision}"
+    return known.operations_per_second, f"{where}; at {speed}, published for {known.model} on an {known.card}"

@@ -161,12 +161,8 @@ def _on_card(name: str, speed: Speed) -> str:
     """Say how an embedder ran on a GPU, and at which clocks."""
     card = speed.cards[-1]
     clocks = [each.clock_mhz for each in speed.cards if each.clock_mhz is not None]
-    said = [
-        f"{name}: {speed.batching} batches",
-        f"single texts by {speed.small_requests}",
-        card.name,
-        f"driver {card.driver or '?'}",
-    ]
+    said = [f"{name}: {speed.batching} batches", f"single texts by {speed.small_requests}"]
+    said += [card.name, f"driver {card.driver or '?'}"]
     if clocks:
         said.append(f"{min(clocks):.0f} to {max(clocks):.0f} MHz of {card.most_clock_mhz or 0:.0f}")
     if speed.ids_seconds:

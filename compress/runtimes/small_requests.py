@@ -1,7 +1,7 @@
 """CUDA graphs for single short texts: the launch of a network's kernels then costs nothing, which is most of a query's latency.
 
-Graphs have fixed shapes, so each is made for a number of tokens, its bucket. A text is run in the smallest bucket that holds it, filled
-up by a second text of pad tokens, which attention within texts keeps apart. What is larger runs without a graph.
+Graphs have fixed shapes, so each is made for a number of tokens, its bucket. A text is run in the smallest bucket that holds it,
+filled up by a second text of pad tokens, which attention within texts keeps apart. What is larger runs without a graph.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def cuda_graph(run: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
     Raises:
         RuntimeError: it does what no graph can hold, such as waiting for the device.
     """
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # libraries set themselves up in the first calls, which may not be recorded
         for _ in range(WARM_UPS):
@@ -108,8 +108,9 @@ class SmallRequests:
         return f"CUDA graphs of up to {', '.join(map(str, self._buckets))} tokens"
 
     def __call__(self, packed: Packed) -> torch.Tensor | None:
-        """Embed a batch of one text, given on the CPU: float32 [1, dimension]. None where no graph is for it: several texts, a long one, one
-        of which nothing is pooled.
+        """Embed a batch of one text, given on the CPU: float32 [1, dimension].
+
+        None where no graph is for it: several texts, a long one, or one of which nothing is pooled.
         """
         alone = len(packed.rows.first) == 1 and bool(packed.rows.any_pooled.all())
         bucket = bucket_of(packed.ids.shape[1], self._buckets) if alone else None

@@ -23,8 +23,8 @@ HIDDEN_BYTES = 2 * 10**9
 class StreamedEmbedder(BatchedEmbedder):
     """Embeds texts in the memory of one block plus their hidden states. The vectors equal those of the loaded model, bit for bit.
 
-    Each call reads all weights, so it is best to pass all texts in one call. Batches are padded, on a GPU too: the walk over segments
-    keeps the hidden states of padded batches, and reading the weights takes longer than the padding.
+    Each call reads all weights, so it is best to pass all texts in one call. Batches are padded, on a GPU too: the walk over
+    segments keeps the hidden states of padded batches, and reading the weights takes longer than the padding.
     """
 
     def __init__(self, embedder: TorchEmbedder, source: Streamed, hidden_bytes: int = HIDDEN_BYTES) -> None:

@@ -101,7 +101,7 @@ class TorchEmbedder(BatchedEmbedder):
         return vectors
 
     def _packed(self, batches: Sequence[PackedBatch], pool_from: int, show: bool) -> Iterator[Vectors]:
-        """Embed packed batches and yield the vectors of each in order. A card is given a batch before the last one is waited for."""
+        """Embed packed batches and yield the vectors of each in order. A card gets a batch before the last one is waited for."""
         waiting: torch.Tensor | None = None
         for batch in with_progress(batches, "encoding", show):
             made = self._embed_packed(batch, pool_from)

@@ -39,7 +39,7 @@ class Gpu:
     def synchronize(self) -> None:
         self.log.append("wait")
 
-    def Event(self, enable_timing: bool) -> Any:  # noqa: N802  torch's name
+    def Event(self, enable_timing: bool) -> Any:
         assert enable_timing
         return SimpleNamespace(record=lambda: self.log.append("event"), elapsed_time=lambda other: 250.0)
 

@@ -233,6 +233,7 @@ def test_on_a_cpu_nothing_is_packed_unless_asked(bert: Path) -> None:
 
 
 def test_what_cannot_be_packed_is_refused_by_name(bert: Path) -> None:
+    assert compress.load(str(bert), device="cpu", stream=True).batching == "padded"
     with pytest.raises(UserError, match="streamed"):
         compress.load(str(bert), device="cpu", stream=True, batching="packed")
     with pytest.raises(UserError, match="batching 'pack' is not known") as caught:

@@ -238,8 +238,7 @@ def _local(source: ModelFolder, options: Options, is_model: bool) -> LocalSide:
     dtype = (options.dtype if is_model else None) or (None if source.is_variant else "float32")
     runtime = options.runtime if is_model else None
     # Padded: causes are looked for with masks of our own, which packed batches do not take.
-    how = {"device": options.device, "dtype": dtype, "stream": options.stream, "batching": "padded"}
-    embedder = open_source(source, runtime=runtime, **how)
+    embedder = open_source(source, runtime=runtime, device=options.device, dtype=dtype, stream=options.stream, batching="padded")
     assert isinstance(embedder, BatchedEmbedder)
     name = runtime_of(source, runtime, device=options.device, dtype=dtype)
     kind = "variant" if source.is_variant else "folder"

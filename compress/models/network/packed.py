@@ -3,7 +3,7 @@
 A network takes part by transformers' attention interface, so no architecture is written anew. On a CUDA card attention is
 `torch.nn.attention.varlen` (FlashAttention-2: Dao 2023, arXiv 2307.08691), elsewhere torch's attention, text by text.
 
-Nothing lists the architectures that can be packed. A network is tried: it is packed if the hidden states are those of its padded form.
+No table lists what can be packed. A network is tried, and packed if its hidden states are those of its padded form.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def network_positions(network: nn.Module, ids: torch.Tensor, rows: PackedRows) -
     seen = counted.long().cumsum(0)
     starts = rows.offsets[:-1].long()
     before = seen[starts] - counted[starts].long()
-    return (seen - before[rows.text]) * counted + padding
+    numbered: torch.Tensor = (seen - before[rows.text]) * counted + padding
+    return numbered
 
 
 def packed_hidden(network: nn.Module, packed: Packed) -> torch.Tensor:
