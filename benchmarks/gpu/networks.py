@@ -1,4 +1,4 @@
-"""NV-Embed-v2's network with random weights, drawn on the card and written nowhere, and the ways of running it that are compared."""
+"""NV-Embed-v2's network with random weights, drawn on the card and written nowhere, and the ways of running it."""
 
 from __future__ import annotations
 

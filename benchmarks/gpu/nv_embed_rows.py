@@ -35,6 +35,7 @@ from compress.models.text.tokens import Ids
 from compress.runtimes.small_requests import SmallRequests, cuda_graph
 
 Row = dict[str, Any]
+CALIBRATION_TEXTS = 512
 METHODS: dict[str, Method | None] = {
     "bf16": None,
     "fp8": FP8(),
@@ -103,12 +104,12 @@ class Bench:
 
     def real_lengths(self) -> list[int]:
         """Lengths in tokens of the package's calibration texts, by nano's tokenizer, until they fill a batch."""
-        from compress.data.texts import calibration_texts
+        from compress.data.texts import texts_to_calibrate
         from compress.models.source import find
 
         lengths: list[int] = []
         tokenizer = find("nano").tokenizer
-        for row in tokenizer(calibration_texts()):
+        for row in tokenizer(texts_to_calibrate("embedded", CALIBRATION_TEXTS, 0)):
             if sum(lengths) + len(row) > self.tokens:
                 break
             lengths.append(len(row))
@@ -242,12 +243,12 @@ def one_query(bench: Bench) -> Iterator[Row]:
 
 def text_to_vector(bench: Bench) -> Iterator[Row]:
     """Texts to vectors (nano's tokenizer included) against ids to vectors, on the calibration texts."""
-    from compress.data.texts import calibration_texts
+    from compress.data.texts import texts_to_calibrate
     from compress.models.source import find
 
     tokenizer = find("nano").tokenizer
     network = bench.way("bf16")
-    texts = calibration_texts()[: len(bench.real_lengths())]
+    texts = texts_to_calibrate("embedded", CALIBRATION_TEXTS, 0)[: len(bench.real_lengths())]
     limit = vocabulary(network)
     known = [row % limit for row in tokenizer(texts)]
 

@@ -27,7 +27,7 @@ def seconds(call: Call, device: torch.device) -> float:
 
 @torch.inference_mode()
 def in_turn(calls: Mapping[str, Call], device: torch.device, rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Time calls one after another, round by round, so that a card that slows down slows all of them; warm-up rounds do not count."""
+    """Time calls in turn, round by round, so that a card that slows down slows all of them; warm-up rounds do not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + warm_up):
         for name, call in calls.items():

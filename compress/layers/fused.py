@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from compress.layers.kernels.choice import CARRIED, MAKER, row_kernels
+from compress.layers.kernels.choice import MAKER, carry, row_kernels
 from compress.layers.merged import Merged, Part
 from compress.layers.scheme import Numbers
 
@@ -36,7 +36,7 @@ class FusedNorm(nn.Module):
         if not torch.compiler.is_compiling():
             setattr(y, MAKER, self)
             if rounded is not None:
-                setattr(y, CARRIED, rounded)
+                carry(y, rounded)
         return y
 
 

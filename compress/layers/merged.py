@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from compress.layers.float8_linear import Float8Linear
+from compress.layers.kernels.choice import changes_of
 from compress.layers.quantized_linear import QuantizedLinear
 
 PRODUCTS = "_compress_products"
@@ -58,7 +59,7 @@ class Merged(nn.Module):
 
     def _once(self, x: torch.Tensor, part: int) -> torch.Tensor:
         waiting: dict[Merged, _Product] = x.__dict__.setdefault(PRODUCTS, {})
-        version = None if x.is_inference() else x._version  # inference tensors do not count their changes
+        version = changes_of(x)
         product = waiting.get(self)
         if product is None or product.version != version or part in product.taken:
             product = waiting[self] = _Product(self(x), version)

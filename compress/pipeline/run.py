@@ -110,8 +110,6 @@ class _Run:
     """One run under way. The journal keeps each part as it ends."""
 
     def __init__(self, recipe: Recipe, output: Path, device: str | None, say: Callable[[str], None]) -> None:
-        from compress.measure.accuracy.tasks import find_tasks
-
         self.output, self.say = output, say
         self.source = find(recipe.model)
         check_original(self.source)
@@ -131,9 +129,7 @@ class _Run:
         self.calibration = self._calibration()
         self._check_calibration()
         self.files = {name: _digest(Path(name)) for step in self.recipe.steps for name in step.reads}
-        self.tasks: list[Task] = (
-            find_tasks(evaluate.tasks, Path(evaluate.data) if evaluate.data else None) if evaluate.tasks else []
-        )
+        self.tasks = _tasks(self.recipe)
         check_prompts(evaluate.prompts, self.tasks)
         self.device = _device(device)
         kind = Kind(static=self.source.is_static)
@@ -240,6 +236,8 @@ class _Run:
         return {"steps": done}
 
     def _evaluated(self) -> frozenset[str]:
+        if not self.tasks:
+            return frozenset()
         from compress.measure.accuracy.tasks import evaluated_texts
 
         return evaluated_texts(self.tasks)
@@ -297,6 +295,16 @@ class _Run:
         commit(self.folder, final)
         tidy(final, KEPT_FOLDERS if self.recipe.export else KEPT_FOLDERS - {VARIANT})
         return record
+
+
+def _tasks(recipe: Recipe) -> list[Task]:
+    """Find a recipe's tasks. A recipe without any runs where mteb is not installed, on a card's bare machine for one."""
+    if not recipe.evaluate.tasks:
+        return []
+    from compress.measure.accuracy.tasks import find_tasks
+
+    data = recipe.evaluate.data
+    return find_tasks(recipe.evaluate.tasks, Path(data) if data else None)
 
 
 def _check_writable(output: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ import torch
 from compress.layers import kernels
 from compress.layers.int8_matmul import OneDnnMatmul, OneDnnSplitMatmul, int8_matmul
 from compress.layers.kernels import tiles
-from compress.layers.kernels.choice import row_kernels, weight_kernels
+from compress.layers.kernels.choice import carry, rounded_input, row_kernels, weight_kernels
+from compress.layers.scheme import Numbers
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (Linux only)")
@@ -72,3 +74,18 @@ def test_the_table_of_tiles_is_read_and_every_tile_is_one_that_a_product_takes()
         sizes = tile.rows, tile.outputs, tile.inputs, tile.warps
         assert all(size & (size - 1) == 0 for size in sizes)
         assert min(sizes[:3]) >= 16
+
+
+def test_a_tensor_that_was_changed_is_rounded_anew() -> None:
+    class Kernels:
+        @staticmethod
+        def quantize(x: torch.Tensor, numbers: Numbers) -> SimpleNamespace:
+            return SimpleNamespace(numbers=numbers, of=x.clone())
+
+    x = torch.ones(2, 8)
+    first = Kernels.quantize(x, Numbers.INTEGER)
+    carry(x, first)
+    assert rounded_input(x, Numbers.INTEGER, Kernels) is first
+    assert rounded_input(x, Numbers.FLOAT8, Kernels) is not first
+    x.add_(1)
+    assert torch.equal(rounded_input(x, Numbers.INTEGER, Kernels).of, x)

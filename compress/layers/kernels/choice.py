@@ -63,17 +63,27 @@ def weight_kernels(device_type: str) -> Any:
     return weights if torch.equal(values, expected) and torch.equal(products, expected[:, :16].t()) else None
 
 
+def changes_of(x: torch.Tensor) -> int | None:
+    """Return how often a tensor was changed in place; None for tensors of inference mode, which do not count it."""
+    return None if x.is_inference() else x._version
+
+
+def carry(x: torch.Tensor, rounded: Rounded) -> None:
+    """Let a tensor carry its values rounded per token, until it is changed in place."""
+    setattr(x, CARRIED, (rounded, changes_of(x)))
+
+
 def rounded_input(x: torch.Tensor, numbers: Numbers, kernels: Any) -> Rounded:
     """Return the rows of `x` [..., width] rounded per token: what the tensor carries, or rounded now.
 
     A tensor that a fused norm made carries them from then on, and its norm is asked to round in its own pass the next time.
     """
-    carried: Rounded | None = getattr(x, CARRIED, None)
-    if carried is not None and carried.numbers is numbers:
-        return carried
+    carried: tuple[Rounded, int | None] | None = getattr(x, CARRIED, None)
+    if carried is not None and carried[0].numbers is numbers and carried[1] == changes_of(x):
+        return carried[0]
     rounded: Rounded = kernels.quantize(x, numbers)
     maker = None if torch.compiler.is_compiling() else getattr(x, MAKER, None)
     if maker is not None:
-        setattr(x, CARRIED, rounded)
+        carry(x, rounded)
         maker.asked = numbers
     return rounded
