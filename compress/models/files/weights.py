@@ -53,7 +53,7 @@ class Weights:
                 tensors that no embedder uses are passed over: a language model's head, a pooler, position ids.
 
         Raises:
-            UserError: a tensor is missing, unexpected (if `exact`), or of another shape or kind of numbers.
+            UserError: a tensor is missing, unexpected (if `exact`) or of another shape.
         """
         self._wanted = network.state_dict(keep_vars=True)
         found = dict(tensors) if exact else stored_once(in_network(tensors, network), network)
@@ -77,6 +77,15 @@ class Weights:
                     )
             elif shape != tuple(tensor.shape):
                 raise UserError(f"{stored.path}: {stored.name} has shape {list(shape)}, its network needs {list(tensor.shape)}")
+
+    def check_numbers(self) -> None:
+        """See that each tensor is stored as the kind of numbers that its network takes: a variant's files are, whole.
+
+        Raises:
+            UserError: one is not.
+        """
+        for name, tensor in self._wanted.items():
+            stored = self._stored[name]
             if stored.info.dtype not in DTYPES_FOR.get(tensor.dtype, (_NAMES.get(tensor.dtype),)):
                 raise UserError(f"{stored.path}: {stored.name} is {stored.info.dtype}, its network needs {tensor.dtype}")
 
