@@ -36,8 +36,12 @@ _NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-DTYPES_FOR = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), FLOATING)
-"""Stored dtypes that a floating-point tensor of a network takes. Read as floating point, integers would be other numbers."""
+DTYPES_FOR: dict[torch.dtype, tuple[str, ...]] = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), FLOATING),
+    torch.int64: ("I64", "I32", "I16", "I8", "U8"),
+}
+"""Stored dtypes whose values a tensor of a network takes as they are, where that is more than its own. Integers in the place of
+floating-point numbers would be other numbers, and so would packed integers of another width."""
 
 
 class Weights:
