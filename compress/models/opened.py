@@ -91,8 +91,15 @@ def buffers_to(model: nn.Module, device: torch.device) -> None:
 
 
 def weights_of(folder: ModelFolder, model: nn.Module) -> Weights:
-    """Open the weights of a model's or a variant's folder for `empty_model`'s network; none is read yet."""
-    return Weights(folder.tensors, model, exact=folder.has_exact_weights)
+    """Open the weights of a model's or a variant's folder for `empty_model`'s network; none is read yet.
+
+    Raises:
+        UserError: they do not fit the network.
+    """
+    weights = Weights(folder.tensors, model, exact=folder.has_exact_weights)
+    if folder.is_variant:
+        weights.check_numbers()
+    return weights
 
 
 def check_compressible(folder: ModelFolder) -> None:

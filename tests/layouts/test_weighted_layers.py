@@ -184,6 +184,7 @@ def test_settings_that_do_not_fit_are_refused(folder: Path, settings: dict[str, 
 def test_it_stands_before_the_pooling(folder: Path) -> None:
     modules = json.loads((folder / "modules.json").read_text())
     for order, message in (((0, 2, 1, 3, 4), "stands after Pooling"), ((0, 1, 1, 2, 3, 4), "is listed twice")):
-        tiny_layouts.write_json(folder / "modules.json", [modules[index] for index in order])
+        listed = [modules[index] | {"name": str(place)} for place, index in enumerate(order)]
+        tiny_layouts.write_json(folder / "modules.json", listed)
         with pytest.raises(UserError, match=message):
             compress.load(folder, device="cpu")

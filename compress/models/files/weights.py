@@ -36,8 +36,12 @@ _NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-DTYPES_FOR = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), FLOATING)
-"""Stored dtypes that a floating-point tensor of a network takes. Read as floating point, integers would be other numbers."""
+DTYPES_FOR: dict[torch.dtype, tuple[str, ...]] = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), FLOATING),
+    torch.int64: ("I64", "I32", "I16", "I8", "U8"),
+}
+"""Stored dtypes whose values a tensor of a network takes as they are, where that is more than its own. Integers in the place of
+floating-point numbers would be other numbers, and so would packed integers of another width."""
 
 
 class Weights:
@@ -53,7 +57,7 @@ class Weights:
                 tensors that no embedder uses are passed over: a language model's head, a pooler, position ids.
 
         Raises:
-            UserError: a tensor is missing, unexpected (if `exact`), or of another shape or kind of numbers.
+            UserError: a tensor is missing, unexpected (if `exact`) or of another shape.
         """
         self._wanted = network.state_dict(keep_vars=True)
         found = dict(tensors) if exact else stored_once(in_network(tensors, network), network)
@@ -77,6 +81,15 @@ class Weights:
                     )
             elif shape != tuple(tensor.shape):
                 raise UserError(f"{stored.path}: {stored.name} has shape {list(shape)}, its network needs {list(tensor.shape)}")
+
+    def check_numbers(self) -> None:
+        """See that each tensor is stored as the kind of numbers that its network takes: a variant's files are, whole.
+
+        Raises:
+            UserError: one is not.
+        """
+        for name, tensor in self._wanted.items():
+            stored = self._stored[name]
             if stored.info.dtype not in DTYPES_FOR.get(tensor.dtype, (_NAMES.get(tensor.dtype),)):
                 raise UserError(f"{stored.path}: {stored.name} is {stored.info.dtype}, its network needs {tensor.dtype}")
 
