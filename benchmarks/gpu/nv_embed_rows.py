@@ -144,6 +144,28 @@ def products(bench: Bench) -> Iterator[Row]:
     yield {"operations_per_second": bench.rates}
 
 
+def sparse_products(bench: Bench) -> Iterator[Row]:
+    """Products of weights with 2 of 4 zeros through torch's semi-structured kernels against dense ones, for the model's shapes."""
+    if bench.device.type != "cuda":
+        yield {"skipped": f"no 2:4 products on {bench.device.type}"}
+        return
+    from torch.sparse import to_sparse_semi_structured
+
+    x = torch.randn(bench.tokens, 4096, device=bench.device, dtype=bench.dtype)
+    for outputs in (6_144, 28_672):
+        dense = torch.randn(outputs, 4096, device=bench.device, dtype=bench.dtype)
+        dense.view(-1, 4)[:, 2:] = 0
+        sparse = to_sparse_semi_structured(dense)
+        with torch.inference_mode():
+            apart = float((x[:64] @ dense.t() - torch.nn.functional.linear(x[:64], sparse)).abs().max())
+        times = in_turn(
+            {"dense": partial(torch.nn.functional.linear, x, dense), "2:4": partial(torch.nn.functional.linear, x, sparse)},
+            bench.device,
+            bench.rounds,
+        )
+        yield {"outputs": outputs, "inputs": 4096, "times_dense": ratio(times, "dense", "2:4"), "largest_difference": apart}
+
+
 def equal_lengths(bench: Bench) -> Iterator[Row]:
     """Ids to vectors at 512 tokens, packed."""
     length = 64 if bench.small else 512

@@ -44,6 +44,7 @@ ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "small_encoder": other_rows.small_encoder,
     "compressing": other_rows.compressing,
     "training": other_rows.training,
+    "sparse_products": nv_embed_rows.sparse_products,
     "bitsandbytes": nv_embed_rows.bitsandbytes,
 }
 """Most important first."""

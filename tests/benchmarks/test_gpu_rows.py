@@ -54,4 +54,4 @@ def test_a_row_that_fails_is_a_line_and_the_time_is_kept(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_other_rows_run(tmp_path: Path) -> None:
-    check(rows(tmp_path / "rows.jsonl", "--only", "small_encoder,compressing,training,bitsandbytes"))
+    check(rows(tmp_path / "rows.jsonl", "--only", "small_encoder,compressing,training,sparse_products,bitsandbytes"))
