@@ -153,6 +153,8 @@ def encode(
         raise UserError(f"{to}: vectors are written as .npy, not as {to.suffix}", f"-o {to.with_suffix('.npy')}")
     options = EncodeOptions(prompt=prompt, task=task, runtime=runtime, device=device, stream=stream)
     count, dimension = encode_file(model, texts, to, options)
+    if not count:
+        print(f"{texts}: holds no texts", file=sys.stderr)
     print(f"{to}: {count} vectors of {dimension} dimensions")
 
 
