@@ -4,7 +4,7 @@
     python benchmarks/gpu/rows.py --to FILE --only products,equal_lengths  # some rows
     python benchmarks/gpu/rows.py --to FILE --device cpu --small           # every row's code, tiny, on a CPU
 
-A row that fails is a line that says why, and the next one runs. `--seconds` bounds the whole: no row begins after it.
+A row that fails is a line that says why, and the next one runs. `--seconds` bounds the whole: a row that runs then is stopped.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,30 @@ def write(path: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
+class Stopped(Exception):
+    """A row was stopped: none of the kinds that trials of kernels catch."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Stop what runs after so many seconds.
+
+    Raises:
+        Stopped: the time is over.
+    """
+
+    def stop(*_: object) -> None:
+        raise Stopped(f"stopped after {seconds:.0f} s, when the time was over")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def measure(bench: Bench, names: list[str], path: Path, limit: float) -> int:
     """Measure rows and return how many failed."""
     began, failed = time.monotonic(), 0
@@ -79,11 +105,12 @@ def measure(bench: Bench, names: list[str], path: Path, limit: float) -> int:
             continue
         started = time.monotonic()
         try:
-            for row in ROWS[name](bench):
-                card = read_card()
-                line: dict[str, Any] = {"row": name, **row, "card": None if card is None else card.model_dump()}
-                write(path, line | {"at": round(time.monotonic() - began, 1)})
-                print(json.dumps({key: value for key, value in line.items() if key not in ("seconds", "card")}), flush=True)
+            with at_most(max(1e-3, began + limit - started)):
+                for row in ROWS[name](bench):
+                    card = read_card()
+                    line: dict[str, Any] = {"row": name, **row, "card": None if card is None else card.model_dump()}
+                    write(path, line | {"at": round(time.monotonic() - began, 1)})
+                    print(json.dumps({key: value for key, value in line.items() if key not in ("seconds", "card")}), flush=True)
         except Exception as error:  # whatever it is, the rows after it are wanted
             failed += 1
             place = traceback.format_exc(limit=-3)

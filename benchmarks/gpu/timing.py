@@ -63,6 +63,6 @@ def peak_rates(device: torch.device, size: int, rounds: int) -> dict[str, float 
     for name, call in products.items():
         try:
             rates[name] = 2 * size**3 / median(in_turn({name: call}, device, rounds)[name])
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # torch raises either, by version
             rates[name] = f"not on this device: {str(error).splitlines()[0][:120]}"
     return rates

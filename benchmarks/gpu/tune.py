@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -38,8 +39,13 @@ TILES = tuple(
 )  # fmt: skip
 
 
-def fastest(tokens: int, outputs: int, inputs: int, device: torch.device, tiles: tuple[Tile, ...]) -> dict[str, Any] | None:
-    """Return the entry of the fastest tile for a product of int8; None: none is exact."""
+def fastest(
+    tokens: int, outputs: int, inputs: int, device: torch.device, tiles: tuple[Tile, ...], until: float = math.inf
+) -> dict[str, Any] | None:
+    """Return the entry of the fastest tile for a product of int8; None: none is exact.
+
+    `until`: the moment, by `time.monotonic`, after which no further tile is tried; each one is compiled first.
+    """
     from compress.layers.kernels.products import int8_product
 
     draw = torch.Generator(device).manual_seed(0)
@@ -53,6 +59,8 @@ def fastest(tokens: int, outputs: int, inputs: int, device: torch.device, tiles:
     expected = sums * column * row[some, None]
     found: list[tuple[float, Tile]] = []
     for tile in tiles:
+        if time.monotonic() > until:
+            break
         try:
             made = int8_product(x, weight, row, column, None, torch.bfloat16, tile=tile)
             if not torch.allclose(made[some].float(), expected, rtol=1e-2):
@@ -82,7 +90,7 @@ def main() -> int:
         for outputs, inputs in SHAPES:
             if time.monotonic() - began > arguments.seconds:
                 break
-            found = fastest(tokens, outputs, inputs, device, TILES)
+            found = fastest(tokens, outputs, inputs, device, TILES, began + arguments.seconds)
             if found is not None:
                 entries.append(found)
                 print(json.dumps(found), flush=True)

@@ -76,7 +76,7 @@ class Float8Linear(CompressedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out] in the dtype of `x`."""
-        kernels = row_kernels(x.device.type) if self.takes is not None else None
+        kernels = row_kernels(x.device.type, Numbers.FLOAT8) if self.takes is not None else None
         if kernels is not None and self.in_features <= kernels.WIDEST:
             return self.multiply(rounded_input(x, Numbers.FLOAT8, kernels), x.dtype).view(*x.shape[:-1], self.out_features)
         rows = x.reshape(-1, self.in_features)
@@ -99,8 +99,9 @@ class Float8Linear(CompressedLinear):
     def _product(self, quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Multiply E4M3 [rows, in] with its scales, float32 [rows, 1], to [rows, out] in `dtype`."""
         whole = self.in_features % 16 == 0 and self.out_features % 16 == 0
-        if dtype in (torch.float16, torch.bfloat16) and whole and len(quantized) and has_float8_products(quantized.device):
-            y = float8_product(quantized, self.weight, scale, self.weight_scale)
+        made = product_dtype(quantized.device, dtype) if whole and len(quantized) else None
+        if made is not None:
+            y = float8_product(quantized, self.weight, scale, self.weight_scale, made)
             if self.bias is not None:
                 y = y.add_(self.bias)
             return y.to(dtype)
@@ -110,26 +111,41 @@ class Float8Linear(CompressedLinear):
         return y.to(dtype)
 
 
-def float8_product(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    """Return `(x weight^T) * x_scale * weight_scale` in bfloat16, in one product with fast accumulation.
+def float8_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """Return `(x weight^T) * x_scale * weight_scale` in `dtype`, in one product with fast accumulation.
 
     Args:
         x: E4M3 [rows, inputs]; sizes other than `rows` are multiples of 16.
         weight: E4M3 [outputs, inputs], contiguous.
         x_scale: float32 [rows, 1].
         weight_scale: float32 [outputs].
+        dtype: bfloat16, or float16 where the device has it; see `product_dtype`.
     """
-    product: torch.Tensor = torch._scaled_mm(
-        x, weight.t(), x_scale, weight_scale[None, :], out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+    product: torch.Tensor = torch._scaled_mm(x, weight.t(), x_scale, weight_scale[None, :], out_dtype=dtype, use_fast_accum=True)
     return product
 
 
-@functools.cache
-def has_float8_products(device: torch.device) -> bool:
-    """Whether the device multiplies FP8 numbers directly, with a scale for each row and column: found by trying.
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype in which a device's FP8 products serve a compute dtype; None: they do not.
 
-    The products of small whole numbers are exact in bfloat16 whatever the order of the sums.
+    Results for float16 are bfloat16, with three bits less, where the device or this torch gives no others.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return None
+    return next((made for made in (dtype, torch.bfloat16) if has_float8_products(device, made)), None)
+
+
+@functools.cache
+def has_float8_products(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the device multiplies FP8 numbers directly, with a scale for each row and column, to `dtype`: found by trying.
+
+    The products of small whole numbers are exact in half precision whatever the order of the sums.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         return False
@@ -137,7 +153,7 @@ def has_float8_products(device: torch.device) -> bool:
     x, weight = (row[:, None] * column[None, :]).float(), torch.eye(16, device=device)
     scales = torch.full((32, 1), 2.0, device=device), torch.arange(1, 17, device=device).float()
     try:
-        product = float8_product(x.to(E4M3), weight.to(E4M3), *scales)
-    except (RuntimeError, NotImplementedError):  # this build of torch has no product with scales by row for this card
+        product = float8_product(x.to(E4M3), weight.to(E4M3), *scales, dtype)
+    except (RuntimeError, ValueError):  # this build of torch has no product with scales by row for this card
         return False
     return torch.equal(product.float(), x * scales[0] * scales[1])

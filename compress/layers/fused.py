@@ -11,12 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from compress.layers.kernels import failures
 from compress.layers.kernels.choice import MAKER, carry, row_kernels
 from compress.layers.merged import Merged, Part
 from compress.layers.scheme import Numbers
 
 GATE, UP, DOWN, ACTIVATION = "gate_proj", "up_proj", "down_proj", "act_fn"
 """Names of a gated MLP's modules."""
+ROUNDINGS = 16
+"""Roundings of its dtype that a fused module may be from the module that it replaces."""
 
 
 class FusedNorm(nn.Module):
@@ -56,7 +59,7 @@ class FusedGatedMLP(nn.Module):
         gate_up: torch.Tensor = self._merged[0](x)
         down: Any = self.get_submodule(DOWN)
         numbers = getattr(down, "takes", None)
-        if numbers is None:
+        if numbers is None or row_kernels(x.device.type, numbers) is None:
             y: torch.Tensor = down(kernels.gated(gate_up))
             return y
         product: torch.Tensor = down.multiply(kernels.gated_rounded(gate_up, numbers), x.dtype)
@@ -76,7 +79,7 @@ def fused_norm(norm: nn.Module) -> FusedNorm | None:
     if kernels is None or weight.shape[0] > kernels.WIDEST:
         return None
     if type(norm) is nn.LayerNorm:
-        return FusedNorm(weight, bias, norm.eps, kernels.NormKind(centred=True, rounds_first=False))
+        return _tried(FusedNorm(weight, bias, norm.eps, kernels.NormKind(centred=True, rounds_first=False)), norm)
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if not isinstance(eps, float) or "norm" not in type(norm).__name__.lower() or len(list(norm.parameters())) != 1:
         return None
@@ -86,8 +89,26 @@ def fused_norm(norm: nn.Module) -> FusedNorm | None:
         with torch.no_grad():
             alike = all(torch.equal(norm(x), _eager(x, weight, eps, kind)) for x in (sample, sample.bfloat16()))
         if alike:
-            return FusedNorm(weight, None, eps, kind)
+            return _tried(FusedNorm(weight, None, eps, kind), norm)
     return None
+
+
+def _tried(fused: FusedNorm, norm: nn.Module) -> FusedNorm | None:
+    """Return a fused norm that computes on its device what the norm does; None for one that does not."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((5, fused.weight.shape[0]), generator=generator).mul_(3).to(fused.weight.device, fused.weight.dtype)
+    return fused if _gives(fused, norm, x, ROUNDINGS * torch.finfo(x.dtype).eps) else None
+
+
+def _gives(fused: nn.Module, module: nn.Module, x: torch.Tensor, close: float) -> bool:
+    """Whether a fused module gives the module's outputs for `x`, on its device; `close`: largest difference, relative."""
+    with torch.no_grad():
+        expected = module(x)
+        try:
+            found = fused(x)
+        except failures():
+            return False
+    return torch.allclose(found, expected, rtol=close, atol=close * float(expected.abs().max()))
 
 
 def _eager(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: Any) -> torch.Tensor:
@@ -124,5 +145,9 @@ def fused_mlp(mlp: nn.Module, device: torch.device, dtype: torch.dtype) -> Fused
         if not torch.allclose(act(gates), F.silu(gates), rtol=1e-6, atol=1e-7):
             return None
         down = children[DOWN]
-        alike = torch.equal(mlp(x), down(act(gate(x)) * up(x)))
-    return FusedGatedMLP(mlp, gate.merged) if alike else None
+        if not torch.equal(mlp(x), down(act(gate(x)) * up(x))):
+            return None
+        fused = FusedGatedMLP(mlp, gate.merged)
+        # A value that lies between two integers may be rounded to either.
+        close = ROUNDINGS * torch.finfo(dtype).eps if getattr(down, "takes", None) is None else 0.05
+        return fused if _gives(fused, mlp, x, close) else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -135,8 +136,10 @@ class SmallRequests:
         # Recorded on other tokens than the first text's, so that the check below sees the graph read what it is given. The longest
         # text is a number in the graph, not a tensor: the largest that may come.
         inputs = Packed(torch.zeros_like(staged.ids), staged.positions.clone(), _cloned(staged.rows), bucket + FILLER)
+        on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
         try:
-            replay, output = self._capture(lambda: packed_vectors(self._network, inputs))
+            with on_device:  # a graph records the current card's stream
+                replay, output = self._capture(lambda: packed_vectors(self._network, inputs))
         except RuntimeError as error:
             self.refused = first_line(error)
             return

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ import pytest
 GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
 QUICK = ("products", "equal_lengths", "correctness", "real_lengths", "one_query", "published", "padding", "text_to_vector")
 # What a card's bare machine does not have; a name that is None cannot be imported.
-BARE = "import sys, runpy; sys.modules.update(dict.fromkeys(('mteb', 'bitsandbytes', 'sentence_transformers'))); "
+MISSING = (
+    "mteb", "datasets", "scipy", "sklearn", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "typer", "rich", "plotly",
+    "bitsandbytes", "torchao", "sentence_transformers", "optimum", "gptqmodel",
+)  # fmt: skip
+BARE = f"import sys, runpy; sys.modules.update(dict.fromkeys({MISSING})); "
 
 
 def rows(to: Path, *arguments: str) -> dict[str, list[dict[str, Any]]]:
@@ -50,6 +55,15 @@ def test_the_rows_run(tmp_path: Path) -> None:
 def test_a_row_that_fails_is_a_line_and_the_time_is_kept(tmp_path: Path) -> None:
     found = rows(tmp_path / "rows.jsonl", "--only", "products,padding", "--seconds", "-1")
     assert [line["skipped"] for line in (*found["products"], *found["padding"])] == ["the -1 s were over"] * 2
+
+
+def test_a_row_is_stopped_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(GPU), *sys.path])
+    import rows as script
+
+    with pytest.raises(script.Stopped, match="time was over"), script.at_most(0.05):
+        time.sleep(5)
+    time.sleep(0.06)  # nothing stops what comes after
 
 
 @pytest.mark.slow

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from compress.layers import kernels
+from compress.layers import float8_linear, kernels
 from compress.layers.int8_matmul import OneDnnMatmul, OneDnnSplitMatmul, int8_matmul
 from compress.layers.kernels import tiles
 from compress.layers.kernels.choice import carry, rounded_input, row_kernels, weight_kernels
 from compress.layers.scheme import Numbers
 
 ROOT = Path(__file__).parents[2]
+ARANGE, EYE, FULL = torch.arange, torch.eye, torch.full
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (Linux only)")
 
 
@@ -52,7 +53,10 @@ def test_without_the_interpreter_a_cpu_runs_no_triton() -> None:
 def test_without_triton_nothing_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not kernels.available.__wrapped__("cuda")
-    assert kernels.failures() == (RuntimeError, AttributeError)
+    assert kernels.failures() == kernels.UNFIT
+    # A launcher that no compiler compiles; torch's ValueError, where a card lacks an operator.
+    assert issubclass(subprocess.CalledProcessError, kernels.failures())
+    assert issubclass(ValueError, kernels.failures())
 
 
 def test_measured_tiles_serve_their_shape_and_defaults_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,3 +93,33 @@ def test_a_tensor_that_was_changed_is_rounded_anew() -> None:
     assert rounded_input(x, Numbers.FLOAT8, Kernels) is not first
     x.add_(1)
     assert torch.equal(rounded_input(x, Numbers.INTEGER, Kernels).of, x)
+
+
+@pytest.mark.parametrize(
+    ("able", "dtype", "made"),
+    [
+        ({torch.float16, torch.bfloat16}, torch.float16, torch.float16),
+        ({torch.bfloat16}, torch.float16, torch.bfloat16),
+        ({torch.float16, torch.bfloat16}, torch.bfloat16, torch.bfloat16),
+        ({torch.float16, torch.bfloat16}, torch.float32, None),
+        (set(), torch.float16, None),
+    ],
+)
+def test_fp8_products_come_in_the_compute_dtype_where_the_card_has_it(able, dtype, made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float8_linear, "has_float8_products", lambda device, made: made in able)
+    assert float8_linear.product_dtype(torch.device("cuda"), dtype) is made
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, NotImplementedError])
+def test_a_card_without_fp8_products_says_so_by_any_error(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 raises ValueError where earlier ones raised RuntimeError."""
+
+    def product(*_: object, **__: object) -> torch.Tensor:
+        raise error("Only bf16 and fp16 high precision output types are supported for row-wise scaling.")
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "arange", lambda *sizes, device: ARANGE(*sizes))
+    monkeypatch.setattr(torch, "eye", lambda size, device: EYE(size))
+    monkeypatch.setattr(torch, "full", lambda size, value, device: FULL(size, value))
+    assert not float8_linear.has_float8_products.__wrapped__(torch.device("cuda"))

@@ -7,6 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import subprocess
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+UNFIT = (RuntimeError, ValueError, AttributeError, OSError, subprocess.SubprocessError)
+"""What an operator raises that a device or a build lacks. The last two: Triton compiles its launcher with a C compiler, which may
+be missing or find no headers of Python."""
 
 
 @functools.cache
@@ -23,7 +31,14 @@ def available(device_type: str) -> bool:
 def failures() -> tuple[type[Exception], ...]:
     """Return what a kernel raises that this device or this version of Triton cannot run."""
     if importlib.util.find_spec("triton") is None:
-        return (RuntimeError, AttributeError)
+        return UNFIT
     from triton.errors import TritonError
 
-    return (RuntimeError, AttributeError, TritonError)
+    return (*UNFIT, TritonError)
+
+
+def launching_on(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Make the card of `x` the current one: Triton launches kernels there, whatever card their tensors are on."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()

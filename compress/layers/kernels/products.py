@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from compress.layers.kernels import launching_on
 from compress.layers.kernels.rounding import round_to
 from compress.layers.kernels.tiles import Tile, tile_for
 
@@ -134,9 +135,11 @@ def int8_product(
 
         cut = TensorDescriptor.from_tensor(x, [tile.rows, tile.inputs])
         weights = TensorDescriptor.from_tensor(weight, [tile.outputs, tile.inputs])
-        _product_by_descriptor[(tiles,)](cut, weights, *ends, **settings)
+        with launching_on(x):
+            _product_by_descriptor[(tiles,)](cut, weights, *ends, **settings)
     else:
-        _product[(tiles,)](x, weight, *ends, x.stride(0), WHOLE=inputs % tile.inputs == 0, **settings)
+        with launching_on(x):
+            _product[(tiles,)](x, weight, *ends, x.stride(0), WHOLE=inputs % tile.inputs == 0, **settings)
     return y
 
 

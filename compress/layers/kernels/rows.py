@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from compress.layers.kernels import launching_on
 from compress.layers.kernels.rounding import rint, round_to, to_e4m3
 from compress.layers.scheme import Numbers
 
@@ -145,7 +146,8 @@ def quantize(x: torch.Tensor, numbers: Numbers) -> Rounded:
     count, width = rows.shape
     values, scale = _empty(numbers, count, width, rows)
     if count:
-        _quantize[(count,)](rows, values, scale, rows.stride(0), width, ROUNDS=_ROUNDS[numbers], **_block(width))
+        with launching_on(rows):
+            _quantize[(count,)](rows, values, scale, rows.stride(0), width, ROUNDS=_ROUNDS[numbers], **_block(width))
     return Rounded(numbers, values, scale)
 
 
@@ -173,10 +175,12 @@ def normalize(
     y = torch.empty((count, width), dtype=x.dtype, device=x.device)
     values, scale = _empty(numbers, count, width, y)
     if count:
-        _normalize[(count,)](
-            rows, weight, weight if bias is None else bias, y, values, scale, rows.stride(0), width, eps, kind.offset,
-            CENTRED=kind.centred, ROUNDS_FIRST=kind.rounds_first, BIAS=bias is not None, ROUNDS=_ROUNDS[numbers], **_block(width),
-        )  # fmt: skip
+        with launching_on(rows):
+            _normalize[(count,)](
+                rows, weight, weight if bias is None else bias, y, values, scale, rows.stride(0), width, eps, kind.offset,
+                CENTRED=kind.centred, ROUNDS_FIRST=kind.rounds_first, BIAS=bias is not None, ROUNDS=_ROUNDS[numbers],
+                **_block(width),
+            )  # fmt: skip
     return y.view(x.shape), None if numbers is None else Rounded(numbers, values, scale)
 
 
@@ -189,7 +193,8 @@ def gated(x: torch.Tensor) -> torch.Tensor:
     count, width = rows.shape[0], rows.shape[1] // 2
     y = torch.empty((count, width), dtype=x.dtype, device=x.device)
     if count:
-        _gated[(count,)](rows, y, y, y, rows.stride(0), width, ROUNDS=0, **_block(width))
+        with launching_on(rows):
+            _gated[(count,)](rows, y, y, y, rows.stride(0), width, ROUNDS=0, **_block(width))
     return y.view(*x.shape[:-1], width)
 
 
@@ -199,5 +204,6 @@ def gated_rounded(x: torch.Tensor, numbers: Numbers) -> Rounded:
     count, width = rows.shape[0], rows.shape[1] // 2
     values, scale = _empty(numbers, count, width, rows)
     if count:
-        _gated[(count,)](rows, rows, values, scale, rows.stride(0), width, ROUNDS=_ROUNDS[numbers], **_block(width))
+        with launching_on(rows):
+            _gated[(count,)](rows, rows, values, scale, rows.stride(0), width, ROUNDS=_ROUNDS[numbers], **_block(width))
     return Rounded(numbers, values, scale)

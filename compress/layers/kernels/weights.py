@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from compress.layers.kernels import launching_on
 from compress.layers.kernels.rounding import dot, round_to
 from compress.layers.kernels.tiles import Tile, tile_for
 
@@ -156,10 +157,11 @@ def few_token_product(
     sizes, constants = _arguments(packed, _bytes_at_once(packed, tile.inputs))
     grid = (triton.cdiv(outputs, tile.outputs), triton.cdiv(rows, tile.rows))
     zero, offset = (packed.values if tensor is None else tensor for tensor in (packed.zero, bias))
-    _few[grid](
-        x.contiguous(), packed.values, packed.scale, zero, offset, y, rows, outputs, *sizes, BIAS=bias is not None,
-        BLOCK_ROWS=tile.rows, BLOCK_OUTPUTS=tile.outputs, num_warps=tile.warps, num_stages=tile.stages, **constants,
-    )  # fmt: skip
+    with launching_on(x):
+        _few[grid](
+            x.contiguous(), packed.values, packed.scale, zero, offset, y, rows, outputs, *sizes, BIAS=bias is not None,
+            BLOCK_ROWS=tile.rows, BLOCK_OUTPUTS=tile.outputs, num_warps=tile.warps, num_stages=tile.stages, **constants,
+        )  # fmt: skip
     return y
 
 
@@ -171,5 +173,6 @@ def unpacked(packed: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     sizes, constants = _arguments(packed, at_once)
     grid = (triton.cdiv(outputs, 32), triton.cdiv(sizes[1], at_once))
     zero = packed.values if packed.zero is None else packed.zero
-    _unpack[grid](packed.values, packed.scale, zero, y, outputs, *sizes, BLOCK_OUTPUTS=32, **constants)
+    with launching_on(y):
+        _unpack[grid](packed.values, packed.scale, zero, y, outputs, *sizes, BLOCK_OUTPUTS=32, **constants)
     return y

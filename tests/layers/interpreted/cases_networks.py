@@ -105,6 +105,23 @@ def test_norms_of_unknown_arithmetic_stay() -> None:
     assert fused_norm(nn.LayerNorm(8, bias=False)) is not None
 
 
+def test_a_norm_whose_kernel_computes_something_else_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = rows.normalize
+
+    def wrong(*given):
+        y, rounded = right(*given)
+        return y * 1.01, rounded
+
+    monkeypatch.setattr(rows, "normalize", wrong)
+    assert fused_norm(nn.LayerNorm(32)) is None
+
+    def unfit(*_):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(rows, "normalize", unfit)
+    assert fused_norm(nn.LayerNorm(32)) is None
+
+
 def test_mlps_of_unknown_arithmetic_stay() -> None:
     class Gated(nn.Module):
         factor = 1.0
