@@ -18,6 +18,13 @@ class CompressedLayer(nn.Module):
     def pack(self) -> None:
         """Prepare to run on the device of the buffers; a second call does nothing. By default nothing is needed."""
 
+    def unpacked_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes that `unpack` takes; 0 where there is nothing to unpack."""
+        return 0
+
+    def unpack(self, dtype: torch.dtype) -> None:
+        """Unpack the weight now and keep its values in `dtype`, where each call would unpack it; by default none does."""
+
     def held(self, dtype: torch.dtype) -> nn.Module:
         """Return an equivalent layer for many calls in `dtype`, at any cost in memory; by default the packed layer itself."""
         self.pack()

@@ -44,7 +44,7 @@ class QuantizedLinear(CompressedLinear):
         `input_factor`: float32 [in], where the input is first divided by it.
 
     After `pack`, the weight of a layer that multiplies integers exists only in the kernel's layout, and the layer can no longer be
-    saved.
+    saved; nor can one after `unpack`.
     """
 
     weight: torch.Tensor | None
@@ -97,6 +97,7 @@ class QuantizedLinear(CompressedLinear):
         self.register_buffer("input_factor", input_factor)
         self._packed: Int8Matmul | None = None
         self._stored_for_kernels: Any = None
+        self._values: torch.Tensor | None = None
 
     @property
     def scheme(self) -> ActivationScheme:
@@ -181,6 +182,23 @@ class QuantizedLinear(CompressedLinear):
         elif self._stored_for_kernels is None:
             self._stored_for_kernels = self._packed_weight()
 
+    def unpacked_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of the values, where only weights are quantized."""
+        return self.out_features * self.in_features * dtype.itemsize if self.scheme is ActivationScheme.NONE else 0
+
+    @torch.no_grad()
+    def unpack(self, dtype: torch.dtype) -> None:
+        """Keep the values in `dtype`, where only weights are quantized; a second call does nothing.
+
+        The stored weight is dropped where no kernel multiplies it as it is. Results stay the same, bit for bit.
+        """
+        if self.scheme is not ActivationScheme.NONE or self._values is not None:
+            return
+        # As the calls unpack it: `OneDnnLinear` would pack it for a kernel that adds in another order.
+        self._values = self.dequantized(dtype)
+        if self._stored_for_kernels is None:
+            self.weight = None
+
     def held(self, dtype: torch.dtype) -> nn.Module:
         """Return the packed layer itself; where only weights are quantized, a plain layer with their values."""
         if self.scheme is not ActivationScheme.NONE:
@@ -221,14 +239,15 @@ class QuantizedLinear(CompressedLinear):
     def _weight_only(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply a floating-point input: few tokens with the packed weight, where a kernel reads it, many with its values."""
         kernels = weight_kernels(x.device.type) if self.layer.bits in (4, 8) else None
+        rows = x.reshape(-1, self.in_features)
+        if kernels is not None and len(rows) <= kernels.FEW_TOKENS:
+            few: torch.Tensor = kernels.few_token_product(rows, self._stored_for_kernels or self._packed_weight(), bias)
+            return few.view(*x.shape[:-1], self.out_features)
+        if self._values is not None:
+            return linear(x, self._values, bias)
         if kernels is None:
             return linear(x, self.dequantized(x.dtype), bias)
-        packed = self._stored_for_kernels or self._packed_weight()
-        rows = x.reshape(-1, self.in_features)
-        if len(rows) <= kernels.FEW_TOKENS:
-            few: torch.Tensor = kernels.few_token_product(rows, packed, bias)
-            return few.view(*x.shape[:-1], self.out_features)
-        return linear(x, kernels.unpacked(packed, x.dtype), bias)
+        return linear(x, kernels.unpacked(self._stored_for_kernels or self._packed_weight(), x.dtype), bias)
 
     def _packed_weight(self) -> Any:
         """Return the weight as the kernels for packed weights take it; None where there are none."""

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from compress.common.errors import UserError
+from compress.common.memory import available_memory_bytes, gigabytes
+from compress.layers.compressed import CompressedLayer
 from compress.models.embedder import BatchedEmbedder, Vectors, with_progress
 from compress.models.folder import ModelFolder
 from compress.models.network.packed import has_kernel, packed_vectors, prepared, set_packed
@@ -62,10 +64,21 @@ class TorchEmbedder(BatchedEmbedder):
         self.dtype = dtype
         self._small: SmallRequests | None = None
         self.why_padded = self._choose(batching)
-        if self.why_padded is None and device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            self.batch_tokens = packed_budget(free, folder.shape.activation_bytes(1, dtype.itemsize))
+        self._folder = folder
+        self._on_card = self.why_padded is None and device.type == "cuda"
+        if self._on_card:
+            self._fill_batches()
             self._small = SmallRequests(self.model, device, cuda_graph)
+
+    def _fill_batches(self) -> None:
+        """Let packed batches on a card take a share of its free memory."""
+        self.batch_tokens = packed_budget(self._free_bytes(), self._folder.shape.activation_bytes(1, self.dtype.itemsize))
+
+    def _free_bytes(self) -> int:
+        if self.device.type != "cuda":
+            return available_memory_bytes()
+        torch.cuda.empty_cache()  # what torch keeps of tensors that are gone is free too
+        return int(torch.cuda.mem_get_info(self.device)[0])
 
     def _choose(self, batching: Batching) -> str | None:
         """Set the network to packed batches if that is asked for and possible; return why not."""
@@ -136,6 +149,30 @@ class TorchEmbedder(BatchedEmbedder):
         """Run the backbone through `torch.compile` from now on. The head is not compiled; it is only a few operations."""
         backbone_of(self.model).compile(dynamic=True)
         self._small = None  # graphs of what is compiled would be the compiler's to make
+
+    def unpack(self) -> None:
+        """Unpack the weights of layers that take floating-point inputs, once, where each call unpacks them otherwise.
+
+        The vectors stay the same, bit for bit. The values take what a model in the compute dtype takes, which few bits are there to
+        save, so nothing unpacks by itself. A CUDA card keeps the packed weights too: up to 64 tokens it multiplies these.
+
+        Raises:
+            UserError: no layer has such weights, or the values do not fit in the free memory.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, CompressedLayer)]
+        needed, free = sum(layer.unpacked_bytes(self.dtype) for layer in layers), self._free_bytes()
+        if not needed:
+            raise UserError(f"model {self.name!r}: no layer unpacks integer weights; there is nothing to unpack")
+        if needed > free:
+            raise UserError(
+                f"model {self.name!r}: takes {gigabytes(needed)} of memory unpacked, {gigabytes(free)} are free", "leave it packed"
+            )
+        for layer in layers:
+            layer.unpack(self.dtype)
+        if self._on_card:
+            self._fill_batches()
+        if self._small is not None:
+            self._small = SmallRequests(self.model, self.device, cuda_graph)  # recorded ones unpack
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Run the backbone on a padded batch, if batches are padded.

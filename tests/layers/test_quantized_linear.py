@@ -156,3 +156,44 @@ def test_cast_embedding_looks_up_and_casts() -> None:
     looked_up = CastEmbedding(table, torch.float32)(torch.tensor([[3, 9]]))
     assert looked_up.dtype == torch.float32
     assert torch.equal(looked_up, table.weight[[3, 9]].float()[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(4, 16, False), (4, None, True), (8, None, True), (3, 32, True)])
+def test_unpacked_weights_give_the_same_products_bit_for_bit(
+    dtype: torch.dtype, bits: int, group_size: int | None, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 96)
+    layer = QuantizedLinear.from_float(linear, ActivationScheme.NONE, bits, group_size=group_size, symmetric=symmetric)
+    inputs = [torch.randn(*size, 64).to(dtype) for size in ((1,), (1, 3), (2, 17), (1100,))]
+    layer.pack()
+    expected = [layer(x) for x in inputs]
+    assert layer.unpacked_bytes(dtype) == 64 * 96 * dtype.itemsize
+    layer.unpack(dtype)
+    monkeypatch.setattr(QuantizedLinear, "dequantized", lambda *_: pytest.fail("unpacked once more"))
+    for _ in range(2):
+        layer.unpack(dtype)
+        assert all(torch.equal(layer(x), y) for x, y in zip(inputs, expected, strict=True))
+    assert layer.weight is None  # in memory once
+
+
+def test_an_unpacked_layer_still_divides_its_input() -> None:
+    torch.manual_seed(0)
+    grid = find_grid(torch.randn(24, 32), 4, 16)
+    integers = torch.randint(0, 16, (24, 32), dtype=torch.uint8)
+    layer = QuantizedLinear.from_integers(integers, grid, None, input_factor=torch.rand(32) + 0.5)
+    x = torch.randn(5, 32)
+    expected = layer(x)
+    layer.unpack(torch.float32)
+    assert torch.equal(layer(x), expected)
+
+
+def test_layers_that_multiply_integers_have_nothing_to_unpack() -> None:
+    layer = QuantizedLinear.from_float(nn.Linear(32, 16), ActivationScheme.DYNAMIC_PER_TOKEN)
+    x = torch.randn(3, 32)
+    expected = layer(x)
+    layer.unpack(torch.float32)
+    assert layer.unpacked_bytes(torch.float32) == 0
+    assert layer.weight is not None
+    assert torch.equal(layer(x), expected)

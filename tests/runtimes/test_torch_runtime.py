@@ -15,10 +15,12 @@ from tests_support import apply_in_memory, compress_to, folder_of
 
 import compress
 from compress.common.errors import UserError
+from compress.layers.quantized_linear import QuantizedLinear
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.rtn import RTN
 from compress.models.files.variant import VariantInfo
 from compress.models.network.build import load_network
+from compress.runtimes import torch_embedder
 from compress.runtimes.torch_embedder import TorchEmbedder
 from compress.runtimes.torch_runtime import check_device, prepare
 
@@ -161,3 +163,27 @@ def test_a_loaded_variant_takes_no_more_than_its_file_and_activations(minilm: Pa
     assert measured["loaded"] <= stored
     plan = make_plan(parse_recipe({"steps": [{"method": "rtn"}]}), folder_of(minilm).shape, tmp_path)
     assert measured["peak"] <= plan.run_memory_bytes
+
+
+def test_unpacking_once_is_asked_for_and_changes_no_vector(
+    bert: Path, mixed_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress_to(bert, tmp_path / "variant", RTN(bits=4, group_size=16, activations="none"))
+    embedder = compress.load(tmp_path / "variant", device="cpu")
+    assert isinstance(embedder, TorchEmbedder)
+    expected = embedder.encode(mixed_texts[:40])
+    layers = [module for module in embedder.model.modules() if isinstance(module, QuantizedLinear)]
+    assert all(layer.weight is not None for layer in layers)  # four bits stay four bits until somebody asks
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_embedder, "available_memory_bytes", lambda: 1)
+        with pytest.raises(UserError, match=r"takes .* of memory unpacked, 0.0 MB are free") as refused:
+            embedder.unpack()
+        assert "packed" in refused.value.hint
+    assert all(layer.weight is not None for layer in layers)
+    embedder.unpack()
+    monkeypatch.setattr(QuantizedLinear, "dequantized", lambda *_: pytest.fail("unpacked in a call"))
+    assert np.array_equal(embedder.encode(mixed_texts[:40]), expected)
+    plain = compress.load(str(bert), device="cpu")
+    assert isinstance(plain, TorchEmbedder)
+    with pytest.raises(UserError, match="there is nothing to unpack"):
+        plain.unpack()

@@ -53,10 +53,25 @@ def test_the_kernels_of_this_process_are_chosen() -> None:
     assert is_exact(products.TritonMatmul, torch.device("cpu"))
 
 
+def test_a_card_without_e4m3_keeps_the_kernels_for_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before compute capability 8.9, Triton compiles no kernel that writes E4M3."""
+    right = rows.quantize
+
+    def quantize(x: torch.Tensor, numbers: Numbers) -> rows.Rounded:
+        if numbers is FLOAT8:
+            raise RuntimeError("type fp8e4nv not supported in this architecture")
+        return right(x, numbers)
+
+    monkeypatch.setattr(rows, "quantize", quantize)
+    assert row_kernels.__wrapped__("cpu", INTEGER) is rows
+    assert row_kernels.__wrapped__("cpu", FLOAT8) is None
+
+
 def test_kernels_that_round_wrongly_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = rows.quantize
-    monkeypatch.setattr(rows, "quantize", lambda x, numbers: right(x * 0.99, numbers))
-    assert row_kernels.__wrapped__("cpu") is None
+    monkeypatch.setattr(rows, "quantize", lambda x, numbers: right(x + 1, numbers))
+    assert row_kernels.__wrapped__("cpu", INTEGER) is None
+    assert row_kernels.__wrapped__("cpu", FLOAT8) is None
     monkeypatch.setattr(weights, "unpacked", lambda packed, dtype: torch.zeros(8, 128, dtype=dtype))
     assert weight_kernels.__wrapped__("cpu") is None
     monkeypatch.setattr(products.TritonMatmul, "__call__", lambda self, x, dtype: torch.zeros(x.shape[0], 24))
@@ -222,6 +237,11 @@ def test_a_layer_multiplies_few_and_many_tokens_and_is_told_apart_by_nothing(mon
     expected = x @ layer.dequantized().t() + linear.bias
     torch.testing.assert_close(few, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(many, expected, rtol=1e-5, atol=1e-5)
+    layer.unpack(torch.float32)
+    monkeypatch.setattr(weights, "unpacked", lambda *_: pytest.fail("unpacked in a call"))
+    assert torch.equal(layer(x), many)
+    monkeypatch.setattr(weights, "FEW_TOKENS", 64)
+    assert torch.equal(layer(x), few)  # a kernel reads the packed weight still
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -232,7 +252,7 @@ def test_layers_give_what_they_give_without_kernels(kind, dtype: torch.dtype, mo
     layer = kind.from_float(linear, ActivationScheme.DYNAMIC_PER_TOKEN)
     found = layer(x)
     for place in ("compress.layers.quantized_linear", "compress.layers.float8_linear"):
-        monkeypatch.setattr(f"{place}.row_kernels", lambda device_type: None)
+        monkeypatch.setattr(f"{place}.row_kernels", lambda *_: None)
     torch.testing.assert_close(found, layer(x), rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
@@ -245,13 +265,13 @@ def test_fp8_products_pass_both_scales(monkeypatch: pytest.MonkeyPatch) -> None:
         return (a.float() @ b.float() * scale_a * scale_b).to(out_dtype)
 
     monkeypatch.setattr(torch, "_scaled_mm", product)
-    monkeypatch.setattr(float8_linear, "has_float8_products", lambda device: True)
+    monkeypatch.setattr(float8_linear, "has_float8_products", lambda *_: True)
     torch.manual_seed(0)
     linear, x = nn.Linear(32, 48, bias=False), sample(5, 32, dtype=torch.bfloat16)
     layer = Float8Linear.from_float(linear, ActivationScheme.DYNAMIC_PER_TOKEN)
     found = layer(x)
     assert calls == [(torch.Size([5, 1]), torch.Size([1, 48]), torch.bfloat16, True)]
-    monkeypatch.setattr(float8_linear, "has_float8_products", lambda device: False)
+    monkeypatch.setattr(float8_linear, "has_float8_products", lambda *_: False)
     torch.testing.assert_close(found, layer(x), rtol=1e-2, atol=1e-2)
     assert len(calls) == 1
 
