@@ -16,7 +16,6 @@ from compress.common.files import write_json
 from compress.layers.compressed import CompressedLayer, CompressedLinear
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.scheme import Numbers, QuantizedLayer
-from compress.layers.torch_packing import pack
 from compress.models.files.shards import join_shards, shard, write_tensors
 from compress.models.files.variant import VariantInfo
 from compress.models.folder import ModelFolder
@@ -194,18 +193,6 @@ def stored(
 def half_values(layer: CompressedLinear) -> dict[str, torch.Tensor]:
     """Return the dequantized weight of a linear layer, in half precision."""
     return {"weight": layer.values().half()}
-
-
-def words(integers: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack rows without gaps into 32-bit words: uint8 [rows, n] to int32 [rows, ceil(n x bits / 32)], the first value lowest.
-
-    This is our own packing, padded to whole words.
-    """
-    packed = pack(integers, bits)
-    # Copy into a new tensor: the strides of a single row may not allow a view as words.
-    filled = packed.new_zeros(packed.shape[0], -(-packed.shape[1] // 4) * 4)
-    filled[:, : packed.shape[1]] = packed
-    return filled.view(torch.int32)
 
 
 def write_config(

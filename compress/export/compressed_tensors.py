@@ -19,7 +19,6 @@ from compress.export.base import (
     open_for_export,
     refusal,
     table_notes,
-    words,
     write_config,
     write_weights,
 )
@@ -28,6 +27,7 @@ from compress.export.reader import Reader, in_sentence_transformers, in_transfor
 from compress.layers.float8_linear import Float8Linear
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
+from compress.layers.torch_packing import words
 from compress.models.folder import ModelFolder
 
 LAYOUT = "compressed-tensors"

@@ -1,15 +1,12 @@
 """The GPTQ layout, version 1, which auto-gptq 0.7.1, GPTQModel (through transformers and optimum) and vLLM (not tested here) read.
 
-Each linear layer is `qweight` int32 [in x bits / 32, out], packed along the inputs; `qzeros` int32 [groups, out x bits / 32], zeros
-minus one, packed along the outputs; `scales` [groups, out]; `g_idx` int32 [in], the group of each input.
+Its tensors are described in `compress.layers.gptq_layout`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from compress.common.errors import UserError
 from compress.common.files import write_json
@@ -19,22 +16,18 @@ from compress.export.base import (
     open_for_export,
     refusal,
     table_notes,
-    words,
     write_config,
     write_weights,
 )
 from compress.export.loader_files import write_modules, write_tokenizer
 from compress.export.reader import Reader, in_sentence_transformers
-from compress.layers.quantized_linear import QuantizedLinear
+from compress.layers.gptq_layout import BITS, RUN, gptq_tensors
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 from compress.models.architectures import is_in_block
 from compress.models.folder import ModelFolder
 
 LAYOUT = "gptq"
 NUMBERS = frozenset({Numbers.INTEGER})
-BITS = (2, 3, 4, 8)
-# auto-gptq allocates multiples of 32 values along the inputs and along the outputs.
-RUN = 32
 # GPTQModel's kernels compute in half precision only; rounding every layer's output costs this much.
 HALF_COSINE = 0.9995
 # Lists of blocks that readers find by themselves; the config names any other.
@@ -49,7 +42,7 @@ def write(source: ModelFolder, folder: Path) -> Reader:
     """
     opened = open_for_export(source, LAYOUT, NUMBERS)
     quantization = quantization_config(opened)
-    write_weights(opened, folder, tensors_of, opened.prefix)
+    write_weights(opened, folder, gptq_tensors, opened.prefix)
     # auto-gptq builds a causal language model, whose head an embedder lacks; a tied head would overwrite the embedding table.
     write_config(opened, folder, quantization, "float16", {"tie_word_embeddings": False})
     write_json(folder / "quantize_config.json", quantization)
@@ -138,18 +131,6 @@ def check(name: str, layer: QuantizedLayer, outputs: int, inputs: int) -> None:
         raise refusal(
             name, LAYOUT, f"have {inputs} inputs, not a multiple of the group size {layer.group_size}", "choose another group_size"
         )
-
-
-def tensors_of(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
-    """Return a layer's tensors; see the module. Our zeros are at least 1, so zero minus one never wraps around."""
-    bits = layer.layer.bits
-    group = layer.layer.group_size or layer.in_features
-    return {
-        "qweight": words(layer.integers(), bits).t(),
-        "qzeros": words((layer.zeros() - 1).t().contiguous(), bits),
-        "scales": layer.weight_scale.view(layer.out_features, -1).t(),
-        "g_idx": torch.arange(layer.in_features, dtype=torch.int32) // group,
-    }
 
 
 def _described(layer: QuantizedLayer) -> str:

@@ -27,3 +27,15 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         words |= padded[:, place::bits].long() << 8 * place
     mask = 2**bits - 1
     return torch.stack([((words >> place * bits) & mask).to(torch.uint8) for place in range(8)], dim=-1).flatten(1)[:, :count]
+
+
+def words(integers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack rows without gaps into 32-bit words: uint8 [rows, n] to int32 [rows, ceil(n x bits / 32)], the first value lowest.
+
+    This is our own packing, padded to whole words.
+    """
+    packed = pack(integers, bits)
+    # Copy into a new tensor: the strides of a single row may not allow a view as words.
+    filled = packed.new_zeros(packed.shape[0], -(-packed.shape[1] // 4) * 4)
+    filled[:, : packed.shape[1]] = packed
+    return filled.view(torch.int32)

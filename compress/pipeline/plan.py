@@ -22,7 +22,7 @@ from compress.models.architectures import one_set_of_blocks
 from compress.models.shape import ModelShape
 from compress.pipeline.gpu_rates import rate_for, read_rates
 from compress.pipeline.recipe import Recipe, steps_for
-from compress.runtimes.contract import CPU_BATCH_TOKENS, Kind, pick_runtime
+from compress.runtimes.contract import CPU_BATCH_TOKENS, Kind, pick_runtime, usual_device
 
 # Basis of the time estimates. They are rough, and the printed plan says so.
 MEMORY_BYTES_PER_SECOND = 2e9  # elementwise passes over weights, and reading files
@@ -138,9 +138,8 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
     )
     problems = _problems(plan, output)
     try:
-        plan = replace(
-            plan, runtime=pick_runtime(recipe.runtime, quantized, dtype=recipe.dtype, kind=Kind(static=not shape.blocks))
-        )
+        how = {"device": usual_device(recipe.runtime), "dtype": recipe.dtype, "kind": Kind(static=not shape.blocks)}
+        plan = replace(plan, runtime=pick_runtime(recipe.runtime, quantized, **how))
     except UserError as error:
         problems.append(error.message)
     return replace(plan, problems=tuple(problems))

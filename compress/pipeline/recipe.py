@@ -123,8 +123,9 @@ class Recipe(Section):
     model: str = "nano"
     """Model to compress: a built-in name, a folder or a hub name. `--model` overrides it."""
     runtime: RuntimeChoice = TORCH
-    """Runtime that executes the variant: `torch`, `onnxruntime` or `openvino` (the last two on a CPU, without torch), `numpy`
-    (static tables only), or `auto` for the fastest one that is installed and executes the numbers that the steps produce."""
+    """Runtime that executes the variant: `torch`, `onnxruntime` or `openvino` (the last two on a CPU, without torch), `gptq`
+    (GPTQModel's kernels, on a CUDA card), `numpy` (static tables only), or `auto` for the fastest one that is installed and
+    executes the numbers that the steps produce."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Dtype of the variant's floating-point arithmetic. Defaults to float32 on a CPU and float16 on a GPU."""
     seed: int = Field(0, ge=0, lt=2**63)

@@ -23,6 +23,8 @@ TORCH = "torch"
 """The runtime that checkpoints run in, and the default of a recipe."""
 NUMPY = "numpy"
 """The runtime of static tables, and the one that `compress.load` opens them in."""
+GPTQ = "gptq"
+"""The runtime that multiplies in GPTQModel's kernels."""
 AUTO = "auto"
 """In place of a runtime's name: the fastest runtime that is installed and executes the model as it is stored."""
 # Default for the padded tokens in a batch of the torch runtime. On a CPU, what a batch of 1,024 tokens touches stays in the cache;
@@ -84,12 +86,14 @@ class Runtime:
     product_bits: frozenset[int]
     """Bits of the weights that it multiplies with quantized activations."""
     dtypes: frozenset[str]
-    """Dtypes of the floating-point arithmetic on a CPU."""
+    """Dtypes of the floating-point arithmetic on a CPU; of a runtime for cards alone, on a card."""
     linear: str | None = None
     """For a runtime that executes a graph: `module:function` that writes a quantized linear layer into the graph, see
     `compress.runtimes.lowered_layers`. None: the runtime needs no graph."""
     cpu_only: bool = False
     """Whether it runs on a CPU only."""
+    cuda_only: bool = False
+    """Whether it runs on a CUDA card only; it then runs in torch, and its opener also takes `device` and `batching`."""
     byte_products: bool = False
     """Whether products of quantized activations need byte instructions that do not overflow (`BYTE_PRODUCTS`)."""
     uneven_groups: bool = True
@@ -174,12 +178,29 @@ RUNTIMES: Mapping[str, Runtime] = {
             dtypes=frozenset({"float32", "float16", "bfloat16"}),
             checkpoints=True,
         ),
+        Runtime(
+            name=GPTQ,
+            package="gptqmodel",
+            opener="compress.runtimes.gptq_runtime",
+            extra="gptq",
+            numbers=frozenset({Numbers.INTEGER}),
+            bits=frozenset({2, 3, 4, 8}),
+            schemes=frozenset({ActivationScheme.NONE}),
+            product_bits=frozenset(),
+            dtypes=frozenset({"float16", "bfloat16"}),
+            cuda_only=True,  # last, so that `auto` does not take it: it has not run on a card yet
+        ),
     )
 }
 """The runtimes by name, fastest first, as measured on CPUs with int8 or bfloat16 products. A new runtime is a row here and the
 module that the row names; help, schema and refusals follow from the row."""
 GRAPH_RUNTIMES = tuple(runtime.name for runtime in RUNTIMES.values() if runtime.linear is not None)
 """Names of the runtimes that execute a graph written by `lower`, without torch."""
+
+
+def usual_device(name: str) -> str:
+    """Return the device to plan with where none is named: the card for a runtime that needs one, else the CPU."""
+    return "cuda" if name in RUNTIMES and RUNTIMES[name].cuda_only else "cpu"
 
 
 def runtime_named(name: str) -> Runtime:
@@ -245,7 +266,9 @@ def _unfit(runtime: Runtime, kind: Kind) -> str | None:
 def _refusal(runtime: Runtime, quantized: Mapping[str, QuantizedLayer], device: str, dtype: str | None) -> str | None:
     if runtime.cpu_only and not device.startswith("cpu"):
         return f"{runtime.name} runs on the CPU here, not on {device}"
-    if dtype is not None and device.startswith("cpu") and dtype not in runtime.dtypes:
+    if runtime.cuda_only and not device.startswith("cuda"):
+        return f"{runtime.name} runs on a CUDA card, not on {device}"
+    if dtype is not None and (device.startswith("cpu") or runtime.cuda_only) and dtype not in runtime.dtypes:
         return f"{runtime.name} does not compute in {dtype}"
     for name, layer in quantized.items():
         reason = runtime.refusal(name, layer)

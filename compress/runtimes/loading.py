@@ -12,7 +12,7 @@ from compress.common.memory import available_memory_bytes, gigabytes
 from compress.models.folder import ModelFolder
 from compress.models.source import DTYPE_BYTES, find
 from compress.models.text.sentence_transformers import TRANSFORMER
-from compress.runtimes.contract import AUTO, PACKED, RUNTIMES, TORCH, Batching, Kind, pick_runtime, runtime_named
+from compress.runtimes.contract import AUTO, PACKED, RUNTIMES, TORCH, Batching, Kind, pick_runtime, runtime_named, usual_device
 from compress.runtimes.routed import RoutedEmbedder
 
 if TYPE_CHECKING:
@@ -38,17 +38,18 @@ def runtime_of(source: ModelFolder, runtime: str | None = None, *, device: str |
         runtime_named(runtime)
     if not source.is_variant:
         if runtime not in (None, AUTO) and not RUNTIMES[runtime].checkpoints:
+            recipe = "int4-gptq" if RUNTIMES[runtime].cuda_only else "bf16-openvino"
             raise UserError(
                 f"model {source.name!r}: {runtime} executes variants, and this is a checkpoint",
-                f"make a variant: compress run recipes/bf16-openvino.yaml --model {source.name}",
+                f"make a variant: compress run recipes/{recipe}.yaml --model {source.name}",
             )
         kind = Kind(static=source.is_static, checkpoint=True)
         if runtime in (None, AUTO, TORCH) and not kind.static:
             return TORCH
         return pick_runtime(runtime or AUTO, {}, device=device or "cpu", dtype=dtype, kind=kind)
     info = source.compressed
-    kind = Kind(static=source.is_static)
-    return pick_runtime(runtime or info.runtime, info.quantized, device=device or "cpu", dtype=dtype, kind=kind)
+    wanted, kind = runtime or info.runtime, Kind(static=source.is_static)
+    return pick_runtime(wanted, info.quantized, device=device or usual_device(wanted), dtype=dtype, kind=kind)
 
 
 def preload(model: str, runtime: str | None = None, **_: object) -> None:
@@ -61,7 +62,9 @@ def preload(model: str, runtime: str | None = None, **_: object) -> None:
     for one in [source] if source.routes is None else [source.along(way) for way in source.routes.ways]:
         name = runtime_of(one, runtime)
         importlib.import_module(RUNTIMES[name].opener)
-        if name == TORCH:
+        if RUNTIMES[name].cuda_only:
+            importlib.import_module(RUNTIMES[name].package)
+        if name == TORCH or RUNTIMES[name].cuda_only:
             from compress.runtimes.torch_runtime import import_architecture
 
             import_architecture(one)
@@ -83,9 +86,9 @@ def load(
     Args:
         model: a built-in name (`nano`, `minilm`), the folder of a model, a variant or a run, a name on the hub, or `random:`
             followed by one of these; see `compress.models.source.find`.
-        runtime: `torch`, `onnxruntime`, `openvino` or, for static tables, `numpy`; or `auto` for the fastest one that is installed
-            and supports the variant's number formats. Defaults to the runtime that the variant was made for and measured in, for
-            a static table that is not a variant to numpy. Only `torch` needs torch.
+        runtime: `torch`, `onnxruntime`, `openvino`, `gptq` (on a CUDA card) or, for static tables, `numpy`; or `auto` for the
+            fastest one that is installed and supports the variant's number formats. Defaults to the runtime that the variant was
+            made for and measured in, for a static table that is not a variant to numpy. Only `torch` and `gptq` need torch.
         device: `cpu`, `cuda`, `cuda:1`, ... Defaults to the GPU if there is one and the runtime is torch, else to the CPU.
         dtype: compute dtype: `float32`, `float16` or `bfloat16`. Defaults to the one that the variant was made for, else to float32
             on a CPU and float16 on a GPU.
@@ -148,10 +151,14 @@ def open_source(
     if name != TORCH:
         if compile or stream:
             raise UserError(f"model {source.name!r}: only torch compiles or streams, and this one runs in {name}", "runtime: torch")
+        opener = importlib.import_module(RUNTIMES[name].opener).open_variant
+        on_card: Embedder
+        if RUNTIMES[name].cuda_only:
+            on_card = opener(source, dtype=dtype, threads=threads, device=device, batching=batching)
+            return on_card
         if batching == PACKED:
             raise UserError(f"model {source.name!r}: only torch runs packed batches, and this one runs in {name}", "runtime: torch")
         _check_fits(source, dtype)
-        opener = importlib.import_module(RUNTIMES[name].opener).open_variant
         embedder: Embedder = opener(source, dtype=dtype, threads=threads)
         return embedder
     if stream and batching == PACKED:
