@@ -138,8 +138,9 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
     )
     problems = _problems(plan, output)
     try:
-        how = {"device": usual_device(recipe.runtime), "dtype": recipe.dtype, "kind": Kind(static=not shape.blocks)}
-        plan = replace(plan, runtime=pick_runtime(recipe.runtime, quantized, **how))
+        device, kind = usual_device(recipe.runtime), Kind(static=not shape.blocks)
+        runtime = pick_runtime(recipe.runtime, quantized, device=device, dtype=recipe.dtype, kind=kind)
+        plan = replace(plan, runtime=runtime)
     except UserError as error:
         problems.append(error.message)
     return replace(plan, problems=tuple(problems))

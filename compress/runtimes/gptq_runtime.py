@@ -32,6 +32,8 @@ AGREEMENT = {torch.float16: 5e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
 class GptqLinear(nn.Module):
     """A linear layer in a kernel of GPTQModel."""
 
+    input_factor: torch.Tensor | None
+
     def __init__(self, layer: QuantizedLinear, kernel: nn.Module) -> None:
         """Take the layer, of which the factor of its input is kept, and the kernel that has its weight and bias."""
         super().__init__()
