@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
@@ -28,7 +29,7 @@ from compress.serve.protocol import (
     answer_of,
     parse_request,
 )
-from compress.serve.scheduling import ComputeError, Full, Job
+from compress.serve.scheduling import ComputeError, Full, Job, retry_after
 from compress.serve.settings import Limits
 from compress.serve.telemetry import Noted, Telemetry
 
@@ -39,8 +40,10 @@ JSON = "application/json"
 CLOSED = 499
 """Status of a request whose client has left, as nginx writes it."""
 PATHS = ("/v1/embeddings", "/v1/models", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
+ASSETS = "/docs-assets"
+"""Scripts and styles of `/docs`, which come out of a package, not from a public network."""
 OPEN = ("/health", "/ready", "/docs", "/openapi.json")
-"""What is answered without a key."""
+"""What is answered without a key, and all of `ASSETS`."""
 RETRY_SECONDS = 5
 ABOUT = """A text embedder behind the OpenAI protocol. `GET /v1/models` says what is served: dimension, longest input, prompts,
 licence, fingerprint, and what of the original's accuracy was kept."""
@@ -144,6 +147,7 @@ class Service:
         """Answer `POST /v1/embeddings`."""
         if self.stopping:
             raise ApiError(503, "the server is stopping", code="stopping", retry=RETRY_SECONDS)
+        self.refuse_while_all_are_full()
         body = await self.body(request)
         noted.bytes = len(body)
         asked = parse_request(body)
@@ -161,9 +165,7 @@ class Service:
             job = model.job(made)
             model.scheduler.submit(job)
         except Full as full:
-            retry = model.scheduler.retry_after(full)
-            said = f"more is waiting than can be computed within {self.limits.wait_seconds:g} s; try again in {retry} s"
-            raise ApiError(429, said, code="rate_limit_exceeded", retry=retry) from full
+            raise self._refusal(full) from full
         await self._computed(job, request, noted)
         vectors = model.cut(job.vectors, width)
         finite = np.isfinite(vectors).all(axis=1)
@@ -172,6 +174,27 @@ class Service:
             raise ApiError(500, said, param="input", code="not_finite")
         headers = {"x-model-fingerprint": model.fingerprint}
         return Response(answer_of(vectors, asked.model, made.tokens, asked.encoding_format), headers=headers, media_type=JSON)
+
+    def refuse_while_all_are_full(self) -> None:
+        """Refuse a request before it is read where no model has room: under overload reading takes time from computing.
+
+        Raises:
+            ApiError: 429, too much waits for every model.
+        """
+        found: list[Full] = []
+        for model in self.models.values():
+            try:
+                model.scheduler.check_room()
+            except Full as full:
+                found.append(full)
+        if len(found) == len(self.models):
+            soonest = min(found, key=lambda full: full.seconds)
+            raise self._refusal(soonest) from soonest
+
+    def _refusal(self, full: Full) -> ApiError:
+        retry = retry_after(full)
+        said = f"more is waiting than can be computed within {self.limits.wait_seconds:g} s; try again in {retry} s"
+        return ApiError(429, said, code="rate_limit_exceeded", retry=retry)
 
     async def _computed(self, job: Job, request: Request, noted: Noted) -> None:
         """Wait until a request is computed, or until its client has left."""
@@ -220,7 +243,7 @@ class Envelope:
 
         self._service.open_requests += 1
         try:
-            if scope["path"] not in OPEN:
+            if scope["path"] not in OPEN and not scope["path"].startswith(f"{ASSETS}/"):
                 self._service.check_key(dict(scope["headers"]))
             await self._app(scope, receive, sending)
         except ApiError as error:  # of the key
@@ -236,6 +259,8 @@ class Envelope:
 
 def _known_path(path: str) -> str:
     """Return a path as it is counted: what is not known is one path, so that clients cannot make up metrics."""
+    if path.startswith(f"{ASSETS}/"):
+        return "/docs"
     return path if path in PATHS else "/v1/models" if path.startswith("/v1/models/") else "other"
 
 
@@ -277,7 +302,8 @@ def _answer_errors(app: FastAPI) -> None:
 
 def make_app(service: Service) -> Envelope:
     """Return the ASGI application of a service."""
-    app = FastAPI(title="compress serve", description=ABOUT, redoc_url=None, openapi_url="/openapi.json")
+    shown = {"docs_url": "/docs", "redoc_url": None, "openapi_url": "/openapi.json", "static_url": ASSETS}
+    app = FastAPIOffline(title="compress serve", description=ABOUT, **shown)
     refusals: dict[int | str, dict[str, Any]] = {
         code: {"model": ErrorAnswer, "description": said}
         for code, said in {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -25,6 +26,9 @@ def bounded(seconds: float) -> type[HttpToolsProtocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            # The head and the body of an answer are two writes. asyncio sets this only on sockets that were made with a protocol's
+            # number; without it the body waits for the client to acknowledge the head, 40 ms on Linux.
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if len(self.connections) > CONNECTIONS:
                 transport.abort()
                 return

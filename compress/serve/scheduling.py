@@ -1,18 +1,21 @@
 """Which texts are computed next: requests are merged as they arrive, small ones pass large ones, and what may wait is bounded.
 
-Requests are of two classes. Interactive ones have at most a batch of tokens; they are merged in the order in which they came. All
-others are bulk: their texts are taken in turns, so that no large request holds up another, into a window that is sorted by length,
-so that batches need little padding. A window is computed to its end before the next is made, which bounds how long a text waits.
+Requests are of two classes. Interactive ones are a text, or a few short ones; all others are bulk. In each class the texts that
+wait are taken into a window, which is sorted by length, so that batches need little padding; those of large requests in turns, so
+that no request holds up another. A window is computed to its end before the next is made, which bounds how long a text waits. Where
+little waits, a window is what there is, and nothing waits for others.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import operator
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -21,12 +24,14 @@ from compress.models.text.tokens import Ids
 
 DISPATCH_SECONDS = 0.05
 """Work that is handed to an instance at a time: an interactive request waits for at most two of these."""
-WINDOW_SECONDS = 3.0
-"""Work that is sorted by length together."""
+INTERACTIVE_SECONDS, BULK_SECONDS = 1.0, 5.0
+"""Work that is sorted by length together: an interactive request waits for at most a window before that of its own."""
+INTERACTIVE_SHARE = 4
+"""Requests of more than one text are interactive if they have at most one such part of a batch's tokens."""
 INTERACTIVE_TURNS = 3
 """While bulk waits, it leads one dispatch after so many of interactive requests."""
 TAKEN_AT_ONCE = 64
-"""Texts that a bulk request adds to a window in its turn."""
+"""Texts that a request adds to a window in its turn."""
 ATTEMPTS = 3
 """How often a request is computed, where the computing process fails: with others, then alone."""
 FOLLOWED = 0.2
@@ -102,13 +107,79 @@ class Dispatch:
         return np.concatenate([job.rows[index] for job, index in self.texts]).astype(np.int32).tobytes()
 
 
+class Line:
+    """The requests of one class: those that wait, and the window of their texts that is computed next."""
+
+    def __init__(self, seconds: float) -> None:
+        """Let a window be `seconds` of work."""
+        self.seconds = seconds
+        self.jobs: deque[Job] = deque()
+        """Requests with texts that are in no window yet."""
+        self.window: deque[Text] = deque()
+        """Texts of one lane, the shortest first."""
+        self._longest_first = False
+
+    def __bool__(self) -> bool:
+        """Whether texts wait."""
+        return bool(self.window or self.jobs)
+
+    @property
+    def lane(self) -> Lane:
+        """The lane of what is computed next."""
+        return self.window[0][0].lane if self.window else self.jobs[0].lane
+
+    def move(self, dispatch: Dispatch, most: int, window_tokens: float) -> None:
+        """Move texts into a dispatch of their lane until it has `most` tokens.
+
+        Where a window was taken from its longest text on, the next begins with its shortest, so that one dispatch may hold the end
+        of the one and the beginning of the other.
+
+        Args:
+            dispatch: what is computed next.
+            most: tokens of a dispatch.
+            window_tokens: tokens of a new window.
+        """
+        tokens = sum(dispatch.lengths)
+        while self and self.lane == dispatch.lane and tokens < most:
+            if not self.window:
+                self._fill(window_tokens)
+            job, index = self.window.pop() if self._longest_first else self.window.popleft()
+            dispatch.texts.append((job, index))
+            tokens += len(job.rows[index])
+
+    def _fill(self, most: float) -> None:
+        """Make a new window: texts of the requests of a lane, in turns."""
+        lane, tokens, found = self.lane, 0, []
+        waiting = deque(job for job in self.jobs if job.lane == lane)
+        while waiting and tokens < most:
+            job = waiting.popleft()
+            stop = min(len(job.rows), job.taken + TAKEN_AT_ONCE)
+            for index in range(job.taken, stop):
+                found.append((job, index))
+                tokens += len(job.rows[index])
+            job.taken = stop
+            if stop < len(job.rows):
+                waiting.append(job)
+        left = [job for job in self.jobs if job.taken < len(job.rows)]
+        self.jobs = deque([*(job for job in left if not job.taken), *(job for job in left if job.taken)])
+        self.window = deque(sorted(found, key=lambda text: len(text[0].rows[text[1]])))
+        self._longest_first = not self._longest_first
+
+    def drop(self, unwanted: Callable[[Job], bool]) -> None:
+        """Forget requests and their texts."""
+        if any(unwanted(job) for job in self.jobs):
+            self.jobs = deque(job for job in self.jobs if not unwanted(job))
+        if any(unwanted(job) for job, _ in self.window):
+            self.window = deque(text for text in self.window if not unwanted(text[0]))
+
+
 class Scheduler:
     """The requests of one model that wait."""
 
     def __init__(self, waiting_tokens: int, wait_seconds: float) -> None:
         """Bound what may wait: by tokens, and by the time that computing them would take."""
         self.budget = 1024
-        """Tokens of a batch of the runtime; an interactive request has no more."""
+        """Tokens of a batch of the runtime."""
         self.speed = 1000.0
         """Tokens a second of one instance, as measured on dispatches that fill it."""
         self.instances = 1
@@ -117,11 +188,8 @@ class Scheduler:
         self.wanted = asyncio.Event()
         """Set while texts wait."""
         self._bounds = waiting_tokens, wait_seconds
-        self._interactive: deque[Job] = deque()
-        self._bulk: deque[Job] = deque()
+        self._interactive, self._bulk = Line(INTERACTIVE_SECONDS), Line(BULK_SECONDS)
         self._again: deque[Job] = deque()
-        self._window: list[Text] = []
-        self._window_lane: Lane = (0, 0)
         self._turns = 0
         self._cancelled = False
 
@@ -150,7 +218,8 @@ class Scheduler:
         self.check_room(job.tokens)
         self.tokens += job.tokens
         job.future.add_done_callback(lambda _: self._leave(job))
-        (self._interactive if job.tokens <= self.budget else self._bulk).append(job)
+        few = job.tokens <= (self.budget if len(job.rows) == 1 else self.budget // INTERACTIVE_SHARE)
+        (self._interactive if few else self._bulk).jobs.append(job)
         self.wanted.set()
 
     def _leave(self, job: Job) -> None:
@@ -161,11 +230,12 @@ class Scheduler:
     def has_full_dispatch(self) -> bool:
         """Whether so much waits that an instance can be given its next dispatch before it has finished one."""
         most, found = self.dispatch_tokens, 0
-        for job, index in reversed(self._window):
-            found += len(job.rows[index])
-            if found >= most:
-                return True
-        for job in (*self._again, *self._interactive, *self._bulk):
+        for line in (self._interactive, self._bulk):
+            for job, index in line.window:
+                found += len(job.rows[index])
+                if found >= most:
+                    return True
+        for job in (*self._again, *self._interactive.jobs, *self._bulk.jobs):
             found += job.tokens
             if found >= most:
                 return True
@@ -177,73 +247,28 @@ class Scheduler:
         if self._again:
             job = self._again.popleft()
             return self._started(Dispatch(job.lane, [(job, index) for index in range(len(job.rows))]))
-        bulk_waits = bool(self._window or self._bulk)
-        if self._interactive and not (bulk_waits and self._turns >= INTERACTIVE_TURNS):
+        if self._interactive and not (self._bulk and self._turns >= INTERACTIVE_TURNS):
             self._turns += 1
-            return self._started(self._lead_interactive())
-        self._turns = 0
-        if not bulk_waits:
+            lines = [self._interactive, self._bulk]  # a dispatch that is not full yet is filled up with bulk
+        else:
+            self._turns = 0
+            lines = [self._bulk]
+        if not lines[0]:
             self.wanted.clear()
             return None
-        self._fill_window()
-        dispatch = Dispatch(self._window_lane, [])
-        self._add_bulk(dispatch, 0)
+        dispatch = Dispatch(lines[0].lane, [])
+        for line in lines:
+            line.move(dispatch, self.dispatch_tokens, max(self.dispatch_tokens, self.speed * self.instances * line.seconds))
         return self._started(dispatch)
-
-    def _lead_interactive(self) -> Dispatch:
-        """Merge interactive requests of the lane of the first, then fill up with bulk."""
-        dispatch, tokens, passed = Dispatch(self._interactive[0].lane, []), 0, []
-        while self._interactive and tokens < self.dispatch_tokens:
-            job = self._interactive.popleft()
-            if job.lane != dispatch.lane:
-                passed.append(job)
-                continue
-            dispatch.texts += [(job, index) for index in range(len(job.rows))]
-            tokens += job.tokens
-        self._interactive.extendleft(reversed(passed))
-        if self._window and self._window_lane == dispatch.lane:
-            self._add_bulk(dispatch, tokens)
-        return dispatch
-
-    def _add_bulk(self, dispatch: Dispatch, tokens: int) -> None:
-        """Add texts of the window to a dispatch that has `tokens` tokens already; the longest are next to each other."""
-        while self._window and tokens < self.dispatch_tokens:
-            job, index = self._window.pop()
-            dispatch.texts.append((job, index))
-            tokens += len(job.rows[index])
-
-    def _fill_window(self) -> None:
-        """Make a new window where the last is used up: texts of all bulk requests of a lane, in turns."""
-        if self._window:
-            return
-        self._window_lane, tokens = self._bulk[0].lane, 0
-        most = max(self.dispatch_tokens, int(self.speed * self.instances * WINDOW_SECONDS))
-        waiting = deque(job for job in self._bulk if job.lane == self._window_lane)
-        while waiting and tokens < most:
-            job = waiting.popleft()
-            stop = min(len(job.rows), job.taken + TAKEN_AT_ONCE)
-            for index in range(job.taken, stop):
-                self._window.append((job, index))
-                tokens += len(job.rows[index])
-            job.taken = stop
-            if stop < len(job.rows):
-                waiting.append(job)
-        left = [job for job in self._bulk if job.taken < len(job.rows)]
-        self._bulk = deque([*(job for job in left if not job.taken), *(job for job in left if job.taken)])
-        self._window.sort(key=lambda text: len(text[0].rows[text[1]]))
 
     def _drop_cancelled(self) -> None:
         """Forget requests that nobody waits for."""
         if not self._cancelled:
             return
         self._cancelled = False
-        for waiting in (self._again, self._interactive, self._bulk):
-            if any(job.over for job in waiting):
-                kept = [job for job in waiting if not job.over]
-                waiting.clear()
-                waiting.extend(kept)
-        if any(job.over for job, _ in self._window):
-            self._window = [text for text in self._window if not text[0].over]
+        self._again = deque(job for job in self._again if not job.over)
+        for line in (self._interactive, self._bulk):
+            line.drop(lambda job: job.over)
 
     def _started(self, dispatch: Dispatch) -> Dispatch:
         now = time.perf_counter()
@@ -274,23 +299,21 @@ class Scheduler:
             if job.attempts >= ATTEMPTS:
                 job.future.set_exception(ComputeError(why))
                 continue
-            self._withdraw(job)
+            for line in (self._interactive, self._bulk):
+                line.drop(partial(operator.is_, job))
             job.missing = len(job.rows)
             self._again.append(job)
         self.wanted.set()
 
-    def _withdraw(self, job: Job) -> None:
-        """Take back texts that wait elsewhere."""
-        self._window = [text for text in self._window if text[0] is not job]
-        if job in self._bulk:
-            self._bulk.remove(job)
-
     def fail_all(self, why: str) -> None:
         """Give up everything that waits."""
-        for job in [*self._again, *self._interactive, *self._bulk, *(job for job, _ in self._window)]:
+        lines = (self._interactive, self._bulk)
+        waiting = [job for line in lines for job in (*line.jobs, *(job for job, _ in line.window))]
+        for job in (*self._again, *waiting):
             if not job.over:
                 job.future.set_exception(ComputeError(why))
 
-    def retry_after(self, full: Full) -> int:
-        """Return the seconds after which a client may come again, whole and at least 1."""
-        return max(1, math.ceil(full.seconds))
+
+def retry_after(full: Full) -> int:
+    """Return the seconds after which a client may come again, whole and at least 1."""
+    return max(1, math.ceil(full.seconds))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress.serve.scheduling import ATTEMPTS, ComputeError, Dispatch, Full, Job, Lane, Scheduler
+from compress.serve.scheduling import ATTEMPTS, INTERACTIVE_SECONDS, ComputeError, Dispatch, Full, Job, Lane, Scheduler, retry_after
 
 
 def in_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
@@ -49,7 +49,7 @@ async def test_requests_are_merged_up_to_the_budget_and_each_gets_its_own_vector
     for one in jobs:
         made.submit(one)
     first, second = drain(made)
-    assert (first.lengths, second.lengths) == ([10, 20, 30, 40], [50])
+    assert (first.lengths, second.lengths) == ([50, 40, 30], [20, 10])
     for one in jobs:
         await asyncio.wait_for(one.future, 1)
         assert one.vectors[:, 0].tolist() == [len(row) for row in one.rows]
@@ -60,14 +60,36 @@ async def test_requests_are_merged_up_to_the_budget_and_each_gets_its_own_vector
 
 @in_loop
 async def test_bulk_is_sorted_by_length_within_a_window_that_is_bounded() -> None:
-    made = scheduler(speed=500)
+    made = scheduler(speed=300)
     made.submit(job(*range(1, 60), *range(1, 60)))
     found = drain(made)
     lengths = [length for dispatch in found for length in dispatch.lengths]
     assert lengths[:64] == sorted(lengths[:64], reverse=True)  # the first window
+    assert lengths[64:] == sorted(lengths[64:])  # the next begins where the first ended
     assert sorted(lengths) == sorted([*range(1, 60)] * 2)
-    assert lengths != sorted(lengths, reverse=True)
     assert all(sum(dispatch.lengths) < 100 + 60 for dispatch in found)
+
+
+@in_loop
+async def test_single_texts_that_wait_are_sorted_as_well_and_none_waits_longer_than_for_two_windows() -> None:
+    made, rng = scheduler(speed=1000), np.random.default_rng(0)
+    window = made.speed * INTERACTIVE_SECONDS
+    since: dict[Job, int] = {}
+    computed = padded = 0
+    for _ in range(400):
+        while made.tokens < 3 * window:
+            one = job(int(rng.integers(1, 60)))
+            since[one] = computed
+            made.submit(one)
+        dispatch = made.pick()
+        assert dispatch is not None
+        computed += sum(dispatch.lengths)
+        padded += len(dispatch.lengths) * max(dispatch.lengths)
+        made.finish(dispatch, lengths_as_vectors(dispatch), 0.1)
+        await asyncio.sleep(0)
+        for done, _ in dispatch.texts:
+            assert computed - since[done] <= 3 * window + 2 * window  # what waited before it, then two windows at most
+    assert padded < 1.2 * computed  # 1.8 in the order in which they came
 
 
 @in_loop
@@ -120,7 +142,7 @@ async def test_what_waits_is_bounded_by_tokens_and_by_time() -> None:
         slow.submit(job(100))
     with pytest.raises(Full) as full:
         slow.submit(job(1))
-    assert slow.retry_after(full.value) == 2
+    assert retry_after(full.value) == 2
 
 
 @in_loop
