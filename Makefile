@@ -20,7 +20,7 @@ define need_python
 @test -n "$(PYTHON)" || { echo "no python3.11, python3.12 or python3.13 runs here: install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 endef
 
-.PHONY: demo test test-slow test-models torture check docs clean
+.PHONY: demo test test-slow test-models test-stores torture check docs clean
 
 demo: $(STAMP)
 	$(BIN)/compress run recipes/int8.yaml --runs runs
@@ -34,6 +34,11 @@ test-slow: $(STAMP)
 test-models: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal tests/layouts
 	$(BIN)/python tests/layouts/matrix.py --write
+
+# Vector stores are 350 MB, so `make test` leaves those out that are not installed.
+test-stores: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[stores]"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/stores
 
 # Bounded in time; a failure names the moment and the seed. TORTURE_SEED=... repeats a day's draws.
 torture: $(STAMP)

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand
 
 from compress.common.cache import KINDS as CACHE_KINDS
-from compress.common.errors import UserError
+from compress.common.errors import UserError, nearest
 from compress.common.files import check_target, write_text_atomic
 from compress.export import FORMATS as EXPORT_FORMATS
 from compress.reports import FORMATS as COMPARE_FORMATS
@@ -54,6 +54,7 @@ def renamed(word: str, spellings: Mapping[str, str]) -> str:
     return f"{spellings[name]}{equals}{value}"
 
 
+ALIGN_MAPS = ("auto", "rotation", "linear")
 RUNS_BEFORE = {"--output": "--runs"}
 TO_BEFORE = {"--output": "--to"}
 EVALUATE_BEFORE = {**TO_BEFORE, "--outputs": "--vector-formats"}
@@ -208,6 +209,53 @@ def evaluate(
             write_text_atomic(to / f"{task}.json", json.dumps(result, indent=1) + "\n")
     print_evaluation(found)
     if found.overall is not None and found.overall.verdict == "regressed":
+        raise typer.Exit(1)
+
+
+@app.command()
+def align(
+    new: Annotated[
+        str, typer.Argument(metavar="NEW", help="Model that is to embed queries: built-in name, folder, run, hub name.")
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="OLD", help="Model that made the index.")],
+    texts: Annotated[str, typer.Option(metavar="FILE", help="Texts like the queries to come, which both models embed.")],
+    output: Annotated[Path, typer.Option("-o", metavar="FOLDER", help="Folder for the aligned model and the record.")],
+    map: Annotated[str, typer.Option("--map", metavar="M", help="rotation, linear, or auto: the better one.")] = "auto",
+    train: Annotated[float, typer.Option("--train", metavar="MINUTES", help="Also train the queries' model for so long.")] = 0.0,
+    count: Annotated[int | None, typer.Option(metavar="N", help="Number of texts to use; defaults to all.")] = None,
+    tasks: Annotated[str, typer.Option(metavar="A,B", help="Retrieval tasks; defaults to the embedded one.")] = "MiniRetrieval",
+    data: DataOption = None,
+    min_kept: Annotated[float, typer.Option(metavar="PERCENT", help="Least share of OLD's scores to keep.")] = 97.0,
+    runtime: Annotated[str | None, typer.Option(metavar="R", help="Runtime to make the aligned model for.")] = None,
+    device: DeviceOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again what an earlier call was stopped at.")] = False,
+) -> None:
+    """Let a new model search an old model's index, and say whether the index may be kept. If not, the exit code is 1."""
+    from compress.pipeline.align import AlignOptions
+    from compress.pipeline.align import align as align_model
+    from compress.reports.terminal import print_alignment
+
+    if not 0 < min_kept <= 100:
+        raise UserError(f"--min-kept {min_kept:g}: is a share in percent", "such as 97")
+    if map not in ALIGN_MAPS:
+        raise UserError(f"--map {map!r} is not known", nearest(map, ALIGN_MAPS))
+    options = AlignOptions(
+        texts=texts,
+        map=map,  # type: ignore[arg-type]
+        minutes=train,
+        count=count,
+        tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+        data=data,
+        min_kept=min_kept / 100,
+        runtime=runtime,
+        device=device,
+        fresh=fresh,
+    )
+    record = align_model(new, to, output, options)
+    print_alignment(record)
+    print(f"record: {output}")
+    assert record.alignment is not None
+    if not record.alignment.keep_index:
         raise typer.Exit(1)
 
 

@@ -31,6 +31,8 @@ NAVIGATION = {
         "static",
         "runtimes",
         "exports",
+        "align",
+        "vector-stores",
         "serving",
         "hub",
         "doctor",

@@ -279,6 +279,66 @@ def peers_table(file: str) -> str:
     return table(columns[: len(rows[0])], rows)
 
 
+ALIGNED = {"nano": "nano", "half-depth": "MiniLM without half of its blocks", "e5-small": "multilingual-e5-small"}
+ALIGNED_BY = {"rotation": "rotation", "linear": "linear map", "trained": "{minutes:g} minutes of training"}
+
+
+def aligned_record() -> dict[str, Any]:
+    """Return the record of `benchmarks/align.py`."""
+    found: dict[str, Any] = json.loads((RESULTS / "align" / "align.json").read_text(encoding="utf-8"))
+    return found
+
+
+def estimate(value: Mapping[str, float]) -> str:
+    """Write a number with its interval, times 100."""
+    return f"{100 * value['value']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+
+
+def aligned() -> str:
+    """Write what queries of other models find in MiniLM's index, by model, way of aligning and task."""
+    record, rows = aligned_record(), []
+    for model, ways in record["rows"].items():
+        for way, found in ways.items():
+            tasks = found["alignment"]["tasks"]
+            best = found["found"].get("trained") or found["found"]["maps"][way]
+            cells = [cell for task in tasks for cell in (estimate(task["new_on_old"]), f"{estimate(task['kept'])} %")]
+            by = ALIGNED_BY[way].format(minutes=record["minutes"])
+            rows.append([ALIGNED[model], by, f"{best['cosine_mean']:.3f}", f"{best['overlap_at_10']:.2f}", *cells])
+    headings = [cell for name in aligned_tasks() for cell in (f"{name}: new on old", "kept")]
+    return table(("queries by", "aligned by", "held-out cosine", "overlap@10", *headings), rows)
+
+
+def aligned_tasks() -> list[str]:
+    """Return the tasks of the record."""
+    first = next(iter(next(iter(aligned_record()["rows"].values())).values()))
+    return [task["task"] for task in first["alignment"]["tasks"]]
+
+
+def aligned_anew() -> str:
+    """Write what the models find in indexes of their own."""
+    rows = []
+    for model, ways in aligned_record()["rows"].items():
+        tasks = next(iter(ways.values()))["alignment"]["tasks"]
+        if not rows:
+            rows.append(["MiniLM on its own index (old on old)", *(estimate(task["old_on_old"]) for task in tasks)])
+        rows.append([f"{ALIGNED[model]} on an index of its own (new on new)", *(estimate(task["new_on_new"]) for task in tasks)])
+    return table(("", *aligned_tasks()), rows)
+
+
+STORES = {"faiss": "FAISS", "lancedb": "LanceDB", "qdrant_client": "Qdrant", "duckdb": "DuckDB"}
+
+
+def vector_stores() -> str:
+    """Write what vector stores find with vectors in fewer bits."""
+    record = json.loads((RESULTS / "vector-stores" / "recall.json").read_text(encoding="utf-8"))
+    formats = ("float32", "float16", "int8", "binary")
+    rows = [
+        [f"{STORES[name]} {record['stores'][name]}", *(f"{found[format]:.3f}" for format in formats)]
+        for name, found in record["recall"].items()
+    ]
+    return table(("store", *formats), rows)
+
+
 def demo() -> str:
     """Write what `make demo` prints of its record, shortened: scores, fidelity, speed and size."""
     console = Console(width=WIDTH, highlight=False, file=io.StringIO())
@@ -309,6 +369,9 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "healed nano": lambda: healed(HEALED_NANO),
     "peers": lambda: peers_table("peers.json"),
     "peers mistral": lambda: peers_table("mistral-4-blocks.json"),
+    "aligned": aligned,
+    "aligned anew": aligned_anew,
+    "vector stores": vector_stores,
     "recipe keys": recipe_keys,
 }
 """The blocks by the name in their marker."""

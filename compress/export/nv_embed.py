@@ -42,6 +42,11 @@ def write(source: ModelFolder, folder: Path) -> Reader:
             f"{source.name}: cannot be written as {LAYOUT}: it has {lacks}, which the published keys cannot describe",
             "`fold: false` in the recipe keeps the head as it is" if info.folded else "use the variant as it is (compress encode)",
         )
+    if info.spec.modules:
+        raise UserError(
+            f"{source.name}: cannot be written as {LAYOUT}: it has a {info.spec.modules[-1].kind} module after its own head",
+            "onnx and openvino store it",
+        )
     write_weights(Exportable(info, source, empty_model(source), {}, [], [], "", ""), folder, half_values)
     write_json(folder / "config.json", source.config)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": info.max_length, "do_lower_case": False})

@@ -116,7 +116,7 @@ def evaluate(
     stored: list[VectorFormatRow] = []
     for source in sources:
         own = source is sources[-1]
-        with _scored(source, options, options.runtime if own else None) as scored:
+        with scored_model(source, options, options.runtime if own else None) as scored:
             scores.append(_scores(source.name, scored, found, say))
             if formats and own:
                 stored = scored.vector_formats(formats, found, texts, options.margin)
@@ -165,7 +165,7 @@ def _check_options(sources: Sequence[ModelFolder | RemoteEmbedder], options: Eva
 
 
 @contextmanager
-def _scored(source: ModelFolder | RemoteEmbedder, options: EvaluationOptions, runtime: str | None) -> Iterator[Scored]:
+def scored_model(source: ModelFolder | RemoteEmbedder, options: EvaluationOptions, runtime: str | None) -> Iterator[Scored]:
     """Give a model as tasks see it. Its vectors and scores are kept in the cache; those of a server, which may change, are not."""
     if isinstance(source, RemoteEmbedder):
         with tempfile.TemporaryDirectory(prefix="compress-") as folder:

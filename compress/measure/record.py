@@ -104,6 +104,53 @@ class GateResult(RecordPart):
     kept: bool
 
 
+class Estimated(RecordPart):
+    """A number with its 95 % confidence interval over the examples; without one where mteb does not score single examples."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def percent(self, digits: int = 1) -> str:
+        """Return it for people, times 100: `98.9 [97.9, 99.8]`."""
+        ends = "" if self.low is None or self.high is None else f" [{100 * self.low:.{digits}f}, {100 * self.high:.{digits}f}]"
+        return f"{100 * self.value:.{digits}f}{ends}"
+
+
+class IndexScores(RecordPart):
+    """The scores of a retrieval task by who embeds the queries and who has embedded the documents."""
+
+    task: str
+    old_on_old: Estimated
+    """The model that made the index, with its own queries: what users have."""
+    new_on_old: Estimated
+    """The aligned model's queries on that index."""
+    new_on_new: Estimated
+    """The new model without the map on documents of its own: what embedding everything again would give."""
+    kept: Estimated
+    """`new_on_old` as a share of `old_on_old`; the interval is that of the paired difference."""
+    again: Estimated
+    """`new_on_new` as a share of `old_on_old`."""
+
+
+class Alignment(RecordPart):
+    """What a model's queries find in the index of another one."""
+
+    to: str
+    """Name of the model that made the index."""
+    fingerprint: str
+    """Fingerprint of that model's files."""
+    tasks: tuple[IndexScores, ...]
+    kept: Estimated
+    """Mean of `new_on_old` as a share of the mean of `old_on_old`."""
+    again: Estimated
+    """Mean of `new_on_new` as a share of the mean of `old_on_old`."""
+    wanted: float
+    """Least share that has to be kept, judged by the lower end of the interval."""
+    keep_index: bool
+    """Whether it is."""
+
+
 class Record(RecordPart):
     """A whole run."""
 
@@ -125,6 +172,8 @@ class Record(RecordPart):
     fidelity: Fidelity | None
     rows: tuple[Row, ...]
     measured_on: str
+    alignment: Alignment | None = None
+    """What the variant's queries find in another model's index; None: it was not aligned to one by `compress align`."""
     gates: tuple[GateResult, ...]
     verdict: str
     machine: Machine

@@ -82,6 +82,12 @@ class Scored:
         queries = self.embedder if rotation is None else Mapped(self.embedder, lambda vectors: vectors @ rotation)
         return score_task(queries, task, None, self._prompts, documents.embedder).score
 
+    def queries_on(self, task: Task, documents: Scored) -> TaskScore:
+        """Score a retrieval task with this model's queries on another model's documents, each with its own model's prompts."""
+        from compress.measure.accuracy.score import score_task
+
+        return score_task(self.embedder, task, None, self._prompts, documents.embedder)
+
     def vector_formats(
         self, formats: Sequence[VectorFormat], tasks: Sequence[Task], texts: Sequence[str], margin: float
     ) -> list[VectorFormatRow]:

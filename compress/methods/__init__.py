@@ -30,6 +30,7 @@ METHODS = {
     "latents": "compress.methods.nv_embed.latents:Latents",
     "mean_pooling": "compress.methods.nv_embed.mean_pooling:MeanPooling",
     "embeddings": "compress.methods.quantize.embeddings:Embeddings",
+    "align": "compress.methods.align.method:Align",
 }
 """The methods of this package, by name. A method of another package never replaces one of these."""
 

@@ -13,7 +13,7 @@ from compress.common.errors import UserError, first_line
 from compress.layers.empty import empty_layer
 from compress.models.architectures import Sublayer
 from compress.models.files.headers import TensorInfo
-from compress.models.files.variant import VARIANT_FILE
+from compress.models.files.variant import VARIANT_FILE, AlignedTo
 from compress.models.files.weights import Weights
 from compress.models.folder import ModelFolder
 from compress.models.network.build import empty_network
@@ -45,6 +45,8 @@ class OpenModel:
     """Number of attention heads of each block, if heads were pruned and the config cannot store it; else None."""
     dropped: tuple[tuple[int, Sublayer], ...] = ()
     """The sublayers that were dropped, each with its block's current number."""
+    aligned_to: AlignedTo | None = None
+    """The model whose index the vectors search; None: only the model's own."""
 
     @property
     def shape(self) -> ModelShape:
@@ -120,4 +122,4 @@ def open_model(folder: ModelFolder) -> OpenModel:
     info = folder.variant
     if info is None:
         return opened
-    return replace(opened, layers=info.layers or opened.layers, heads=info.heads, dropped=info.dropped)
+    return replace(opened, layers=info.layers or opened.layers, heads=info.heads, dropped=info.dropped, aligned_to=info.aligned_to)

@@ -128,7 +128,7 @@ class _Run:
         self.texts = measure_texts(measure.texts, measure.count, recipe.seed) if wanted else []
         self.calibration = self._calibration()
         self._check_calibration()
-        self.files = {name: _digest(Path(name)) for step in self.recipe.steps for name in step.reads}
+        self.files = {name: digest(Path(name)) for step in self.recipe.steps for name in step.reads}
         self.tasks = _tasks(self.recipe)
         check_prompts(evaluate.prompts, self.tasks)
         self.device = _device(device)
@@ -321,7 +321,7 @@ def _check_writable(output: Path) -> None:
         raise UserError(f"results folder {output}: cannot be written ({error.strerror})", "give another one with --runs") from error
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     """Return the SHA-256 of a file that a step reads, in hexadecimal.
 
     Raises:

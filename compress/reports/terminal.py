@@ -69,6 +69,27 @@ def tasks_table(
     return table
 
 
+def print_alignment(record: Record, console: Console | None = None) -> None:
+    """Print what a model's queries find in another model's index, and whether it may be kept."""
+    console = console or Console(width=WIDTH, highlight=False)
+    found = record.alignment
+    assert found is not None
+    name = record.model.name
+    title = f"nDCG and the like x 100 with 95 % intervals; old: {found.to}, new: {name}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("task")
+    for heading in ("old on old", "new on old", "kept %", "new on new", "% of old"):
+        table.add_column(heading, justify="right")
+    for task in found.tasks:
+        cells = (task.old_on_old, task.new_on_old, task.kept, task.new_on_new, task.again)
+        table.add_row(task.task, *(cell.percent() for cell in cells))
+    if len(found.tasks) > 1:
+        table.add_section()
+        table.add_row("mean", "", "", found.kept.percent(), "", found.again.percent())
+    console.print(table)
+    console.print(record.verdict, soft_wrap=True)
+
+
 def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
     """Print a model's scores, alone or next to another model's."""
     console = console or Console(width=WIDTH, highlight=False)

@@ -6,9 +6,19 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from compress.measure.accuracy.examples import paired_draws
+from compress.measure.accuracy.examples import Examples, SplitExamples, paired_draws
 from compress.measure.accuracy.score import TaskScore
 from compress.measure.accuracy.statistics import RESAMPLES, Interval, PairedComparison, interval
+
+
+def score_interval(found: TaskScore, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval | None:
+    """Return the interval of a model's own score; None if the task has no scores of single examples. `margin` is 0."""
+    if not found.examples.parts:
+        return None
+    # The difference from a model that scores 0 on every example.
+    nothing = [SplitExamples(kind="mean", values=[[0.0] * part.count], count=part.count) for part in found.examples.parts]
+    drawn = paired_draws(Examples(parts=tuple(nothing)), found.examples, resamples=resamples, seed=seed)
+    return interval(drawn, found.score, 0.0, found.examples.count)
 
 
 def compare_scores(

@@ -83,9 +83,9 @@ class MtebEncoder(AbsEncoder):  # type: ignore[misc]
         prompts: Mapping[str, str] | None = None,
         documents: Embedder | None = None,
     ) -> None:
-        """Wrap an embedder; `documents` embeds what is searched (None: the same embedder)."""
+        """Wrap an embedder; `documents` embeds what is searched, with its own prompts (None: the same embedder)."""
         self.embedder = embedder
-        self.documents = documents or embedder
+        self.documents = None if documents is None else MtebEncoder(documents, batch_tokens, prompts)
         self.batch_tokens = batch_tokens
         self.model_prompts = {**embedder.spec.prompts, **(prompts or {})} or None
         # mteb wants a name of the form owner/name; the results go into the record.
@@ -96,13 +96,19 @@ class MtebEncoder(AbsEncoder):  # type: ignore[misc]
         self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any
     ) -> Vectors:
         """Embed the texts of a data loader with the prompt for the task and role, if there is one: float32 [texts, dimension]."""
+        if self.documents is not None and prompt_type == PromptType.document:
+            vectors = self.documents.encode(
+                inputs, task_metadata=task_metadata, hf_split=hf_split, hf_subset=hf_subset, prompt_type=prompt_type, **kwargs
+            )
+            self.prompts_used |= self.documents.prompts_used
+            return vectors
         name = self.get_prompt_name(task_metadata, prompt_type)
         prompt = self.model_prompts[name] if name and self.model_prompts else self.embedder.spec.default_prompt
         self.prompts_used[prompt_type.value if prompt_type else "text"] = prompt
         texts = [text for batch in inputs for text in batch["text"]]
         # In some tasks mteb passes the same text many times; each is embedded once.
         unique = list(dict.fromkeys(texts))
-        embedder = self.documents if prompt_type == PromptType.document else self.embedder
+        embedder = self.embedder
         if isinstance(embedder, Routed):
             embedder = embedder.route(prompt_type.value if prompt_type else None)
         vectors = embedder.encode(unique, prompt, batch_tokens=self.batch_tokens)

@@ -55,6 +55,7 @@ class CauseName(StrEnum):
     PRECISION = "dtype"
     COMPRESSION = "compression"
     WEIGHTS = "other weights"
+    INDEX = "another index"
     UNKNOWN = "not found"
 
 

@@ -31,6 +31,7 @@ SAME = 0.9999
 SAME_COMPRESSED = 0.95
 """Where one side's weights are quantized or pruned."""
 NORM_TOLERANCE = 0.01
+NO_BOUND = -1.0
 MODEL, REFERENCE = "the model", "the reference"
 
 
@@ -119,9 +120,14 @@ def diagnose(model: str, options: Options) -> Diagnosis:
     cosines = agreement(answers.vectors, expected.vectors)
     if np.isnan(cosines).all():
         raise UserError(f"{side.name}, {reference.name}: no text is embedded by both")
+    index = IndexCheck.of(side, reference)
     at_least = options.at_least or (SAME_COMPRESSED if _compressed(side) or _compressed(reference) else SAME)
+    if index is not None and index.fits and options.at_least is None:
+        at_least = NO_BOUND  # vectors of two models: how near they are was measured when they were aligned
     comparison = Comparison(side, reference, answers, expected, prompts, cosines, at_least)
-    causes, notes = comparison.causes()
+    causes, notes = ([], [index.said]) if index is not None and index.fits else comparison.causes()
+    if index is not None and not index.fits:
+        causes.insert(0, Cause(name=CauseName.INDEX, words=index.said))
     return Diagnosis(
         model=side.facts(),
         reference=reference.facts(),
@@ -140,6 +146,31 @@ def diagnose(model: str, options: Options) -> Diagnosis:
         causes=tuple(causes),
         notes=tuple(notes),
     )
+
+
+@dataclass(frozen=True)
+class IndexCheck:
+    """Whether the reference is the model that an aligned variant's queries are made for."""
+
+    fits: bool
+    said: str
+
+    @classmethod
+    def of(cls, side: Side, reference: Side) -> IndexCheck | None:
+        """Compare the reference's files with those that the model was aligned to; None: it is no other model, or not aligned."""
+        folders = [one.folder if isinstance(one, LocalSide) else None for one in (side, reference)]
+        info = None if folders[0] is None else folders[0].variant
+        if info is None or info.aligned_to is None or folders[1] is None or folders[1].is_variant:
+            return None
+        to, found = info.aligned_to, folders[1].fingerprint
+        if found == to.fingerprint:
+            measured = f"mean cosine {to.cosine_mean:.4f} on {to.held_out:,} held-out texts when it was aligned"
+            return cls(True, f"{MODEL} is aligned to {to.name}, and {REFERENCE} is that model ({found}): {measured}")
+        return cls(
+            False,
+            f"{MODEL} is aligned to {to.name} ({to.fingerprint}), and {REFERENCE} is {folders[1].name} ({found}): an index that it "
+            "made is searched by another alignment (compress align)",
+        )
 
 
 class Comparison(BothSides):
@@ -258,6 +289,8 @@ def _reference(model: str, side: Side, options: Options) -> Side:
     if isinstance(side, LocalSide) and side.folder is not None:
         if side.folder.variant is None:
             return _through_sentence_transformers(side.folder, options)
+        if side.folder.variant.aligned_to is not None:
+            return _open(side.folder.variant.aligned_to.name, options, is_model=False)
         return _open(side.folder.variant.base, options, is_model=False)
     raise UserError(f"{model}: what it should be is not known", "--reference names a folder, a run, a hub name or an endpoint")
 

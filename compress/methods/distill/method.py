@@ -49,13 +49,18 @@ class Distill(DistillSettings):
         from compress.models.source import find
 
         device = str(survey.device)
-        teacher = Teacher(find(self.teacher) if self.teacher else bench.published, device)
+        source = find(self.teacher) if self.teacher else bench.published
+        teacher = Teacher(source, device)
         texts = cache(lambda: self._texts(bench))
         student = self._student(model, bench, teacher, texts)
         self._check_dimensions(student.spec.dimension(student.shape.hidden_size))
         found = bench.once(lambda: self._learned(student, teacher, bench, device, *texts()))
         bench.report(found)
-        return self, replace(student, weights=Weights(tensors_in(bench.folder / WEIGHTS), student.network, exact=True))
+        to = student.aligned_to
+        # Training towards another model leaves the space that the vectors were mapped into.
+        kept = to if to is not None and to.fingerprint == source.fingerprint else None
+        weights = Weights(tensors_in(bench.folder / WEIGHTS), student.network, exact=True)
+        return self, replace(student, weights=weights, aligned_to=kept)
 
     def _check_dimensions(self, whole: int) -> None:
         """See that `matryoshka` names parts of the student's vectors, which have `whole` dimensions.

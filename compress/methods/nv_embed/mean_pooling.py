@@ -32,9 +32,15 @@ class MeanPooling(Method):
     whole: ClassVar[bool] = True
 
     def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
-        """Keep only the backbone, with its own tensor names."""
+        """Keep only the backbone, with its own tensor names.
+
+        Raises:
+            ValueError: the model is aligned to another one, by a map from the vectors that the head gives.
+        """
         from compress.models.network.pooling import attach_head, backbone_of
 
+        if model.spec.modules:
+            raise ValueError("the model's head ends in a map that needs the latent attention; put mean_pooling before align")
         weights = model.weights.renamed(_backbone_name)
         config = _plain(model.config)
         tokenizer = model.tokenizer.ending_itself()

@@ -18,6 +18,33 @@ VARIANT_FILE = "variant.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
+class AlignedTo(BaseModel):
+    """The model in whose space a variant's vectors lie, so that they can search that model's index."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    """Name of that model."""
+    fingerprint: str
+    """Fingerprint of that model's files; an index made with other files is another index."""
+    method: Literal["rotation", "linear"]
+    """The map from the variant's own vectors to that space."""
+    trained: bool = False
+    """Whether the network was trained towards that model's vectors after the map was fitted."""
+    task: Literal["query", "document"] = "query"
+    """What the texts were embedded as, by both models."""
+    texts: int
+    """Number of texts that the map was fitted on."""
+    held_out: int
+    """Number of texts that it was not fitted on, and that the rest was measured on."""
+    cosine_mean: float
+    """Mean cosine between the variant's vector of a held-out text and that model's."""
+    cosine_p1: float
+    """First percentile of these cosines."""
+    overlap_at_10: float
+    """Shared part of a held-out text's ten nearest other held-out texts, all of them embedded by that model."""
+
+
 class VariantInfo(BaseModel):
     """Everything that a runtime needs to know about a variant except its tensors: the content of `variant.json`."""
 
@@ -51,6 +78,8 @@ class VariantInfo(BaseModel):
     """The sublayers that were dropped, each with its block's number in the variant."""
     quantized: dict[str, QuantizedLayer]
     """The quantized linear layers and tables, by their names in the network."""
+    aligned_to: AlignedTo | None = None
+    """The model whose index the variant's vectors search; None, as in variants of earlier versions: only its own."""
     steps: list[dict[str, Any]]
     """The recipe's steps as they were applied, with defaults filled in."""
 
@@ -76,7 +105,9 @@ class VariantInfo(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write `variant.json`."""
-        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        # A variant that is not aligned stays readable by versions that do not know the key.
+        unneeded = {"aligned_to"} if self.aligned_to is None else None
+        text = json.dumps(self.model_dump(mode="json", exclude=unneeded), indent=1, ensure_ascii=False)
         write_text_atomic(folder / VARIANT_FILE, text + "\n")
 
     @classmethod

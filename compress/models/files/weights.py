@@ -112,6 +112,20 @@ class Weights:
         made._masks = {new: self._masks[name] for name, new in names.items() if name in self._masks}
         return made
 
+    def extended(self, tensors: Mapping[str, StoredTensor], network: nn.Module) -> Weights:
+        """Return the same weights and further ones, for a network that has got further modules.
+
+        Args:
+            tensors: the further ones, by their names in the network; one that is there already takes its place.
+            network: the network with all its modules.
+        """
+        made = copy.copy(self)
+        made._wanted = network.state_dict(keep_vars=True)
+        made._stored = {**self._stored, **tensors}
+        left = made._wanted.keys() ^ made._stored.keys()
+        assert not left, f"tensors without a place or a value: {sorted(left)[:3]}"
+        return made
+
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the named tensors, with their names, in the dtype in which they are stored.
 

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from transformers import MistralConfig, MistralModel
 
 from compress.models.folder import ModelFolder
-from compress.models.network.pooling import PackedRows, TextHead, vectors_of
+from compress.models.network.pooling import HEAD_MODULES, PackedRows, TextHead, vectors_of
 from compress.models.text.nv_embed import latent_settings
+from compress.models.text.spec import EmbedderSpec
 
 FEED_FORWARD_FACTOR = 4
 
@@ -266,6 +267,8 @@ class NVEmbedNetwork(nn.Module):
         self.normalize = bool(settings["output_normalize"])
         self.embedding_model = MistralModel(backbone)
         self.latent_attention_model = (FoldedLatentAttention if folded else LatentAttention)(settings)
+        self.after = nn.ModuleList()
+        self.dimensions: int | None = None
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
         """Embed a batch: inputs int64 [texts, length], result float32 [texts, width]. Every text needs a pooled token."""
@@ -279,13 +282,22 @@ class NVEmbedNetwork(nn.Module):
     @property
     def text_head(self) -> TextHead:
         """The head that turns hidden states into vectors. It is created on each access, so that it uses a replaced head."""
-        return TextHead(LatentPooling(self.latent_attention_model), normalize=self.normalize)
+        pooling = LatentPooling(self.latent_attention_model)
+        return TextHead(pooling, list(self.after), normalize=self.normalize, dimensions=self.dimensions)
+
+    def finish_with(self, spec: EmbedderSpec) -> None:
+        """Put the modules of a spec after the latent attention, without values, and end as the spec says."""
+        self.after = nn.ModuleList(HEAD_MODULES[module.kind](module) for module in spec.modules)
+        self.normalize, self.dimensions = spec.normalize, spec.dimensions
 
 
 def build(folder: ModelFolder) -> NVEmbedNetwork:
     """Build the network of a checkpoint or a variant; see `compress.models.network.build.empty_network`."""
     folded = folder.variant is not None and folder.variant.folded
-    return NVEmbedNetwork(copy.deepcopy(folder.network_config), latent_settings(folder.config), folded)
+    network = NVEmbedNetwork(copy.deepcopy(folder.network_config), latent_settings(folder.config), folded)
+    if folder.spec.modules:
+        network.finish_with(folder.spec)
+    return network
 
 
 def is_folded(model: nn.Module) -> bool:

@@ -364,11 +364,14 @@ class TextNetwork(Protocol):
 
 
 def attach_head(network: nn.Module, spec: EmbedderSpec) -> nn.Module:
-    """Give a network of transformers the head that a spec describes, and return the network.
+    """Give a network the head that a spec describes, and return the network; one with a pooling of its own keeps that.
 
     Raises:
         UserError: the head averages the outputs of another number of blocks than the network has.
     """
+    if hasattr(network, "finish_with"):
+        network.finish_with(spec)  # type: ignore[operator]
+        return network
     modules = [HEAD_MODULES[described.kind](described) for described in spec.modules]
     layers = None if spec.layers is None else LayerMean(spec.layers)
     if layers is not None:
