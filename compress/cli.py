@@ -60,7 +60,7 @@ def renamed(word: str, spellings: Mapping[str, str]) -> str:
 def with_address(words: Sequence[str]) -> list[str]:
     """Return the words of a command line with `local` after a `--ray` that no address follows."""
     found: list[str] = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         found.append(word)
         if word == "--ray" and not RAY_ADDRESS.fullmatch(following):
             found.append(LOCAL_RAY)
@@ -228,7 +228,6 @@ def is_corpus(texts: str, to: str) -> bool:
     path = Path(texts)
     return (
         to.endswith("/")
-        or Path(to).is_dir()
         or path.is_dir()
         or path.suffix.lower() == ".zst"
         or (not path.exists() and glob.has_magic(texts) and not texts.startswith("hub:"))
@@ -288,6 +287,10 @@ def evaluate(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     stream: StreamOption = False,
+    ray: RayOption = None,
+    workers: WorkersOption = 1,
+    worker_cpus: WorkerCpusOption = 1,
+    worker_gpus: WorkerGpusOption = 0.0,
 ) -> None:
     """Score a model on tasks, alone or against another model. With --against, a regression exits with code 1."""
     from compress.measure.evaluate import EvaluationOptions
@@ -311,7 +314,13 @@ def evaluate(
         key_variable=key,
         timeout=timeout,
     )
-    found = evaluate_model(model, names, options, against=against, say=told)
+    by = _ray(ray, workers, worker_cpus, worker_gpus)
+    if by is None:
+        found = evaluate_model(model, names, options, against=against, say=told)
+    else:
+        from compress.scale.tasks import evaluate_many
+
+        found = evaluate_many(model, names, options, ray=by, against=against, say=told)
     if to is not None:
         for task, result in found.mteb.items():
             write_text_atomic(to / f"{task}.json", json.dumps(result, indent=1) + "\n")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +24,8 @@ DEATHS = 8
 """How often a unit's worker may die before the unit is given up: one that needs too much memory would kill workers for ever."""
 START_SECONDS = 120.0
 """How long to wait for the first worker."""
+CONNECT_SECONDS = 10.0
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
 class RayWorker:
@@ -67,43 +71,84 @@ def connected(options: RayOptions) -> Iterator[Any]:
     Raises:
         UserError: Ray is not installed, or cannot be reached.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--ray: Ray is not installed", "pip install 'compress-embedders[ray]'") from error
-    if ray.is_initialized():
-        yield ray
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+    with _set({"RAY_USAGE_STATS_ENABLED": "0"}):
         try:
-            if options.address is None:
-                own = {"num_cpus": options.workers * options.cpus, "include_dashboard": False, "_temp_dir": folder}
-                ray.init(address="local", **own, **quiet)
-            else:
-                ray.init(address=options.address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise UserError(
-                f"--ray {options.address or ''}: no connection ({first_line(error)})", "`ray status` shows a cluster"
-            ) from error
-        try:
+            import ray
+        except ImportError as error:
+            raise UserError("--ray: Ray is not installed", "pip install 'compress-embedders[ray]'") from error
+        if ray.is_initialized():
             yield ray
+            return
+        with _started(ray, options) if options.address is None else _reached(ray, options.address):
+            yield ray
+
+
+@contextmanager
+def _started(ray: Any, options: RayOptions) -> Iterator[None]:
+    """Start a Ray on this machine for the block. Its files go to a folder of its own, and its token to nobody but its processes."""
+    # Without it, Ray 2.59 and later make a token and leave it in the user's home.
+    token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with _set(token), tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        try:
+            cores = options.workers * options.cpus
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, _temp_dir=folder, **QUIET)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"--ray: Ray does not start ({first_line(error)})") from error
+        try:
+            yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _reached(ray: Any, address: str) -> Iterator[None]:
+    """Connect to a running Ray for the block."""
+    hint = "`ray status` on its head shows whether it runs; RAY_AUTH_MODE=token and RAY_AUTH_TOKEN say its token"
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if port.isdigit():  # Ray itself tries for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        ray.init(address=address, **QUIET)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"--ray {address}: no connection ({first_line(error)})", hint) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment for the block, where they are not set."""
+    own = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ |= own
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
 
 
 def _check_started(ray: Any, workers: list[Any], options: RayOptions) -> None:
     """Wait until a worker is there.
 
     Raises:
-        UserError: none comes, because Ray has no room for one.
+        UserError: none comes, because Ray has no room for one, or because this package is not there.
     """
+    from ray.exceptions import RayActorError
+
     ready, _ = ray.wait([worker.process.remote() for worker in workers], num_returns=1, timeout=START_SECONDS)
+    try:
+        ray.get(ready)
+    except RayActorError as error:
+        raise UserError(
+            f"--ray: a worker cannot start ({str(error).strip().splitlines()[-1]})",
+            "this package has to be installed on every machine of the cluster, in the same version",
+        ) from error
     if not ready:
         has = ray.cluster_resources()
         raise UserError(
-            f"--ray: no worker started in {START_SECONDS:.0f} s; each takes {options.cpus} cores and {options.gpus:g} GPUs, "
+            f"--ray: no worker started in {START_SECONDS:g} s; each takes {options.cpus} cores and {options.gpus:g} GPUs, "
             f"and Ray has {has.get('CPU', 0):g} cores and {has.get('GPU', 0):g} GPUs",
             "lower --worker-cpus or --worker-gpus",
         )
