@@ -7,9 +7,11 @@ if __name__ == "__main__":  # `python -m compress.cli`: ready for signals before
 
     _start()
 
+import glob
 import json
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -40,7 +42,8 @@ def accepting(spellings: Mapping[str, str]) -> type[TyperCommand]:
     class Command(TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             end = args.index("--") if "--" in args else len(args)
-            return super().parse_args(ctx, [*(renamed(word, spellings) for word in args[:end]), *args[end:]])
+            words = [renamed(word, spellings) for word in args[:end]]
+            return super().parse_args(ctx, [*with_address(words), *args[end:]])
 
     return Command
 
@@ -54,7 +57,19 @@ def renamed(word: str, spellings: Mapping[str, str]) -> str:
     return f"{spellings[name]}{equals}{value}"
 
 
+def with_address(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with `local` after a `--ray` that no address follows."""
+    found: list[str] = []
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        found.append(word)
+        if word == "--ray" and not RAY_ADDRESS.fullmatch(following):
+            found.append(LOCAL_RAY)
+    return found
+
+
 ALIGN_MAPS = ("auto", "rotation", "linear")
+LOCAL_RAY = "local"
+RAY_ADDRESS = re.compile(r"local|auto|ray://.+|(\[[0-9a-f:]+\]|(?!hub:)[A-Za-z0-9.-]+):\d+")
 RUNS_BEFORE = {"--output": "--runs"}
 TO_BEFORE = {"--output": "--to"}
 EVALUATE_BEFORE = {**TO_BEFORE, "--outputs": "--vector-formats"}
@@ -77,6 +92,17 @@ DataOption = Annotated[
 ]
 DtypeOption = Annotated[str | None, typer.Option(metavar="T", help="float32, float16 or bfloat16.")]
 StreamOption = Annotated[bool, typer.Option("--stream", help="Read the model block by block, so that it need not fit in memory.")]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Work in workers of Ray: auto, HOST:PORT or ray://HOST:PORT; without one, on this machine.",
+    ),
+]
+WorkersOption = Annotated[int, typer.Option(metavar="N", help="With --ray: number of workers.")]
+WorkerCpusOption = Annotated[int, typer.Option("--worker-cpus", metavar="N", help="With --ray: cores of each worker.")]
+WorkerGpusOption = Annotated[float, typer.Option("--worker-gpus", metavar="N", help="With --ray: GPUs of each worker.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, folder, run or hub name.")]
 
 
@@ -134,29 +160,111 @@ def plan(recipe: RecipeArgument, model: ModelOption = None, runs: RunsOption = P
 def encode(
     model: ModelArgument,
     texts: Annotated[
-        Path, typer.Argument(metavar="TEXTS", help="Texts, one per line, or the `text` of .jsonl, .json, .csv, .tsv, .parquet.")
+        str,
+        typer.Argument(
+            metavar="TEXTS",
+            help="Texts, one per line, or the `text` of .jsonl, .json, .csv, .tsv, .parquet. A corpus: also a folder, a quoted "
+            "pattern, hub:OWNER/NAME[:COLUMN[:SPLIT]], .gz, .zst.",
+        ),
     ],
-    to: Annotated[Path, typer.Option("--to", "-o", metavar="FILE", help="File for the vectors: float32, .npy.")],
+    to: Annotated[
+        str, typer.Option("--to", "-o", metavar="FILE", help="File for the vectors: float32, .npy. FOLDER/: Parquet parts.")
+    ],
     prompt: Annotated[str | None, typer.Option(metavar="P", help="Prompt that is put before every text.")] = None,
     task: Annotated[
         str | None,
         typer.Option(metavar="T", help="query or document: takes the model's prompt of that name, and the route of its Router."),
     ] = None,
+    column: Annotated[str | None, typer.Option(metavar="C", help="Column or key of the texts; defaults to text.")] = None,
+    id_column: Annotated[
+        str | None, typer.Option("--id-column", metavar="C", help="Column or key of the ids; defaults to numbers from 0.")
+    ] = None,
+    vector_format: Annotated[
+        str | None, typer.Option("--vector-format", metavar="F", help="float32, float16, int8 or binary; defaults to float32.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts that int8 and binary are fitted on; defaults to embedded ones.")
+    ] = None,
+    part_texts: Annotated[
+        int | None, typer.Option("--part-texts", metavar="N", help="Texts of a part; defaults to 32,768.")
+    ] = None,
+    no_truncation: Annotated[
+        bool, typer.Option("--no-truncation", help="Reject texts that are longer than the model takes, instead of cutting them.")
+    ] = False,
+    ray: RayOption = None,
+    workers: WorkersOption = 1,
+    worker_cpus: WorkerCpusOption = 1,
+    worker_gpus: WorkerGpusOption = 0.0,
     runtime: RuntimeOption = None,
     device: DeviceOption = None,
     stream: StreamOption = False,
 ) -> None:
-    """Embed texts. Vectors are written as they are made, in the memory of some thousand texts."""
-    check_target(to, make_folders=False)
+    """Embed texts. Vectors are written as they are made; a corpus that was stopped continues."""
     from compress.runtimes.encoding import EncodeOptions, encode_file
 
-    if to.suffix.lower() not in (".npy", ""):
-        raise UserError(f"{to}: vectors are written as .npy, not as {to.suffix}", f"-o {to.with_suffix('.npy')}")
-    options = EncodeOptions(prompt=prompt, task=task, runtime=runtime, device=device, stream=stream)
-    count, dimension = encode_file(model, texts, to, options)
+    how = EncodeOptions(prompt=prompt, task=task, runtime=runtime, device=device, stream=stream)
+    asked: dict[str, Any] = {
+        "column": column,
+        "id_column": id_column,
+        "vector_format": vector_format,
+        "calibration": calibration,
+        "part_texts": part_texts,
+        "truncate": False if no_truncation else None,
+    }
+    if ray is not None or any(value is not None for value in asked.values()) or is_corpus(texts, to):
+        _encode_corpus(model, texts, Path(to), how, asked, _ray(ray, workers, worker_cpus, worker_gpus))
+        return
+    target = Path(to)
+    check_target(target, make_folders=False)
+    if target.suffix.lower() not in (".npy", ""):
+        raise UserError(f"{to}: vectors are written as .npy, not as {target.suffix}", f"-o {target.with_suffix('.npy')}")
+    count, dimension = encode_file(model, Path(texts), target, how)
     if not count:
         print(f"{texts}: holds no texts", file=sys.stderr)
     print(f"{to}: {count} vectors of {dimension} dimensions")
+
+
+def is_corpus(texts: str, to: str) -> bool:
+    """Whether only a corpus has such texts or such a target: folders, a pattern, a .zst file."""
+    path = Path(texts)
+    return (
+        to.endswith("/")
+        or path.is_dir()
+        or path.suffix.lower() == ".zst"
+        or (not path.exists() and glob.has_magic(texts) and not texts.startswith("hub:"))
+    )
+
+
+def _ray(address: str | None, workers: int, cpus: int, gpus: float) -> Any:
+    """Return who embeds or scores: None for this process."""
+    from compress.scale.units import RayOptions
+
+    if address is None:
+        if (workers, cpus, gpus) != (1, 1, 0.0):
+            raise UserError("--workers, --worker-cpus and --worker-gpus are for workers of Ray", "add --ray")
+        return None
+    return RayOptions(None if address == LOCAL_RAY else address, workers, cpus, gpus)
+
+
+def _encode_corpus(model: str, texts: str, target: Path, how: Any, asked: Mapping[str, Any], ray: Any) -> None:
+    """Embed a corpus and say what became of it."""
+    from compress.data.corpus import Columns
+    from compress.scale.corpora import CorpusOptions, encode_corpus
+    from compress.scale.encoder import check_store
+
+    given = {name: value for name, value in asked.items() if value is not None}
+    columns = Columns(given.pop("column", "text"), given.pop("id_column", None))
+    store = check_store(given.pop("vector_format", "float32"))
+    if target.suffix.lower() != ".npy" and target.suffix and not target.is_dir():
+        raise UserError(f"{target}: vectors are written as .npy, or into a folder", f"-o {target.with_suffix('')}/")
+    told = partial(print, file=sys.stderr, flush=True)
+    made = encode_corpus(model, texts, target, CorpusOptions(how, columns, store, **given), ray=ray, say=told)
+    if not made.texts:
+        print(f"{texts}: holds no texts", file=sys.stderr)
+    print(f"{target}: {made.texts} vectors of {made.dimension} dimensions, {store}, {made.parts} parts")
+    if made.rejected:
+        where = target.with_suffix(".rejects.jsonl") if target.suffix.lower() == ".npy" else target / "_rejects.jsonl"
+        print(f"{where}: {made.rejected} texts have no vector", file=sys.stderr)
 
 
 @app.command(cls=accepting(EVALUATE_BEFORE))
@@ -180,6 +288,10 @@ def evaluate(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     stream: StreamOption = False,
+    ray: RayOption = None,
+    workers: WorkersOption = 1,
+    worker_cpus: WorkerCpusOption = 1,
+    worker_gpus: WorkerGpusOption = 0.0,
 ) -> None:
     """Score a model on tasks, alone or against another model. With --against, a regression exits with code 1."""
     from compress.measure.evaluate import EvaluationOptions
@@ -203,7 +315,13 @@ def evaluate(
         key_variable=key,
         timeout=timeout,
     )
-    found = evaluate_model(model, names, options, against=against, say=told)
+    by = _ray(ray, workers, worker_cpus, worker_gpus)
+    if by is None:
+        found = evaluate_model(model, names, options, against=against, say=told)
+    else:
+        from compress.scale.tasks import evaluate_many
+
+        found = evaluate_many(model, names, options, ray=by, against=against, say=told)
     if to is not None:
         for task, result in found.mteb.items():
             write_text_atomic(to / f"{task}.json", json.dumps(result, indent=1) + "\n")

@@ -17,7 +17,7 @@ LEVELS = [
     ["cli"],
     ["pipeline", "serve"],
     ["reports"],
-    ["methods", "export"],
+    ["methods", "export", "scale"],
     ["measure", "calibration"],
     ["runtimes"],
     ["models"],

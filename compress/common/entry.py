@@ -17,6 +17,11 @@ DEFECT = 70
 UNREAD = 141
 GRACE_SECONDS = 1.0
 """How long a stopped command may take to end in order; then it is ended."""
+KEPT = {
+    "run": "finished parts of the run are kept; the same command continues it",
+    "encode": "whole parts of a corpus are kept, and the same command continues them; a file of vectors is started over",
+}
+"""What is said of a command that was stopped and does not start over."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -83,10 +88,7 @@ class Stopping:
             if self._said:
                 return
             self._said = True
-            continued = "run" in sys.argv[1:2]
-            how = (
-                "finished parts of the run are kept; the same command continues it" if continued else "the same command starts over"
-            )
+            how = KEPT.get(sys.argv[1] if len(sys.argv) > 1 else "", "the same command starts over")
             why = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
             _print_error(f"error: stopped{why}\n{how}\n")
 

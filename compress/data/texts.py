@@ -27,7 +27,7 @@ LONGEST_WORDS = 190
 HUB = "hub:"
 LONGEST_LINE = 2**26
 """Characters of a line from which on a file is not one of texts."""
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def check_text(value: Any, place: str) -> str:
     """
     if not isinstance(value, str):
         raise UserError(f"{place} is {'null' if value is None else type(value).__name__}, not a string")
-    if not value.isascii() and (found := _SURROGATE.search(value)):
+    if not value.isascii() and (found := SURROGATE.search(value)):
         raise UserError(f"{place} holds half of a surrogate pair, {found.group(0)!r}", "join the two halves, or remove it")
     return value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -82,12 +82,17 @@ class EvaluationOptions:
     """Seconds for a request to a server."""
 
 
+ScoreElsewhere = Callable[[str, str | None, Sequence[str]], "Iterator[TaskScore]"]
+"""Scores a model, given by its name and runtime, on tasks, given by theirs, somewhere else; in the order of the tasks."""
+
+
 def evaluate(
     model: str,
     tasks: Sequence[str],
     options: EvaluationOptions | None = None,
     *,
     against: str | None = None,
+    elsewhere: ScoreElsewhere | None = None,
     say: Callable[[str], None] = print,
 ) -> Evaluation:
     """Score a model on tasks; with `against`, compare it with another model in pairs.
@@ -97,6 +102,7 @@ def evaluate(
         tasks: names of tasks, benchmarks or subsets; see `compress.measure.accuracy.tasks.find_tasks`.
         options: None: all defaults.
         against: another model, such as the one that a variant was made from.
+        elsewhere: scores the tasks; None: they are scored here, one after the other.
         say: called with a line for each score.
 
     Raises:
@@ -105,7 +111,8 @@ def evaluate(
     options = options or EvaluationOptions()
     formats = [VectorFormat.parse(name) for name in options.vector_formats]
     texts = read_texts(options.calibration) if options.calibration else calibration_texts()
-    sources = [_source(name, options) for name in (against, model) if name is not None]
+    names = [name for name in (against, model) if name is not None]
+    sources = [_source(name, options) for name in names]
     _check_options(sources, options)
 
     from compress.measure.accuracy.paired import compare_scores
@@ -114,10 +121,15 @@ def evaluate(
     found = find_tasks(tasks, Path(options.data) if options.data else None)
     scores: list[dict[str, TaskScore]] = []
     stored: list[VectorFormatRow] = []
-    for source in sources:
+    for name, source in zip(names, sources, strict=True):
         own = source is sources[-1]
-        with scored_model(source, options, options.runtime if own else None) as scored:
-            scores.append(_scores(source.name, scored, found, say))
+        runtime = options.runtime if own else None
+        if elsewhere is not None:
+            scored_there = elsewhere(name, runtime, [task.name for task in found])
+            scores.append(_told(source.name, scored_there, len(found), say))
+            continue
+        with scored_model(source, options, runtime) as scored:
+            scores.append(_told(source.name, map(scored.score, found), len(found), say))
             if formats and own:
                 stored = scored.vector_formats(formats, found, texts, options.margin)
             scored.embedder.close()
@@ -171,22 +183,42 @@ def scored_model(source: ModelFolder | RemoteEmbedder, options: EvaluationOption
         with tempfile.TemporaryDirectory(prefix="compress-") as folder:
             yield Scored(source, lambda: source, Path(folder), prompts=options.prompts)
         return
+    yield _cached(source, options, runtime)
+
+
+def _cached(source: ModelFolder, options: EvaluationOptions, runtime: str | None) -> Scored:
     from compress.runtimes.torch_runtime import pick_device
 
     device, dtype = str(pick_device(options.device)), options.dtype
     opened = partial(open_source, source, runtime=runtime, device=device, dtype=dtype, stream=options.stream)
     chosen = runtime_of(source, runtime, device=device, dtype=dtype)
     key = baseline_key(source.fingerprint, dtype, device, options.batch_tokens, chosen)
-    yield Scored(source, opened, key, batch_tokens=options.batch_tokens, prompts=options.prompts)
+    return Scored(source, opened, key, batch_tokens=options.batch_tokens, prompts=options.prompts)
 
 
-def _scores(name: str, model: Scored, tasks: Sequence[Task], say: Callable[[str], None]) -> dict[str, TaskScore]:
-    """Score a model on tasks; return its scores by task."""
+def _told(name: str, made: Iterable[TaskScore], count: int, say: Callable[[str], None]) -> dict[str, TaskScore]:
+    """Say a model's scores as they are made, and return them by task."""
     scores = {}
-    for number, task in enumerate(tasks, start=1):
-        score = scores[task.name] = model.score(task)
-        say(f"{name} {number}/{len(tasks)} {task.name}: {score.metric} {100 * score.score:.2f} ({score.seconds:.0f} s)")
+    for number, score in enumerate(made, start=1):
+        scores[score.task] = score
+        say(f"{name} {number}/{count} {score.task}: {score.metric} {100 * score.score:.2f} ({score.seconds:.0f} s)")
     return scores
+
+
+def named_model(name: str, runtime: str | None, options: EvaluationOptions) -> Scored:
+    """Return a model of this machine as tasks see it.
+
+    Args:
+        name: as for `compress.load`.
+        runtime: its runtime; that of the options is ignored.
+        options: how it is opened and scored.
+
+    Raises:
+        UserError: it is not there, or its weights are random.
+    """
+    source = _source(name, options)
+    assert isinstance(source, ModelFolder), "servers are scored where the evaluation runs"
+    return _cached(source, options, runtime)
 
 
 def _by_length(

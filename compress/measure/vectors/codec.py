@@ -97,6 +97,28 @@ class VectorCodec:
         self._low, self._step = low, np.maximum((high - low) / LEVELS, 1e-12).astype(np.float32)
         self._median = np.median(reduced, axis=0).astype(np.float32)
 
+    @classmethod
+    def fitted(
+        cls, format: VectorFormat, dimension: int, *, low: Vectors | None, step: Vectors | None, threshold: Vectors | None
+    ) -> VectorCodec:
+        """Return the codec of a format without a reduction that was fitted before; see `grid` and `threshold`."""
+        codec = cls.__new__(cls)
+        empty = np.zeros(dimension, dtype=np.float32)
+        codec.format, codec._kept, codec._axes = format, dimension, None
+        codec._low, codec._step = empty if low is None else low, empty + 1 if step is None else step
+        codec._median = empty if threshold is None else threshold
+        return codec
+
+    @property
+    def grid(self) -> tuple[Vectors, Vectors]:
+        """The value of code 0 and the distance between two codes, of each dimension: both float32 [kept]."""
+        return self._low, self._step
+
+    @property
+    def threshold(self) -> Vectors:
+        """From where on a dimension's bit is set, float32 [kept]."""
+        return self._median
+
     def reduce(self, vectors: Vectors) -> Vectors:
         """Reduce vectors to the format's dimensions, at unit length: float32 [n, dimension] to [n, kept]."""
         scaled = unit(vectors)
