@@ -11,7 +11,7 @@ from compress.methods import method_class
 from compress.methods.base import Method
 from compress.models.shape import ModelShape, matching
 from compress.search.choices import AS_STORED, DROPPED, Choice
-from compress.search.groups import HEAD, TABLE, WHOLE, Group, pattern_of
+from compress.search.groups import TABLE, WHOLE, Group, pattern_of
 
 PRECISION = ("bits", "group_size", "symmetric")
 """Keys of a step that its overrides set for some layers."""
@@ -56,7 +56,10 @@ def steps_of(chosen: Chosen, choices: Mapping[Group, Sequence[Choice]], shape: M
 
     if wanted.dropped:
         add("depth", drop=tuple(shape.layers[block] for block in wanted.dropped))
-    places = {old: new for new, old in enumerate(block for block in range(shape.blocks + len(wanted.dropped)) if block not in wanted.dropped)}
+    places = {
+        old: new
+        for new, old in enumerate(block for block in range(shape.blocks + len(wanted.dropped)) if block not in wanted.dropped)
+    }
     if wanted.narrow:
         add("width", **_width(wanted.narrow, places))
     for method in ORDER:
@@ -133,10 +136,15 @@ def _over_layers(layers: Mapping[str, Mapping[str, Any]], shape: ModelShape) -> 
         if dict(other) != common:
             mine = [layer for layer in layers if plain[layer] == other]
             changed = {key: value for key, value in other if common.get(key) != value}
-            overrides |= {pattern: changed for pattern in patterns(mine, seen)}
+            overrides |= dict.fromkeys(patterns(mine, seen), changed)
     made = dict(common)
     skipped = patterns([name for name in seen if name not in layers], seen)
-    return made | ({"skip": skipped} if skipped else {}) | ({"head": True} if head else {}) | ({"overrides": overrides} if overrides else {})
+    return (
+        made
+        | ({"skip": skipped} if skipped else {})
+        | ({"head": True} if head else {})
+        | ({"overrides": overrides} if overrides else {})
+    )
 
 
 def patterns(wanted: Iterable[str], there: Sequence[str]) -> tuple[str, ...]:

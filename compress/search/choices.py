@@ -33,7 +33,7 @@ class Choice:
     alone: bool = True
     """Whether it replaces the group's own layers and changes nothing else, so that choices of one block can be combined."""
     graphs: bool | None = None
-    """Whether it is offered for runtimes of graphs only (True) or for torch only (False); None: wherever the runtime executes it."""
+    """Whether it is for runtimes of graphs only (True) or for torch only (False); None: wherever the runtime executes it."""
 
 
 def _gptq(bits: int, group: int | None = 64, symmetric: bool = False) -> dict[str, Any]:
@@ -136,12 +136,10 @@ def step_of(choice: Choice, group: Group, shape: ModelShape) -> Method | None:
 
 
 def _neighbours(shape: ModelShape, group: Group) -> list[str]:
-    """Return the linear layers that a group's segment could have: those of its block, or of the head."""
-    return [
-        name
-        for name in [*shape.block_linears, *shape.head_linears]
-        if (at := place_in_block(f"{name}.")) is None or at[0] == group.block
-    ]
+    """Return the linear layers of a group's segment: those of its block, or of the head."""
+    if group.block is None:
+        return list(shape.head_linears)
+    return [name for name in shape.block_linears if (at := place_in_block(f"{name}.")) is not None and at[0] == group.block]
 
 
 def part_of(shape: ModelShape, group: Group) -> ModelShape:
@@ -174,4 +172,3 @@ def bytes_of(choice: Choice, group: Group, shape: ModelShape) -> int:
     after = part.as_stored() if step is None else step.estimate(part).after
     own = tuple(f"{name}." for name in group.layers)
     return sum(info.bytes for name, info in after.tensors.items() if name.startswith(own))
-

@@ -104,9 +104,7 @@ def _one_each(problem: Problem) -> tuple[list[np.ndarray], list[float], list[flo
 
 def total(problem: Problem, chosen: Mapping[str, str], cost: str) -> float:
     """Return the sum of a cost, or of `loss`, over a solution."""
-    return sum(
-        item.loss if cost == "loss" else item.costs[cost] for item in problem.items if chosen.get(item.group) == item.choice
-    )
+    return sum(item.loss if cost == "loss" else item.costs[cost] for item in problem.items if chosen.get(item.group) == item.choice)
 
 
 @dataclass(frozen=True)

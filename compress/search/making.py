@@ -123,7 +123,4 @@ class Maker:
         stream = needed > SHARE_OF_MEMORY * available_memory_bytes()
         device = self.device if not folder.is_variant or self.runtime == TORCH else None
         embedder = open_source(folder, device=device, stream=stream, dtype=None if folder.is_variant else "float32")
-        try:
-            return embedder.encode(list(self.texts))
-        finally:
-            embedder.close()
+        return embedder.encode(list(self.texts))

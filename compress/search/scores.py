@@ -1,9 +1,10 @@
 """What each choice for each group of layers does to a model's vectors, on texts without labels.
 
-A choice changes the hidden states after its block by dh. To first order it changes a text's vector v by J dh, J being the derivative
-of the vector with respect to these hidden states, and 1 - cosine by |J dh|^2 / 2. With random directions u of unit covariance,
-`E_u (u^T J dh)^2 = |J dh|^2`, and u^T J is the gradient of u^T v: one pass backwards serves all choices. dh is what the choice
-really does, within its block without any approximation: its step is applied as a run would apply it, with the calibration texts.
+A choice changes the hidden states after its block by dh. To first order it changes a text's vector v by J dh, J being the
+derivative of the vector with respect to these hidden states, and 1 - cosine by |J dh|^2 / 2. With random directions u of unit
+covariance, `E_u (u^T J dh)^2 = |J dh|^2`, and u^T J is the gradient of u^T v: one pass backwards serves all choices. dh is what
+the choice really does, within its block without any approximation: its step is applied as a run would apply it, with the
+calibration texts.
 
 Both passes read the model block by block and keep what they have found, so that it need not fit in memory and may be killed.
 """
@@ -28,6 +29,7 @@ from compress.calibration.texts import CalibrationSource, CalibrationTexts
 from compress.common.errors import UserError
 from compress.common.files import replacing
 from compress.common.journal import Journal
+from compress.layers.compressed import CompressedLinear
 from compress.methods.base import Method
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import head_of
@@ -168,6 +170,11 @@ class _Backward:
         for module in parts.values():
             module.to(self.device)
         cast(parts, self.dtype)
+        # Integer products have no derivatives: their layers become plain ones with the same weights.
+        for path, part in list(parts.items()):
+            for inner, module in list(part.named_modules()):
+                if isinstance(module, CompressedLinear):
+                    replace_module(parts, f"{path}.{inner}" if inner else path, module.plain().to(self.dtype))
         prepare_to_run(parts, self.dtype)
         for module in parts.values():
             module.requires_grad_(False)
@@ -273,7 +280,9 @@ class _Backward:
                 continue
             (block,) = self.load(self.blocks[number]).values()
             later = self.at(number + 1)
-            self._keep(number, [self._through(block, number, state, later[batch], batch) for batch, state in enumerate(states[number])])
+            self._keep(
+                number, [self._through(block, number, state, later[batch], batch) for batch, state in enumerate(states[number])]
+            )
 
     def _of_vectors(self, hidden: torch.Tensor, batch: int) -> torch.Tensor:
         """Return the gradients of u^T v after the last block, for each direction u; around a variant also of -v0^T v."""
@@ -541,7 +550,10 @@ class _Visitor:
         return tangent(self._cosine_loss(vectors))
 
     def _pool(self, hidden: torch.Tensor, batch: int, head: Parts) -> torch.Tensor:
-        masks = (torch.from_numpy(x).to(hidden.device) for x in (self.backward.texts.batches[batch][1], self.backward.texts.pooled[batch]))
+        masks = (
+            torch.from_numpy(x).to(hidden.device)
+            for x in (self.backward.texts.batches[batch][1], self.backward.texts.pooled[batch])
+        )
         with replaced(self.model.network, head):
             made = head_of(self.model.network)(hidden, *masks)
         return torch.nn.functional.normalize(made.float(), dim=1)
