@@ -156,6 +156,106 @@ def plan(recipe: RecipeArgument, model: ModelOption = None, runs: RunsOption = P
     print(describe(make_plan(checked, find_shape(model or checked.model, to_compress=True), runs)))
 
 
+ChoicesOption = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help="Choices to consider, such as int8,int4,int3; defaults to all that the runtime executes."),
+]
+PerOption = Annotated[str, typer.Option(metavar="P", help="group: layers with one input get one choice; layer: each its own.")]
+ForwardOption = Annotated[
+    bool, typer.Option("--forward", help="Run each choice through the rest of the model, instead of taking derivatives.")
+]
+CountOption = Annotated[int, typer.Option(metavar="N", help="Texts to calibrate on.")]
+ScoredOption = Annotated[int, typer.Option(metavar="N", help="Other texts to compare vectors on.")]
+SearchTextsOption = Annotated[str, typer.Option("--texts", metavar="FILE", help="Texts, as a recipe's calibration.texts.")]
+
+
+@app.command()
+def sensitivity(
+    model: ModelArgument,
+    choices: ChoicesOption = None,
+    per: PerOption = "group",
+    forward: ForwardOption = False,
+    texts: SearchTextsOption = "embedded",
+    count: CountOption = 384,
+    scored: ScoredOption = 64,
+    runtime: Annotated[str, typer.Option(metavar="R", help="Runtime whose choices are scored.")] = "torch",
+    device: DeviceOption = None,
+    show: Annotated[str, typer.Option(metavar="A,B", help="Choices to show a map of; defaults to one.")] = "",
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw all maps into this file.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", "-o", metavar="FILE", help="Also write the record, FILE.sensitivity.json.")
+    ] = None,
+) -> None:
+    """Score what each choice for each group of layers does to a model's vectors. Needs no labels; a killed one continues."""
+    from compress.measure.sensitivity import SUFFIX
+    from compress.reports.heat_map import print_heat_map
+    from compress.reports.heat_map import svg as drawn
+    from compress.search.options import sensitivity_options
+    from compress.search.sensitivity import sensitivity as score_model
+
+    if to is not None and not to.name.endswith(SUFFIX):
+        raise UserError(f"{to}: the file of a sensitivity ends with {SUFFIX}", f"-o {to.with_suffix('')}{SUFFIX}")
+    for target in filter(None, (svg, to)):
+        check_target(target)
+    options = sensitivity_options(
+        choices=choices, per=per, forward=forward, texts=texts, count=count, scored=scored, runtime=runtime, device=device
+    )
+    found = score_model(model, options, partial(print, file=sys.stderr, flush=True))
+    if to is not None:
+        found.write(to)
+    if svg is not None:
+        write_text_atomic(svg, drawn(found))
+    print_heat_map(found, [name.strip() for name in show.split(",")])
+
+
+@app.command()
+def search(
+    model: ModelArgument,
+    max_size: Annotated[str | None, typer.Option("--max-size", metavar="S", help="Most bytes of the weights: 12MB, 3GB.")] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option("--min-speedup", metavar="X", help="Least throughput over the model's in float32.")
+    ] = None,
+    min_kept: Annotated[
+        float | None,
+        typer.Option("--min-kept", metavar="P", help="Least percent of the mean score, by the lower end of its interval."),
+    ] = None,
+    tasks: Annotated[str, typer.Option(metavar="A,B", help="Tasks that the recipe is scored on.")] = "mini",
+    data: DataOption = None,
+    choices: ChoicesOption = None,
+    per: PerOption = "layer",
+    table: Annotated[bool, typer.Option("--table/--fixed-table", help="Search the token table, or store it in int8.")] = True,
+    trials: Annotated[int, typer.Option(metavar="N", help="Random assignments on which sums of scores are tested.")] = 12,
+    texts: SearchTextsOption = "embedded",
+    count: CountOption = 384,
+    scored: ScoredOption = 64,
+    runtime: Annotated[str, typer.Option(metavar="R", help="Runtime that is to execute the variant.")] = "torch",
+    device: DeviceOption = None,
+    to: Annotated[Path, typer.Option("--to", "-o", metavar="FILE", help="The recipe to write.")] = Path("searched.yaml"),
+) -> None:
+    """Find a recipe that keeps bounds on size, speed and accuracy. A search that was killed continues."""
+    from compress.search.budget import Bounds, SearchOptions, write_found
+    from compress.search.budget import search as search_model
+    from compress.search.options import names_in, sensitivity_options, size_of
+
+    check_target(to)
+    options = sensitivity_options(
+        choices=choices, per=per, forward=False, texts=texts, count=count, scored=scored, runtime=runtime, device=device
+    )
+    bounds = Bounds(None if max_size is None else size_of(max_size), min_speedup, min_kept)
+    how = SearchOptions(
+        scoring=options,
+        trials=trials,
+        tasks=names_in(tasks) or (),
+        data=None if data is None else str(data),
+        name=to.stem,
+        table=table,
+    )
+    found = search_model(model, bounds, how, partial(print, file=sys.stderr, flush=True))
+    write_found(found, to)
+    print(f"{to}: {found.recipe.description}")
+    print(f"compress run {to} makes and measures it")
+
+
 @app.command(cls=accepting(TO_BEFORE))
 def encode(
     model: ModelArgument,

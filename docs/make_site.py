@@ -24,6 +24,7 @@ NAVIGATION = {
         "index",
         "models",
         "choosing",
+        "search",
         "recipes",
         "quantization",
         "pruning",

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1] / "compress"
 # From left to right; a room imports itself and rooms to its right.
 LEVELS = [
     ["cli"],
+    ["search"],
     ["pipeline", "serve"],
     ["reports"],
     ["methods", "export", "scale"],

@@ -14,9 +14,9 @@ from compress.common.files import naming
 
 DEFAULT_LIMIT_GB = 50.0
 # Kinds that may be removed: they are computed again when they are needed.
-EVICTED = ("vectors", "scores")
+EVICTED = ("vectors", "scores", "sensitivity", "search")
 KINDS = (*EVICTED, "random", "logs")
-"""What the cache holds: vectors, scores, checkpoints with random weights, and logs of defects."""
+"""What the cache holds: vectors, scores, sensitivities, what searches made, checkpoints with random weights, logs of defects."""
 
 
 def cache_root() -> Path:
@@ -47,7 +47,7 @@ def use(kind: str, name: str) -> Path:
     """Return the folder of a cache entry and mark it as just used. When the cache is too large, the oldest entries are removed.
 
     Args:
-        kind: kind of the entry: `vectors`, `scores`, `random`. Only entries of the kinds in `EVICTED` are ever removed.
+        kind: kind of the entry, one of `KINDS`. Only entries of the kinds in `EVICTED` are ever removed.
         name: name of the entry; it must identify everything that determines the content.
 
     Raises:

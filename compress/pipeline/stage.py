@@ -131,7 +131,7 @@ def _decide(stage: Stage) -> _Decided:
     options, journal, source = stage.options, stage.journal, stage.source
     model, place = open_model(source), torch.device(options.device)
     buffers_to(model.network, place)
-    compute = _compute_dtype(model.weights.dtypes(), place)
+    compute = compute_dtype(model.weights.dtypes(), place)
     reports: dict[int, dict[str, Any]] = {}
 
     def calibration_texts(now: OpenModel) -> CalibrationTexts:
@@ -192,7 +192,7 @@ class _SegmentWriter:
             module.to(self.decided.place)
         inputs = None
         if self.carry is not None and self.texts is not None:
-            _cast(parts, self.decided.compute)
+            cast(parts, self.decided.compute)
             inputs = Inputs(self.carry, self.texts, index, segment) if segment.kind in (Kind.BLOCK, Kind.HEAD) else None
         quantized, seconds = self._apply(parts, inputs)
         tensors = _stored(parts, self.decided.stored | quantized, self.stage.source.name)
@@ -201,7 +201,7 @@ class _SegmentWriter:
         described = {name: layer.model_dump(mode="json") for name, layer in quantized.items()}
         self.stage.journal.put(_entry(index), {"segment": segment.name, "quantized": described, "seconds": seconds})
         if self.carry is not None:
-            _prepare_to_run(parts, self.decided.compute)
+            prepare_to_run(parts, self.decided.compute)
 
     def _apply(self, parts: Parts, inputs: Inputs | None) -> tuple[dict[str, QuantizedLayer], list[float]]:
         """Apply every step to a segment; return the layers they quantized, and the seconds that each step took."""
@@ -280,7 +280,7 @@ def _entry(index: int) -> str:
     return f"segment {index}"
 
 
-def _compute_dtype(stored: set[torch.dtype], device: torch.device) -> torch.dtype:
+def compute_dtype(stored: set[torch.dtype], device: torch.device) -> torch.dtype:
     """Return the dtype to calibrate in: the weights' own half precision where the device multiplies it fast, else float32."""
     if len(stored) != 1:
         return torch.float32
@@ -289,14 +289,14 @@ def _compute_dtype(stored: set[torch.dtype], device: torch.device) -> torch.dtyp
     return dtype if fast and dtype in (torch.float16, torch.bfloat16) else torch.float32
 
 
-def _cast(parts: Parts, dtype: torch.dtype) -> None:
+def cast(parts: Parts, dtype: torch.dtype) -> None:
     """Cast a segment to the dtype that calibration computes in. No value changes: float32 holds those of either half precision."""
     for module in parts.values():
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype)
 
 
-def _prepare_to_run(parts: Parts, dtype: torch.dtype) -> None:
+def prepare_to_run(parts: Parts, dtype: torch.dtype) -> None:
     """Bring a compressed segment into the form that runs fastest when all calibration batches pass it one after another."""
     for path, part in list(parts.items()):
         for inner, module in list(part.named_modules()):

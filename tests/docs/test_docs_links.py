@@ -52,7 +52,7 @@ def test_the_readme_is_one_page() -> None:
 def test_the_architecture_page_has_the_floors_of_the_import_rule() -> None:
     floors: dict[int, list[str]] = {}
     for floor, room in re.findall(
-        r"^\| (\d) \| `(\w+)(?:/|\.py)` \|", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.M
+        r"^\| (\d+) \| `(\w+)(?:/|\.py)` \|", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.M
     ):
         floors.setdefault(int(floor), []).append(room)
     assert [set(floors[number]) for number in sorted(floors)] == [set(rooms) for rooms in LEVELS]

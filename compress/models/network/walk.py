@@ -144,9 +144,9 @@ class Carry:
 
     def hidden(self, index: int) -> torch.Tensor:
         """Return the hidden states of a batch at the walk's current position, [texts, length, width]."""
-        return self._state(index).hidden
+        return self.state(index).hidden
 
-    def _state(self, index: int) -> State:
+    def state(self, index: int) -> State:
         """Return what a batch has at the walk's current position."""
         if self._folder is None:
             return self._memory[index]
@@ -191,10 +191,11 @@ class Carry:
             parts: the segment's modules.
             batch: number of the batch.
         """
-        return self._through(index, parts, batch).hidden
+        return self.state_after(index, parts, batch).hidden
 
-    def _through(self, index: int, parts: Parts, batch: int) -> State:
-        number, state = self._block_number.get(index), self._state(batch)
+    def state_after(self, index: int, parts: Parts, batch: int) -> State:
+        """Return all that one batch has after a block or norm; see `through`."""
+        number, state = self._block_number.get(index), self.state(batch)
         if number is not None:
             (block,) = parts.values()
             return run_block(block, number, state, self._arguments[batch])
@@ -211,8 +212,8 @@ class Carry:
             parts: the segment's modules.
         """
         for batch in range(len(self.batches)):
-            before = self._state(batch).total if self._layers is not None else None
-            state = self._through(index, parts, batch)
+            before = self.state(batch).total if self._layers is not None else None
+            state = self.state_after(index, parts, batch)
             self._put(index + 1, batch, self._with_sum(state, self._state_number.get(index), before))
         self._arrive(index + 1)
 
