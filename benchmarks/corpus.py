@@ -7,10 +7,10 @@
     python benchmarks/corpus.py ray-kills --model MODEL --texts FOLDER/texts.jsonl
     python benchmarks/corpus.py ray-rate --model minilm --texts FOLDER/texts.jsonl --parts 24
 
-`texts` makes short texts: 3 to 12 words in a row of a random text of the source, by a seed, with ids. `memory` prints the peak of the
-anonymous memory in each tenth of a run. `rate` embeds the same texts in memory and through files in turn, in one process. `kills`
-ends a run at random moments with SIGKILL and starts it again, and compares all bytes with those of a run that was let be. `ray-kills` does
-so to workers, then to whole runs. `ray-rate` compares one and two workers of one core each in turn.
+`texts` makes short texts: 3 to 12 words in a row of a random text of the source, by a seed, with ids. `memory` prints the peak of
+the anonymous memory in each tenth of a run. `rate` embeds the same texts in memory and through files in turn, in one process.
+`kills` ends a run at random moments with SIGKILL, starts it again, and compares all bytes with those of an uninterrupted run.
+`ray-kills` does so to workers, then to whole runs. `ray-rate` compares one and two workers of one core each in turn.
 """
 
 from __future__ import annotations

@@ -46,9 +46,9 @@ class Agreement:
 def agreement(predictions: Sequence[float], measured: Sequence[float]) -> Agreement:
     """Compare predictions with measurements, at least two of each."""
     x, y = np.asarray(predictions, dtype=np.float64), np.asarray(measured, dtype=np.float64)
-    slope = float(x @ y / max(x @ x, 1e-300))
+    slope = float(x @ y) / max(float(x @ x), 1e-300)
     spread = float(np.square(y - y.mean()).sum()) or 1e-300
     ranks = np.stack([np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (x, y)])
-    rank = float(np.corrcoef(ranks)[0, 1]) if len(x) > 1 else 1.0
+    rank = float(np.asarray(np.corrcoef(ranks))[0, 1]) if len(x) > 1 else 1.0
     r2, fitted = (1 - float(np.square(y - by * x).sum()) / spread for by in (1.0, slope))
     return Agreement(r2, fitted, slope, rank)
