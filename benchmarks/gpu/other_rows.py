@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +22,7 @@ import compress
 from compress.common.memory import gigabytes
 from compress.data.texts import texts_to_calibrate
 from compress.measure.record import Record
+from compress.methods.quantize.gptq import GPTQ
 from compress.pipeline.recipe import Recipe
 from compress.pipeline.recipe_file import read_recipe
 
@@ -79,6 +81,17 @@ def minilm_shaped(folder: Path) -> Path:
     return folder
 
 
+def _text_times(bench: Bench, calls: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the seconds of each call, in turn after a round to warm up. As vectors come back to the host, the device is done."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(bench.rounds + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            times[name] += [time.perf_counter() - begin] if turn else []
+    return times
+
+
 def small_encoder(bench: Bench) -> Iterator[Row]:
     """A MiniLM-shaped encoder, text to vector: float16 and int8, next to sentence-transformers on the same device."""
     texts = texts_to_calibrate("embedded", 16 if bench.small else 512, 0) * (1 if bench.small else 16)
@@ -97,12 +110,7 @@ def small_encoder(bench: Bench) -> Iterator[Row]:
 
             theirs = SentenceTransformer(str(model), device=device).to(getattr(torch, half))
             calls["sentence-transformers"] = lambda: theirs.encode(texts, batch_size=128)
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for turn in range(bench.rounds + 1):
-            for name, call in calls.items():
-                begin = time.perf_counter()
-                call()  # vectors come back to the host: the device is done
-                times[name] += [time.perf_counter() - begin] if turn else []
+        times = _text_times(bench, calls)
     row: Row = {
         "texts": len(texts),
         "dtype": half,
@@ -112,6 +120,35 @@ def small_encoder(bench: Bench) -> Iterator[Row]:
     if "sentence-transformers" in times:
         row["times_sentence_transformers"] = {name: ratio(times, "sentence-transformers", name) for name in embedders}
     yield row
+
+
+def gptq_kernels(bench: Bench) -> Iterator[Row]:
+    """Four bits by GPTQ in GPTQModel's kernels (Marlin takes symmetric integers) next to ours: vectors, and times."""
+    if bench.device.type != "cuda" or importlib.util.find_spec("gptqmodel") is None:
+        yield {"skipped": "GPTQModel's kernels need a CUDA card and the extra gptq"}
+        return
+    texts = texts_to_calibrate("embedded", 512, 0) * 4
+    with tempfile.TemporaryDirectory() as temporary:
+        model = Path(temporary) / "model"
+        model.mkdir()
+        steps = (GPTQ(bits=4, group_size=64, symmetric=True),)
+        path, _ = _variant("int4-gptq", str(minilm_shaped(model)), Path(temporary) / "runs", "cuda", steps=steps)
+        embedders: dict[str, Any] = {
+            name: compress.load(path, runtime=name, device="cuda", dtype="float16") for name in ("torch", "gptq")
+        }
+        ours, theirs = (embedders[name].encode(texts[:512]) for name in ("torch", "gptq"))
+        lowest = float(np.min((ours * theirs).sum(axis=1)))  # the folder's own module makes them of length one
+        for what, wanted in (("texts", texts), ("one", texts[:1])):
+            times = _text_times(
+                bench, {name: (lambda one=one, wanted=wanted: one.encode(wanted)) for name, one in embedders.items()}
+            )
+            yield {
+                "what": what,
+                "lowest_cosine": lowest,
+                "right": lowest >= LOWEST["fp8"],
+                "seconds": {name: median(taken) for name, taken in times.items()},
+                "times_torch": ratio(times, "torch", "gptq"),
+            }
 
 
 def compressing(bench: Bench) -> Iterator[Row]:

@@ -48,9 +48,10 @@ ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "training": other_rows.training,
     "sparse_products": nv_embed_rows.sparse_products,
     "bitsandbytes": nv_embed_rows.bitsandbytes,
+    "gptq_kernels": other_rows.gptq_kernels,
 }
 """Most important first."""
-PACKAGES = ("torch", "transformers", "triton", "bitsandbytes", "sentence-transformers", "numpy")
+PACKAGES = ("torch", "transformers", "triton", "bitsandbytes", "gptqmodel", "sentence-transformers", "numpy")
 
 
 def installed() -> dict[str, str]:
