@@ -139,9 +139,7 @@ def gptq_kernels(bench: Bench) -> Iterator[Row]:
         ours, theirs = (embedders[name].encode(texts[:512]) for name in ("torch", "gptq"))
         lowest = float(np.min((ours * theirs).sum(axis=1)))  # the folder's own module makes them of length one
         for what, wanted in (("texts", texts), ("one", texts[:1])):
-            times = _text_times(
-                bench, {name: (lambda one=one, wanted=wanted: one.encode(wanted)) for name, one in embedders.items()}
-            )
+            times = _text_times(bench, {name: partial(one.encode, wanted) for name, one in embedders.items()})
             yield {
                 "what": what,
                 "lowest_cosine": lowest,

@@ -33,7 +33,7 @@ def write(path: Path, texts: list[str]) -> Path:
         content = "".join(separator.join('"' + cell.replace('"', '""') + '"' for cell in line) + "\n" for line in cells)
     data = ("\ufeff" + content).encode()
     if path.suffix == ".gz":
-        data = gzip.compress(data)
+        data = gzip.compress(data, mtime=0)
     elif path.suffix == ".zst":
         packed = pyarrow.compress(data[:50], "zstd", asbytes=True) + pyarrow.compress(data[50:], "zstd", asbytes=True)
         data = bytes(packed)
@@ -148,7 +148,7 @@ def test_a_line_that_is_too_long_is_a_reject(tmp_path: Path, monkeypatch: pytest
         ("t.json", b"[]", Columns(), "a JSON list is read whole"),
         ("t.npy", b"", Columns(), r"\.npy files are not read"),
         ("t.parquet", b"PAR1", Columns(), "not a Parquet file"),
-        ("t.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-9], Columns(), "cannot be read"),
+        ("t.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], Columns(), "cannot be read"),
         ("t.jsonl.zst", bytes(pyarrow.compress(b'{"text": "x"}\n' * 99, "zstd", asbytes=True))[:-9], Columns(), "cannot be read"),
     ],
 )  # fmt: skip
