@@ -33,6 +33,7 @@ NAVIGATION = {
         "runtimes",
         "exports",
         "align",
+        "encode",
         "vector-stores",
         "serving",
         "hub",
