@@ -30,6 +30,7 @@ def folded_twin(network: NVEmbedNetwork) -> NVEmbedNetwork:
     twin = NVEmbedNetwork.__new__(NVEmbedNetwork)
     nn.Module.__init__(twin)
     twin.config, twin.normalize = network.config, network.normalize
+    twin.after, twin.dimensions = network.after, network.dimensions
     twin.embedding_model = network.embedding_model
     assert isinstance(network.latent_attention_model, LatentAttention)
     twin.latent_attention_model = fold(network.latent_attention_model)

@@ -53,7 +53,11 @@ class Server:
         except urllib.error.HTTPError as error:
             status, content, found = error.code, error.read(), error.headers
         kind = found.get("content-type", "")
-        return status, json.loads(content) if kind.startswith("application/json") else content.decode(), dict(found.items())
+        return (
+            status,
+            json.loads(content) if kind.startswith("application/json") else content.decode(errors="replace"),
+            dict(found.items()),
+        )
 
     def embed(self, input: Any, model: str = "tiny", **more: Any) -> tuple[int, Any]:
         status, answer, _ = self.ask("/v1/embeddings", {"model": model, "input": input, **more})

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compress.models.opened import OpenModel
 
 UNCHANGED = "as it was"
-FAMILIES = ("smaller", "sparse", "distilled", "quantized", UNCHANGED)
+FAMILIES = ("smaller", "sparse", "distilled", "quantized", "aligned", UNCHANGED)
 """What a method can do to a model, in the order in which reports name them: change its sizes, set weights to zero, train it, store
 it in fewer bits, or change nothing but rounding."""
 

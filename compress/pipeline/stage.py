@@ -95,6 +95,7 @@ def write_stage(stage: Stage) -> list[dict[str, Any]]:
     decided = _decide(stage)
     folder = stage.target.with_name(f"{stage.target.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
+    sync_folder(folder.parent)  # else a power cut could take the folder, and leave the journal that says what is in it
     segments = _walk(stage, decided, folder)
     done = _describe_steps(stage, decided, segments)
     _write_description(stage, decided, segments, done, folder)

@@ -59,7 +59,7 @@ def test_defaults_are_filled_in_and_survive_a_round_trip() -> None:
         ("measure:\n  rounds: 0", "line 2: measure.rounds: input should be greater than or equal to 1, got 0"),
         ("gates:\n  retained: true", "line 2: gates.retained: input should be a valid number, got True"),
         ("export: [varint]", "line 1: export.0: 'varint' is not allowed here; did you mean 'variant'?"),
-        ("runtime: onyx", "line 1: runtime: 'onyx' is not allowed here; known: auto, numpy, onnxruntime, openvino, torch"),
+        ("runtime: onyx", "line 1: runtime: 'onyx' is not allowed here; known: auto, gptq, numpy, onnxruntime, openvino, torch"),
         ("model:", "line 1: model: input should be a valid string, got None"),
         ("evaluate: 3", "line 1: evaluate: input should be a mapping"),
         ("a: [1", "line 1: not YAML: expected ',' or ']'"),
