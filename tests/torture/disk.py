@@ -133,7 +133,7 @@ class Disk:
             self._entries.append(_Entry(paths[1], paths[0], self._backup(paths[1])))
         elif event in ("os.remove", "os.rmdir"):
             self._entries.append(_Entry(None, paths[0], self._backup(paths[0])))
-        elif event == "os.mkdir" or (event == "open" and not paths[0].exists()):
+        elif event in ("os.mkdir", "open") and not paths[0].exists():  # mkdir is announced of folders that are there, too
             self._entries.append(_Entry(paths[0], None, None))
 
     def _backup(self, path: Path) -> Path | None:
