@@ -36,6 +36,8 @@ ATTEMPTS = 3
 """How often a request is computed, where the computing process fails: with others, then alone."""
 FOLLOWED = 0.2
 """Weight of the newest dispatch in the measured speed."""
+FULL = 0.75
+"""Share of a batch's tokens from which on a dispatch says how fast full ones are."""
 
 Lane = tuple[int, int]
 """What texts of one batch have in common: the model's way, and the position of the first pooled token."""
@@ -96,6 +98,27 @@ class Dispatch:
     texts: list[Text]
     attempts: dict[Job, int] = field(default_factory=dict)
     """Which attempt of each request it belongs to."""
+    left: int = 1
+    """Batches that may still be filled, the one that is being filled included."""
+    count: int = 0
+    """Texts of the batch that is being filled."""
+    longest: int = 0
+    """Tokens of the longest text of that batch."""
+
+    def add(self, text: Text, budget: int) -> None:
+        """Take a text, where it `fits`."""
+        length = len(text[0].rows[text[1]])
+        if self.texts and not self._fits_batch(length, budget):
+            self.left, self.count, self.longest = self.left - 1, 0, 0
+        self.texts.append(text)
+        self.count, self.longest = self.count + 1, max(self.longest, length)
+
+    def fits(self, length: int, budget: int) -> bool:
+        """Return whether a text of so many tokens has room in batches of `budget` tokens, padding counted; the first always has."""
+        return not self.texts or self.left > 1 or self._fits_batch(length, budget)
+
+    def _fits_batch(self, length: int, budget: int) -> bool:
+        return (self.count + 1) * max(self.longest, length) <= budget
 
     @property
     def lengths(self) -> list[int]:
@@ -128,24 +151,25 @@ class Line:
         """The lane of what is computed next."""
         return self.window[0][0].lane if self.window else self.jobs[0].lane
 
-    def move(self, dispatch: Dispatch, most: int, window_tokens: float) -> None:
-        """Move texts into a dispatch of their lane until it has `most` tokens.
+    def move(self, dispatch: Dispatch, budget: int, window_tokens: float) -> None:
+        """Move texts into a dispatch of their lane until its batches are full.
 
-        Where a window was taken from its longest text on, the next begins with its shortest, so that one dispatch may hold the end
-        of the one and the beginning of the other.
+        A text more would be a batch of its own, which takes several times as long a token. Where a window was taken from its
+        longest text on, the next begins with its shortest, so that one dispatch may hold the end of the one and the beginning of
+        the other.
 
         Args:
             dispatch: what is computed next.
-            most: tokens of a dispatch.
+            budget: tokens of a batch, padding counted.
             window_tokens: tokens of a new window.
         """
-        tokens = sum(dispatch.lengths)
-        while self and self.lane == dispatch.lane and tokens < most:
+        while self and self.lane == dispatch.lane:
             if not self.window:
                 self._fill(window_tokens)
-            job, index = self.window.pop() if self._longest_first else self.window.popleft()
-            dispatch.texts.append((job, index))
-            tokens += len(job.rows[index])
+            job, index = self.window[-1 if self._longest_first else 0]
+            if not dispatch.fits(len(job.rows[index]), budget):
+                return
+            dispatch.add(self.window.pop() if self._longest_first else self.window.popleft(), budget)
 
     def _fill(self, most: float) -> None:
         """Make a new window: texts of the requests of a lane, in turns."""
@@ -194,9 +218,14 @@ class Scheduler:
         self._cancelled = False
 
     @property
+    def dispatch_batches(self) -> int:
+        """Batches of a dispatch: one, or as many as small ones take to be worth a message."""
+        return max(1, int(self.speed * DISPATCH_SECONDS / self.budget))
+
+    @property
     def dispatch_tokens(self) -> int:
-        """Tokens of a dispatch: at least a batch."""
-        return max(self.budget, int(self.speed * DISPATCH_SECONDS))
+        """Tokens of a dispatch that is full."""
+        return self.budget * self.dispatch_batches
 
     def check_room(self, tokens: int = 1) -> None:
         """See that a request of so many tokens may wait.
@@ -256,9 +285,9 @@ class Scheduler:
         if not lines[0]:
             self.wanted.clear()
             return None
-        dispatch = Dispatch(lines[0].lane, [])
+        dispatch = Dispatch(lines[0].lane, [], left=self.dispatch_batches)
         for line in lines:
-            line.move(dispatch, self.dispatch_tokens, max(self.dispatch_tokens, self.speed * self.instances * line.seconds))
+            line.move(dispatch, self.budget, max(self.dispatch_tokens, self.speed * self.instances * line.seconds))
         return self._started(dispatch)
 
     def _drop_cancelled(self) -> None:
@@ -280,7 +309,7 @@ class Scheduler:
     def finish(self, dispatch: Dispatch, vectors: Vectors, seconds: float) -> None:
         """Hand out the vectors of a dispatch, float32 [texts, dimension], which took `seconds` to compute."""
         tokens = sum(dispatch.lengths)
-        if tokens >= self.budget:
+        if tokens >= FULL * self.budget:
             self.speed += FOLLOWED * (tokens / max(seconds, 1e-6) - self.speed)
         for (job, index), vector in zip(dispatch.texts, vectors, strict=True):
             if dispatch.attempts[job] != job.attempts:

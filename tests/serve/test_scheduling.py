@@ -49,7 +49,7 @@ async def test_requests_are_merged_up_to_the_budget_and_each_gets_its_own_vector
     for one in jobs:
         made.submit(one)
     first, second = drain(made)
-    assert (first.lengths, second.lengths) == ([50, 40, 30], [20, 10])
+    assert (first.lengths, second.lengths) == ([50, 40], [30, 20, 10])  # a third text would be a batch of its own
     for one in jobs:
         await asyncio.wait_for(one.future, 1)
         assert one.vectors[:, 0].tolist() == [len(row) for row in one.rows]
@@ -67,7 +67,14 @@ async def test_bulk_is_sorted_by_length_within_a_window_that_is_bounded() -> Non
     assert lengths[:64] == sorted(lengths[:64], reverse=True)  # the first window
     assert lengths[64:] == sorted(lengths[64:])  # the next begins where the first ended
     assert sorted(lengths) == sorted([*range(1, 60)] * 2)
-    assert all(sum(dispatch.lengths) < 100 + 60 for dispatch in found)
+    assert all(len(dispatch.lengths) * max(dispatch.lengths) <= 100 for dispatch in found)
+
+
+@in_loop
+async def test_a_dispatch_of_several_batches_fills_each_and_a_text_beyond_the_budget_is_one_alone() -> None:
+    made = scheduler(speed=7000)
+    made.submit(job(*[30] * 14, 150))
+    assert [dispatch.lengths for dispatch in drain(made)] == [[150, *[30] * 6], [30] * 8]
 
 
 @in_loop
