@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", default="1,8,64,256")
     parser.add_argument("--max-wait", default="10")
-    parser.add_argument("--overload", type=float, default=0, help="seconds of overload, in parts of `--seconds`")
+    parser.add_argument("--overload", type=float, default=0, help="seconds of overload, in parts of `--seconds` and what is then waiting")
     parser.add_argument("--next-to", action="append", default=[])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -250,9 +250,11 @@ def main() -> None:
                 print(show(rows[-1]), flush=True)
         ratio = next(found for found in rows if found["load"] == "bulk")["cpu_ms_per_text"] / float(np.median(encode))
         print(f"CPU a text in bulk over encode's: {ratio:.2f} (encode {np.median(encode):.2f} ms)", flush=True)
-        for part in range(round(arguments.overload / arguments.seconds)):
+        until, part = time.monotonic() + arguments.overload, 0
+        while time.monotonic() < until:
             found = row(servers[0], texts, 4 * max(clients), 32, arguments.seconds)
             rows.append({"server": "compress", "load": f"overload {part + 1}", "clients": 4 * max(clients), "size": 32, **found})
+            part += 1
             print(show(rows[-1]), flush=True)
     finally:
         for server in servers:

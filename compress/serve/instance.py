@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ STUCK_SECONDS = 600.0
 """A dispatch that takes longer ends the process, as nothing will come any more."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds until a process that ended is started anew: twice as many each time, until one is ready."""
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads of a computing process sleep while they wait. By default they spin, for which the cores lack that take requests and
+tokenize. What the operator has set stays."""
 
 
 class Watcher(Protocol):
@@ -99,7 +103,7 @@ class Instance:
 
     async def _run_once(self) -> None:
         command = tied([sys.executable, "-m", "compress.serve.worker", json.dumps(self._config)])
-        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, limit=2**20)
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, limit=2**20, env=WAITING | os.environ)
         self.process = process
         assert process.stdin is not None
         assert process.stdout is not None
