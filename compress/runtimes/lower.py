@@ -27,7 +27,7 @@ from compress.models.files.headers import MASK, StoredTensor
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import TracedNetwork, backbone_of
 from compress.models.opened import empty_model
-from compress.runtimes.contract import GRAPH_RUNTIMES, RUNTIMES, graph_file, graph_inputs, runtime_named
+from compress.runtimes.contract import GRAPH_RUNTIMES, graph_file, graph_inputs, runtime_named
 from compress.runtimes.lowered_layers import FOUR_BITS, OPSET, TracedLinear, TracedTable, traced, translations
 
 # The batch that is traced; its sizes are left free in the graph. Not 1, which tracing takes for a constant.
@@ -62,9 +62,9 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
         module = network.get_submodule(name)
         assert isinstance(module, CompressedLayer)
         stand_in = traced(module)
-        if layer.bits == 4:
-            group_size = layer.group_size if isinstance(stand_in, TracedLinear) else None  # of a table, rows are scaled one by one
-            _check_four_bits(f"{folder.path}: {name}", stand_in.width, group_size, runtime)
+        refused = runtime_named(runtime).refusal(name, layer, stand_in.width, table=isinstance(stand_in, TracedTable))
+        if refused is not None:
+            raise UserError(f"{folder}: {refused}", "another group_size, or another runtime")
         network.set_submodule(name, stand_in)
     unread = _without_values(network)
     # Plain products and a softmax: both runtimes find attention in them and fuse it.
@@ -93,22 +93,6 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
     with replacing(path) as temporary:
         ir.save(program.model, temporary, format="protobuf")
     return path
-
-
-def _check_four_bits(place: str, width: int, group_size: int | None, runtime: str) -> None:
-    """See that a runtime takes four-bit rows of this width.
-
-    Raises:
-        UserError: it does not.
-    """
-    if width % 2:
-        raise UserError(f"{place} has rows of {width} four-bit integers; graphs take only even rows")
-    if not runtime_named(runtime).uneven_groups and group_size and width > group_size and width % group_size:
-        others = " or ".join(name for name in GRAPH_RUNTIMES if RUNTIMES[name].uneven_groups)
-        raise UserError(
-            f"{place} has {width} four-bit inputs in groups of {group_size}; {runtime} takes only groups that divide the inputs",
-            f"another group_size, or runtime: {others}",
-        )
 
 
 def _without_values(network: nn.Module) -> list[str]:

@@ -16,24 +16,25 @@ from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import Numbers, QuantizedLayer
 from compress.models.network.pooling import backbone_of
 from compress.models.opened import empty_model
+from compress.models.shape import ModelShape
 from compress.runtimes.contract import CPU_BATCH_TOKENS, TORCH
 from compress.runtimes.torch_runtime import prepare
-from compress.search.choices import DROPPED, Choice, part_of, step_of
+from compress.search.choices import AS_STORED, DROPPED, Choice, choices_for, part_of, step_of
 from compress.search.groups import HEAD, TABLE, WHOLE, Group
+from compress.search.items import FLOAT32, WHOLE_MODEL, Setting, settings_of
 from compress.search.sensitivity import Subject
 
 ROUNDS = 7
 LENGTH = 64
 """Tokens of the texts that the whole model is timed on."""
-WHOLE_MODEL = ""
-FLOAT32 = "float32"
 
 
 def milliseconds(subject: Subject) -> dict[str, dict[str, float]]:
     """Return the milliseconds of a batch of tokens through each group with each choice, by their names.
 
-    Under the name "" stands the whole model in float32, and under `float32` each group as it is. Layers of the same shape are
-    timed once. What is not a matrix product counts as the whole's share of a block, which is saved where a block is left out.
+    Under the name "" stands the whole model in float32, and under `float32` each group as it is. Groups in blocks that are narrower
+    stand under names of their own (`Setting.key`). Layers of the same shape are timed once. What is not a matrix product counts as
+    the whole's share of a block, which is saved where a block is left out.
 
     Raises:
         UserError: the runtime is not torch.
@@ -42,16 +43,17 @@ def milliseconds(subject: Subject) -> dict[str, dict[str, float]]:
         raise UserError(f"--min-speedup: layers are timed in torch only, not in {subject.options.runtime}", "--runtime torch")
     timed: dict[tuple[tuple[int, ...], str], float] = {}
     found: dict[str, dict[str, float]] = {}
+    settings = settings_of(subject.choices, subject.shape)
     for group, choices in subject.choices.items():
         if group.kind in (TABLE, WHOLE):
             continue
-        own = found.setdefault(group.name, {})
-        for choice in choices:
-            own[choice.name] = _group_ms(subject, group, choice, timed)
-        own[FLOAT32] = own["float16"]
+        for setting in settings[group]:
+            fitting = choices_for(group, setting.shape, subject.options.runtime, [choice.name for choice in choices])
+            found[setting.key(group)] = {choice.name: _group_ms(group, choice, setting, timed) for choice in fitting}
+        found[group.name][FLOAT32] = found[group.name][AS_STORED]
     whole = _model_ms(subject)
     found[WHOLE_MODEL] = {FLOAT32: whole}
-    inside = sum(times[FLOAT32] for name, times in found.items() if name)
+    inside = sum(times.get(FLOAT32, 0.0) for name, times in found.items() if name != WHOLE_MODEL)
     rest = max(whole - inside, 0.0) / max(1, subject.shape.blocks)
     for group, choices in subject.choices.items():
         if group.kind == WHOLE and any(choice.name == DROPPED for choice in choices):
@@ -59,10 +61,10 @@ def milliseconds(subject: Subject) -> dict[str, dict[str, float]]:
     return found
 
 
-def _group_ms(subject: Subject, group: Group, choice: Choice, timed: dict[tuple[tuple[int, ...], str], float]) -> float:
+def _group_ms(group: Group, choice: Choice, setting: Setting, timed: dict[tuple[tuple[int, ...], str], float]) -> float:
     """Return the time of a group's layers one after another."""
-    weights = subject.shape.head_linears if group.kind == HEAD else subject.shape.block_linears
-    stored = _stored(subject, group, choice)
+    weights = setting.shape.head_linears if group.kind == HEAD else setting.shape.block_linears
+    stored = _stored(setting.shape, group, choice)
     total = 0.0
     for layer in group.layers:
         shape = weights[layer].shape
@@ -74,9 +76,9 @@ def _group_ms(subject: Subject, group: Group, choice: Choice, timed: dict[tuple[
     return total
 
 
-def _stored(subject: Subject, group: Group, choice: Choice) -> Mapping[str, QuantizedLayer]:
-    step = step_of(choice, group, subject.shape)
-    return {} if step is None else step.estimate(part_of(subject.shape, group)).quantized
+def _stored(shape: ModelShape, group: Group, choice: Choice) -> Mapping[str, QuantizedLayer]:
+    step = step_of(choice, group, shape)
+    return {} if step is None else step.estimate(part_of(shape, group)).quantized
 
 
 def _layer_ms(shape: tuple[int, ...], kind: QuantizedLayer | None) -> float:
