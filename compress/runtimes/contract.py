@@ -75,7 +75,8 @@ class Runtime:
     package: str
     """Python package that must be installed."""
     opener: str
-    """Our module whose `open_variant` opens a variant as an Embedder."""
+    """Our module whose `open_variant` opens a variant as an Embedder; of a runtime that executes graphs, its `open_graph` opens any
+    graph."""
     extra: str | None
     """The extra of this project that installs the package; None: the package is always installed."""
     numbers: frozenset[Numbers]
@@ -103,6 +104,10 @@ class Runtime:
     """Whether it executes static tables only; it is then not offered for other models."""
     checkpoints: bool = False
     """Whether it also opens checkpoints, not only variants."""
+
+    def overflows(self, layer: QuantizedLayer) -> bool:
+        """Whether products of a layer would overflow on this machine."""
+        return self.byte_products and layer.activations is not ActivationScheme.NONE and not multiplies_bytes_exactly()
 
     @property
     def is_installed(self) -> bool:
@@ -294,7 +299,7 @@ def _refusal(
         reason = runtime.refusal(name, layer, widths.get(name))
         if reason is not None:
             return reason
-        if runtime.byte_products and layer.activations is not ActivationScheme.NONE and not multiplies_bytes_exactly():
+        if runtime.overflows(layer):
             return f"{runtime.name} would let byte products overflow on this CPU, which has none of {', '.join(BYTE_PRODUCTS)}"
     if not runtime.is_installed:
         how = f"compress-embedders[{runtime.extra}]" if runtime.extra else runtime.package

@@ -23,7 +23,9 @@ from transformers import PreTrainedModel
 from compress.common.errors import UserError
 from compress.common.files import replacing
 from compress.layers.compressed import CompressedLayer
-from compress.models.files.headers import MASK, StoredTensor
+from compress.models.files.headers import MASK, StoredTensor, stored_tensors
+from compress.models.files.shards import write_tensors
+from compress.models.files.variant import WEIGHTS_FILE
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import TracedNetwork, backbone_of
 from compress.models.opened import empty_model
@@ -72,26 +74,69 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
     if isinstance(backbone, PreTrainedModel):
         backbone.set_attn_implementation("eager")
     names = graph_inputs(info.spec.pool_prompt)
+    tokens = torch.ones(TRACED_TEXTS, TRACED_TOKENS, dtype=torch.int64)
+    model = _graph(TracedNetwork(network), dict.fromkeys(names, tokens), "vectors", runtime)
+    _finish(model, stored, unread)
+    return _saved(model, graph_file(folder.path, runtime))
+
+
+def lower_layer(layer: nn.Module, folder: Path, runtime: str) -> Path:
+    """Write the graph of a linear layer alone, float32 [texts, tokens, in] to [texts, tokens, out], and its weights next to it.
+
+    Args:
+        layer: an `nn.Linear`, whose weights are stored in half precision, or a layer as a variant stores it.
+        folder: an empty folder.
+        runtime: the runtime that is to execute it.
+    """
+    stand_in = traced(layer) if isinstance(layer, CompressedLayer) else layer.half()
+    network = nn.ModuleDict({"layer": stand_in})
+    write_tensors(folder / WEIGHTS_FILE, network.state_dict())
+    network.to("meta")
+    unread = _without_values(network)
+    rows = torch.ones(TRACED_TEXTS, TRACED_TOKENS, int(layer.in_features))  # type: ignore[arg-type]
+    model = _graph(_Alone(network), {"rows": rows}, "rows_after", runtime)
+    _finish(model, stored_tensors(folder), unread)
+    return _saved(model, graph_file(folder, runtime))
+
+
+class _Alone(nn.Module):
+    """A layer by itself, under the names that `_finish` looks for."""
+
+    def __init__(self, network: nn.ModuleDict) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Map [texts, tokens, in] to [texts, tokens, out]."""
+        made: torch.Tensor = self.network["layer"](rows)
+        return made
+
+
+def _graph(network: nn.Module, inputs: Mapping[str, torch.Tensor], output: str, runtime: str) -> ir.Model:
+    """Trace a network; the first two dimensions of its inputs are left free."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, which no text network needs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own, about its own code
         program = torch.onnx.export(
-            TracedNetwork(network).eval(),
-            tuple(torch.ones(TRACED_TEXTS, TRACED_TOKENS, dtype=torch.int64) for _ in names),
+            network.eval(),
+            tuple(inputs.values()),
             dynamo=True,
             optimize=False,
             verbose=False,
             opset_version=OPSET,
-            input_names=list(names),
-            output_names=["vectors"],
-            dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for _ in names),
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for _ in inputs),
             custom_translation_table=translations(runtime),
         )
     assert program is not None
-    _finish(program.model, stored, unread)
-    path = graph_file(folder.path, runtime)
+    model: ir.Model = program.model
+    return model
+
+
+def _saved(model: ir.Model, path: Path) -> Path:
     with replacing(path) as temporary:
-        ir.save(program.model, temporary, format="protobuf")
+        ir.save(model, temporary, format="protobuf")
     return path
 
 

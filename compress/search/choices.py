@@ -121,9 +121,11 @@ def _executed(choice: Choice, group: Group, shape: ModelShape, runtime: str) -> 
         estimate = step.estimate(_whole(shape) if group.kind == WHOLE else part_of(shape, group))
     except ValueError:
         return False
-    refused, widths = runtime_named(runtime).refusal, {name: size[1] for name, size in estimate.after.packed.items()}
-    table = group.kind == TABLE
-    return all(refused(name, layer, widths[name], table=table) is None for name, layer in estimate.quantized.items())
+    place, table = runtime_named(runtime), group.kind == TABLE
+    return not any(
+        place.overflows(layer) or place.refusal(name, layer, estimate.after.packed[name][1], table=table)
+        for name, layer in estimate.quantized.items()
+    )
 
 
 def step_of(choice: Choice, group: Group, shape: ModelShape) -> Method | None:

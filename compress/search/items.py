@@ -12,7 +12,7 @@ from compress.search.knapsack import Item
 
 BYTES, MS = "bytes", "ms"
 WHOLE_MODEL, FLOAT32 = "", "float32"
-"""Names among the measured times: the whole model, and what runs as it is in float32."""
+"""Names among the measured times: the whole model, and as it runs in float32 in torch."""
 Choices = Mapping[Group, Sequence[Choice]]
 """The choices of every group."""
 
