@@ -8,6 +8,7 @@ safetensors files (ONNX external data: file, offset, length), so it has the same
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -88,7 +89,7 @@ def lower_layer(layer: nn.Module, folder: Path, runtime: str) -> Path:
         folder: an empty folder.
         runtime: the runtime that is to execute it.
     """
-    stand_in = traced(layer) if isinstance(layer, CompressedLayer) else layer.half()
+    stand_in = traced(layer) if isinstance(layer, CompressedLayer) else copy.deepcopy(layer).half()
     network = nn.ModuleDict({"layer": stand_in})
     write_tensors(folder / WEIGHTS_FILE, network.state_dict())
     network.to("meta")

@@ -361,9 +361,9 @@ def _drawn(problem: Problem, generator: np.random.Generator) -> dict[str, str]:
     for depends in (False, True):  # what other groups depend on is drawn first
         offered: dict[str, list[str]] = {}
         for item in problem.items:
-            whole = item.group.endswith(f".{WHOLE}")
-            there = item.given is None or chosen[item.given[0]] in item.given[1]
-            if (item.given is not None) == depends and there and item.choice not in ((DROPPED,) if whole else (AS_STORED,)):
+            if (item.given is not None) != depends or (item.given is not None and chosen[item.given[0]] not in item.given[1]):
+                continue
+            if item.choice != (DROPPED if item.group.endswith(f".{WHOLE}") else AS_STORED):
                 offered.setdefault(item.group, []).append(item.choice)
         chosen |= {group: str(generator.choice(choices)) for group, choices in offered.items()}
     return chosen
