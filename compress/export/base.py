@@ -87,12 +87,13 @@ def open_for_export(source: ModelFolder, layout: str, numbers: frozenset[Numbers
         check_linears(linears, layout, numbers)
     if not linears and numbers is not None:
         raise UserError(f"{source.name}: no linear layer is quantized", "export it as sentence-transformers")
-    if info.heads is not None or info.dropped:
+    if info.heads is not None or info.blocks or info.dropped:
         lacks = f"{info.heads} heads a block" if info.heads is not None else f"{len(info.dropped)} blocks without a sublayer"
+        lacks = "blocks of different widths" if info.blocks else lacks
         kind = source.config["model_type"]
         raise UserError(
             f"{source.name}: cannot be written as {layout}: it has {lacks}, which a {kind} config cannot say",
-            "use the variant as it is, or prune only whole blocks and MLP channels",
+            "onnx and openvino hold it; or prune only whole blocks, and the same share of the MLP channels in each",
         )
     if info.spec.suffix:
         raise UserError(

@@ -36,8 +36,9 @@ def write(source: ModelFolder, folder: Path) -> Reader:
     info = source.compressed
     if info.quantized:
         raise refusal(next(iter(info.quantized)), LAYOUT, "are quantized", "use the variant as it is (compress encode)")
-    if info.folded or info.heads is not None or info.dropped:
-        lacks = "a folded head" if info.folded else "blocks that lack heads or a sublayer"
+    if info.folded or info.heads is not None or info.blocks or info.dropped:
+        lacks = "blocks of different widths" if info.blocks else "blocks that lack heads or a sublayer"
+        lacks = "a folded head" if info.folded else lacks
         raise UserError(
             f"{source.name}: cannot be written as {LAYOUT}: it has {lacks}, which the published keys cannot describe",
             "`fold: false` in the recipe keeps the head as it is" if info.folded else "use the variant as it is (compress encode)",

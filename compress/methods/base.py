@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from compress.layers.scheme import QuantizedLayer
 from compress.models.shape import ModelShape
@@ -73,6 +74,40 @@ class Estimate:
 def share_of(share: float, count: int) -> int:
     """Return a share of `count`, rounded, halves up."""
     return math.floor(share * count + 0.5)
+
+
+class StepOverride(BaseModel):
+    """Settings of some layers or blocks in the place of a step's own. It is written with what is set, and read back as the same."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _what_is_set(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key in self.model_fields_set}
+
+
+def overridden(name: str, overrides: Mapping[str, StepOverride], nulls: Container[str] = ()) -> dict[str, Any]:
+    """Return the settings of the overrides whose pattern matches a name; later ones replace earlier ones.
+
+    `nulls`: keys for which null is a value; of others it says that nothing is set.
+    """
+    found: dict[str, Any] = {}
+    for pattern, override in overrides.items():
+        if fnmatchcase(name, pattern):
+            given = override.model_dump()
+            found |= {key: value for key, value in given.items() if value is not None or key in nulls}
+    return found
+
+
+def check_overrides(overrides: Mapping[str, StepOverride]) -> None:
+    """See that every override sets something.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for pattern, override in overrides.items():
+        if not override.model_fields_set:
+            raise ValueError(f"overrides {pattern!r} sets nothing; give {', '.join(type(override).model_fields)}")
 
 
 class Method(BaseModel):

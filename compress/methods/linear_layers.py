@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from compress.methods.base import Method
+from compress.methods.base import Method, StepOverride
 from compress.models.architectures import TRANSPOSED, is_block_linear, is_head_linear
 from compress.models.files.headers import TensorInfo
 from compress.models.shape import ModelShape, check_patterns, matching
@@ -42,9 +42,9 @@ class LinearsMethod(Method):
     """Whether the linear layers of NV-Embed's folded head are included; they hold 3 % of NV-Embed-v2's weights and are used once
     per token."""
 
-    def patterns(self) -> Iterable[str]:
-        """Return all patterns of the config; each of them has to match a layer."""
-        return self.skip
+    def overriding(self) -> Mapping[str, StepOverride]:
+        """Return the settings that the config gives some layers in the place of its own, by pattern of their names."""
+        return {}
 
     def chosen(self, names: Iterable[str]) -> list[str]:
         """Return those names of linear layers that the method works on."""
@@ -120,17 +120,21 @@ class LinearsMethod(Method):
         """Return a shape's linear layers, by name, and the names of those that the method works on.
 
         Raises:
-            ValueError: a pattern matches no layer, there is no folded head, no layer is left, or the layers are stored transposed.
+            ValueError: a pattern matches no layer, there is no folded head, no layer is left, the layers are stored transposed, or
+                an override has no effect, because `skip` leaves out every layer that it matches.
         """
         if shape.setting("model_type") in TRANSPOSED:
             raise ValueError(
                 f"{shape.name}: its blocks have Conv1D layers, with weights stored [in, out]; {self.method} takes only nn.Linear"
             )
         linears = {**shape.block_linears, **(shape.head_linears if self.head else {})}
-        check_patterns(linears, self.patterns())
+        check_patterns(linears, (*self.skip, *self.overriding()))
         chosen = self.chosen(linears)
         if self.head and not shape.head_linears:
             raise ValueError(f"{shape.name} has no folded latent-attention head; leave `head` out")
         if not chosen:
             raise ValueError(f"{shape.name} has no linear layer left for {self.method}")
+        for pattern in self.overriding():
+            if not matching(chosen, [pattern]):
+                raise ValueError(f"overrides {pattern!r} has no effect: `skip` leaves out every layer that it matches")
         return linears, chosen

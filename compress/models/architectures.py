@@ -261,6 +261,12 @@ def place_in_block(name: str) -> tuple[int, str] | None:
     return None if block is None else (int(block.group(1)), name[block.end() :])
 
 
+def block_path(name: str) -> str | None:
+    """Return the name of a tensor's block, such as `encoder.layer.3`; None if it belongs to no block."""
+    block = BLOCK.search(name)
+    return None if block is None else name[: block.end() - 1]
+
+
 def renumbered(name: str, number: int) -> str:
     """Return the name of a block's module or tensor with the block's number replaced."""
     block = BLOCK.search(f"{name}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from compress.common.errors import UserError, first_line
 from compress.layers.empty import empty_layer
 from compress.models.architectures import Sublayer
 from compress.models.files.headers import TensorInfo
-from compress.models.files.variant import VARIANT_FILE, AlignedTo
+from compress.models.files.variant import VARIANT_FILE, AlignedTo, BlockSizes
 from compress.models.files.weights import Weights
 from compress.models.folder import ModelFolder
 from compress.models.network.build import empty_network
 from compress.models.network.segments import blocks_of, segments_of
-from compress.models.network.surgery import drop_sublayer, keep_heads
+from compress.models.network.surgery import drop_sublayer, keep_channels, keep_heads
 from compress.models.shape import ModelShape
 from compress.models.source import check_original
 from compress.models.text.spec import EmbedderSpec
@@ -43,6 +43,10 @@ class OpenModel:
     """The number that each block has in the published model, from 0."""
     heads: int | None = None
     """Number of attention heads of each block, if heads were pruned and the config cannot store it; else None."""
+    blocks: tuple[BlockSizes, ...] = ()
+    """Sizes of blocks that differ from each other, which no config can store."""
+    resized: Mapping[str, TensorInfo] = field(default_factory=dict)
+    """Tensors that the walk will make smaller, as they will be."""
     dropped: tuple[tuple[int, Sublayer], ...] = ()
     """The sublayers that were dropped, each with its block's current number."""
     aligned_to: AlignedTo | None = None
@@ -50,15 +54,15 @@ class OpenModel:
 
     @property
     def shape(self) -> ModelShape:
-        """The current shape of the network, with the config to write."""
+        """The shape of the network as the steps so far leave it, with the config to write."""
         tensors = {name: TensorInfo("F16", tuple(tensor.shape)) for name, tensor in self.network.state_dict().items()}
-        return ModelShape(type(self.network).__name__, tensors, self.config, self.layers)
+        return ModelShape(type(self.network).__name__, {**tensors, **self.resized}, self.config, self.layers)
 
 
 def empty_model(folder: ModelFolder) -> nn.Module:
     """Build the network of a model or variant, with its parameters on the meta device.
 
-    A variant's changes to the architecture are applied: pruned heads, dropped sublayers, quantized layers.
+    A variant's changes to the architecture are applied: pruned heads and channels, dropped sublayers, quantized layers.
 
     Raises:
         UserError: the variant names a block or a layer that the network does not have.
@@ -69,9 +73,10 @@ def empty_model(folder: ModelFolder) -> nn.Module:
     info = folder.variant
     if info is None:
         return model
-    if info.heads is not None:
-        keep_heads(model, info.heads)
     blocks = blocks_of(model)[1]
+    everywhere = [] if info.heads is None else [BlockSizes(block=number, heads=info.heads) for number in range(len(blocks))]
+    for each in (*everywhere, *info.blocks):
+        _resize(folder, blocks, each)
     for number, sublayer in info.dropped:
         if not 0 <= number < len(blocks):
             raise UserError(f"{folder.path / VARIANT_FILE}: dropped: block {number}, and config.json has {len(blocks)} blocks")
@@ -82,6 +87,24 @@ def empty_model(folder: ModelFolder) -> nn.Module:
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{folder.path / VARIANT_FILE}: quantized.{name}: {first_line(error)}") from error
     return model
+
+
+def _resize(folder: ModelFolder, blocks: nn.ModuleList, sizes: BlockSizes) -> None:
+    """Give a block of an empty network its own sizes.
+
+    Raises:
+        UserError: there is no such block, or it cannot have them.
+    """
+    place = f"{folder.path / VARIANT_FILE}: block {sizes.block}"
+    if sizes.block >= len(blocks):
+        raise UserError(f"{place}, and config.json has {len(blocks)} blocks")
+    try:
+        if sizes.heads is not None:
+            keep_heads(blocks[sizes.block], sizes.heads, sizes.key_heads)
+        if sizes.channels is not None:
+            keep_channels(blocks[sizes.block], sizes.channels)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 def buffers_to(model: nn.Module, device: torch.device) -> None:
@@ -122,4 +145,5 @@ def open_model(folder: ModelFolder) -> OpenModel:
     info = folder.variant
     if info is None:
         return opened
-    return replace(opened, layers=info.layers or opened.layers, heads=info.heads, dropped=info.dropped, aligned_to=info.aligned_to)
+    made = replace(opened, layers=info.layers or opened.layers, heads=info.heads, blocks=info.blocks)
+    return replace(made, dropped=info.dropped, aligned_to=info.aligned_to)

@@ -58,6 +58,8 @@ class Plan:
     """Runtime that would execute the variant."""
     quantized: Mapping[str, QuantizedLayer]
     """How layers and embedding tables would be stored, by name."""
+    widths: Mapping[str, int]
+    """Number of inputs of each linear layer that would be quantized, by name."""
     gpus: Mapping[str, str]
     """Memory and time of a step on one or several GPUs, by its method."""
     problems: tuple[str, ...]
@@ -133,13 +135,14 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         measure_seconds=3 * (PROCESS_SECONDS + (recipe.measure.rounds + 1) * texts_tokens * encode),
         runtime=recipe.runtime,
         quantized=quantized,
+        widths={name: after.packed[name][1] for name in quantized if name in after.packed and name != after.token_table},
         gpus=gpus,
         problems=(),
     )
     problems = _problems(plan, output)
     try:
         device, kind = usual_device(recipe.runtime), Kind(static=not shape.blocks)
-        runtime = pick_runtime(recipe.runtime, quantized, device=device, dtype=recipe.dtype, kind=kind)
+        runtime = pick_runtime(recipe.runtime, quantized, device=device, dtype=recipe.dtype, kind=kind, widths=plan.widths)
         plan = replace(plan, runtime=runtime)
     except UserError as error:
         problems.append(error.message)

@@ -134,7 +134,12 @@ class _Run:
         self.device = _device(device)
         kind = Kind(static=self.source.is_static)
         self.runtime = pick_runtime(
-            self.recipe.runtime, self.plan.quantized, device=self.device, dtype=self.recipe.dtype, kind=kind
+            self.recipe.runtime,
+            self.plan.quantized,
+            device=self.device,
+            dtype=self.recipe.dtype,
+            kind=kind,
+            widths=self.plan.widths,
         )
         self.fingerprint = self.source.fingerprint
         short = ("random-" if self.source.is_random else "") + self.source.name.split("/")[-1].split(",")[0].removeprefix(RANDOM)

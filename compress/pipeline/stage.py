@@ -250,6 +250,7 @@ def _write_description(
         dtype=options.dtype,
         layers=model.layers,
         heads=model.heads,
+        blocks=model.blocks,
         dropped=model.dropped,
         quantized=decided.stored | quantized,
         aligned_to=model.aligned_to,

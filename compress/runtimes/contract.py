@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from compress.common.errors import UserError, nearest
@@ -74,7 +75,8 @@ class Runtime:
     package: str
     """Python package that must be installed."""
     opener: str
-    """Our module whose `open_variant` opens a variant as an Embedder."""
+    """Our module whose `open_variant` opens a variant as an Embedder; of a runtime that executes graphs, its `open_graph` opens any
+    graph."""
     extra: str | None
     """The extra of this project that installs the package; None: the package is always installed."""
     numbers: frozenset[Numbers]
@@ -103,18 +105,37 @@ class Runtime:
     checkpoints: bool = False
     """Whether it also opens checkpoints, not only variants."""
 
+    def overflows(self, layer: QuantizedLayer) -> bool:
+        """Whether products of a layer would overflow on this machine."""
+        return self.byte_products and layer.activations is not ActivationScheme.NONE and not multiplies_bytes_exactly()
+
     @property
     def is_installed(self) -> bool:
         """Whether its package can be imported."""
         return importlib.util.find_spec(self.package) is not None
 
-    def refusal(self, name: str, layer: QuantizedLayer) -> str | None:
-        """Say why the runtime does not execute a layer as it is stored; None: it does."""
+    def refusal(self, name: str, layer: QuantizedLayer, width: int | None = None, *, table: bool = False) -> str | None:
+        """Say why the runtime does not execute a layer as it is stored; None: it does.
+
+        Args:
+            name: the layer's name.
+            layer: how it is stored.
+            width: number of its inputs, or of a table's columns; None: any.
+            table: whether it is a table, whose rows are scaled one by one.
+        """
         if layer.numbers not in self.numbers or layer.bits not in self.bits:
             return f"{self.name} does not execute {layer.name} weights ({name})"
         quantized = layer.activations is not ActivationScheme.NONE
         if layer.activations not in self.schemes or (quantized and layer.bits not in self.product_bits):
             return f"{self.name} does not execute {layer.name} weights with activations {layer.activations} ({name})"
+        if width is None or self.linear is None or layer.bits != 4:
+            return None
+        if width % 2:
+            return f"{name} has rows of {width} four-bit integers; graphs take only even rows"
+        ragged = layer.group_size and not table and width > layer.group_size and width % layer.group_size
+        if ragged and not self.uneven_groups:
+            groups = f"in groups of {layer.group_size}; {self.name} takes only groups that divide the inputs"
+            return f"{name} has {width} four-bit inputs {groups}"
         return None
 
 
@@ -231,6 +252,7 @@ def pick_runtime(
     device: str = "cpu",
     dtype: str | None = None,
     kind: Kind = Kind(),
+    widths: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """Return the name of the runtime that is to execute a model.
 
@@ -240,6 +262,7 @@ def pick_runtime(
         device: device to run on; only torch runs on other devices than a CPU.
         dtype: dtype of the arithmetic; None: any.
         kind: what kind of model it is; by default a variant with blocks.
+        widths: numbers of inputs of quantized linear layers, by name, as far as they are known.
 
     Raises:
         UserError: the runtime is not known, is not installed, or does not execute a layer, the device or the dtype.
@@ -247,11 +270,11 @@ def pick_runtime(
     reasons = []
     offered = [runtime for runtime in RUNTIMES.values() if not _unfit(runtime, kind)]
     for runtime in offered if wanted == AUTO else [runtime_named(wanted)]:
-        reason = _unfit(runtime, kind) or _refusal(runtime, quantized, device, dtype)
+        reason = _unfit(runtime, kind) or _refusal(runtime, quantized, device, dtype, widths)
         if reason is None:
             return runtime.name
         reasons.append(reason)
-    able = [other.name for other in offered if _refusal(other, quantized, device, dtype) is None]
+    able = [other.name for other in offered if _refusal(other, quantized, device, dtype, widths) is None]
     raise UserError("; ".join(reasons), f"these do: {', '.join(able)}" if able else "")
 
 
@@ -263,7 +286,9 @@ def _unfit(runtime: Runtime, kind: Kind) -> str | None:
     return None
 
 
-def _refusal(runtime: Runtime, quantized: Mapping[str, QuantizedLayer], device: str, dtype: str | None) -> str | None:
+def _refusal(
+    runtime: Runtime, quantized: Mapping[str, QuantizedLayer], device: str, dtype: str | None, widths: Mapping[str, int]
+) -> str | None:
     if runtime.cpu_only and not device.startswith("cpu"):
         return f"{runtime.name} runs on the CPU here, not on {device}"
     if runtime.cuda_only and not device.startswith("cuda"):
@@ -271,10 +296,10 @@ def _refusal(runtime: Runtime, quantized: Mapping[str, QuantizedLayer], device: 
     if dtype is not None and (device.startswith("cpu") or runtime.cuda_only) and dtype not in runtime.dtypes:
         return f"{runtime.name} does not compute in {dtype}"
     for name, layer in quantized.items():
-        reason = runtime.refusal(name, layer)
+        reason = runtime.refusal(name, layer, widths.get(name))
         if reason is not None:
             return reason
-        if runtime.byte_products and layer.activations is not ActivationScheme.NONE and not multiplies_bytes_exactly():
+        if runtime.overflows(layer):
             return f"{runtime.name} would let byte products overflow on this CPU, which has none of {', '.join(BYTE_PRODUCTS)}"
     if not runtime.is_installed:
         how = f"compress-embedders[{runtime.extra}]" if runtime.extra else runtime.package

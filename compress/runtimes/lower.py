@@ -8,6 +8,7 @@ safetensors files (ONNX external data: file, offset, length), so it has the same
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,11 +24,13 @@ from transformers import PreTrainedModel
 from compress.common.errors import UserError
 from compress.common.files import replacing
 from compress.layers.compressed import CompressedLayer
-from compress.models.files.headers import MASK, StoredTensor
+from compress.models.files.headers import MASK, StoredTensor, stored_tensors
+from compress.models.files.shards import write_tensors
+from compress.models.files.variant import WEIGHTS_FILE
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import TracedNetwork, backbone_of
 from compress.models.opened import empty_model
-from compress.runtimes.contract import GRAPH_RUNTIMES, RUNTIMES, graph_file, graph_inputs, runtime_named
+from compress.runtimes.contract import GRAPH_RUNTIMES, graph_file, graph_inputs, runtime_named
 from compress.runtimes.lowered_layers import FOUR_BITS, OPSET, TracedLinear, TracedTable, traced, translations
 
 # The batch that is traced; its sizes are left free in the graph. Not 1, which tracing takes for a constant.
@@ -62,9 +65,9 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
         module = network.get_submodule(name)
         assert isinstance(module, CompressedLayer)
         stand_in = traced(module)
-        if layer.bits == 4:
-            group_size = layer.group_size if isinstance(stand_in, TracedLinear) else None  # of a table, rows are scaled one by one
-            _check_four_bits(f"{folder.path}: {name}", stand_in.width, group_size, runtime)
+        refused = runtime_named(runtime).refusal(name, layer, stand_in.width, table=isinstance(stand_in, TracedTable))
+        if refused is not None:
+            raise UserError(f"{folder}: {refused}", "another group_size, or another runtime")
         network.set_submodule(name, stand_in)
     unread = _without_values(network)
     # Plain products and a softmax: both runtimes find attention in them and fuse it.
@@ -72,43 +75,70 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
     if isinstance(backbone, PreTrainedModel):
         backbone.set_attn_implementation("eager")
     names = graph_inputs(info.spec.pool_prompt)
+    tokens = torch.ones(TRACED_TEXTS, TRACED_TOKENS, dtype=torch.int64)
+    model = _graph(TracedNetwork(network), dict.fromkeys(names, tokens), "vectors", runtime)
+    _finish(model, stored, unread)
+    return _saved(model, graph_file(folder.path, runtime))
+
+
+def lower_layer(layer: nn.Module, folder: Path, runtime: str) -> Path:
+    """Write the graph of a linear layer alone, float32 [texts, tokens, in] to [texts, tokens, out], and its weights next to it.
+
+    Args:
+        layer: an `nn.Linear`, whose weights are stored in half precision, or a layer as a variant stores it.
+        folder: an empty folder.
+        runtime: the runtime that is to execute it.
+    """
+    stand_in = traced(layer) if isinstance(layer, CompressedLayer) else copy.deepcopy(layer).half()
+    network = nn.ModuleDict({"layer": stand_in})
+    write_tensors(folder / WEIGHTS_FILE, network.state_dict())
+    network.to("meta")
+    unread = _without_values(network)
+    rows = torch.ones(TRACED_TEXTS, TRACED_TOKENS, int(layer.in_features))  # type: ignore[arg-type]
+    model = _graph(_Alone(network), {"rows": rows}, "rows_after", runtime)
+    _finish(model, stored_tensors(folder), unread)
+    return _saved(model, graph_file(folder, runtime))
+
+
+class _Alone(nn.Module):
+    """A layer by itself, under the names that `_finish` looks for."""
+
+    def __init__(self, network: nn.ModuleDict) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Map [texts, tokens, in] to [texts, tokens, out]."""
+        made: torch.Tensor = self.network["layer"](rows)
+        return made
+
+
+def _graph(network: nn.Module, inputs: Mapping[str, torch.Tensor], output: str, runtime: str) -> ir.Model:
+    """Trace a network; the first two dimensions of its inputs are left free."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, which no text network needs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own, about its own code
         program = torch.onnx.export(
-            TracedNetwork(network).eval(),
-            tuple(torch.ones(TRACED_TEXTS, TRACED_TOKENS, dtype=torch.int64) for _ in names),
+            network.eval(),
+            tuple(inputs.values()),
             dynamo=True,
             optimize=False,
             verbose=False,
             opset_version=OPSET,
-            input_names=list(names),
-            output_names=["vectors"],
-            dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for _ in names),
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for _ in inputs),
             custom_translation_table=translations(runtime),
         )
     assert program is not None
-    _finish(program.model, stored, unread)
-    path = graph_file(folder.path, runtime)
+    model: ir.Model = program.model
+    return model
+
+
+def _saved(model: ir.Model, path: Path) -> Path:
     with replacing(path) as temporary:
-        ir.save(program.model, temporary, format="protobuf")
+        ir.save(model, temporary, format="protobuf")
     return path
-
-
-def _check_four_bits(place: str, width: int, group_size: int | None, runtime: str) -> None:
-    """See that a runtime takes four-bit rows of this width.
-
-    Raises:
-        UserError: it does not.
-    """
-    if width % 2:
-        raise UserError(f"{place} has rows of {width} four-bit integers; graphs take only even rows")
-    if not runtime_named(runtime).uneven_groups and group_size and width > group_size and width % group_size:
-        others = " or ".join(name for name in GRAPH_RUNTIMES if RUNTIMES[name].uneven_groups)
-        raise UserError(
-            f"{place} has {width} four-bit inputs in groups of {group_size}; {runtime} takes only groups that divide the inputs",
-            f"another group_size, or runtime: {others}",
-        )
 
 
 def _without_values(network: nn.Module) -> list[str]:

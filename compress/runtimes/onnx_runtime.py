@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import onnxruntime
 
 from compress.models.embedder import Vectors
@@ -28,15 +30,7 @@ class OnnxEmbedder(GraphEmbedder):
         """Open a variant's folder; see `open_variant`."""
         graph = lowered(folder, NAME, dtype)
         threads, streams = threads_and_streams(folder, threads)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads // streams
-        options.log_severity_level = ERRORS_ONLY
-        # By default onnxruntime also rounds the inputs of layers for which the variant quantizes only the weights.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", FLOAT32)
-        with opening(graph):
-            self._session = onnxruntime.InferenceSession(
-                graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOWER_FUSIONS
-            )
+        self._session = _session(graph, threads // streams)
         self._names = [given.name for given in self._session.get_inputs()]
         super().__init__(folder, threads, streams)
 
@@ -47,6 +41,29 @@ class OnnxEmbedder(GraphEmbedder):
         """Run one batch; see `GraphEmbedder.run`."""
         vectors: Vectors = self._session.run(None, dict(zip(self._names, inputs, strict=True)))[0]
         return vectors
+
+
+def _session(graph: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Open a graph whose calls take so many threads each."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = ERRORS_ONLY
+    # By default onnxruntime also rounds the inputs of layers for which the variant quantizes only the weights.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", FLOAT32)
+    with opening(graph):
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOWER_FUSIONS)
+
+
+def open_graph(graph: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Open a graph of one input and one output; the function runs it in so many threads."""
+    session = _session(graph, threads)
+    (given,) = session.get_inputs()
+
+    def run(rows: np.ndarray) -> np.ndarray:
+        made: np.ndarray = session.run(None, {given.name: rows})[0]
+        return made
+
+    return run
 
 
 def open_variant(folder: ModelFolder, *, dtype: str | None = None, threads: int | None = None) -> OnnxEmbedder:

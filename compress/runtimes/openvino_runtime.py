@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
@@ -32,15 +33,7 @@ class OpenVINOEmbedder(GraphEmbedder):
         """Open a variant's folder; see `open_variant`."""
         graph = lowered(folder, NAME, dtype)
         threads, streams = threads_and_streams(folder, threads)
-        settings = {
-            "INFERENCE_PRECISION_HINT": PRECISIONS[dtype or "float32"],
-            "NUM_STREAMS": streams,
-            "INFERENCE_NUM_THREADS": threads,
-            # By default OpenVINO also rounds the inputs of layers for which the variant quantizes only the weights.
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-        }
-        with opening(graph):
-            self._compiled = openvino.Core().compile_model(graph, "CPU", settings)
+        self._compiled = _compiled(graph, threads, streams, dtype)
         # A request runs one batch at a time. `run` takes one from this queue and returns it afterwards.
         self._requests: SimpleQueue[openvino.InferRequest] = SimpleQueue()
         for _ in range(streams):
@@ -61,6 +54,31 @@ class OpenVINOEmbedder(GraphEmbedder):
             return np.array(request.get_output_tensor().data, dtype=np.float32)
         finally:
             self._requests.put(request)
+
+
+def _compiled(graph: Path, threads: int, streams: int, dtype: str | None = None) -> openvino.CompiledModel:
+    """Open a graph."""
+    settings = {
+        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype or "float32"],
+        "NUM_STREAMS": streams,
+        "INFERENCE_NUM_THREADS": threads,
+        # By default OpenVINO also rounds the inputs of layers for which the variant quantizes only the weights.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+    }
+    with opening(graph):
+        return openvino.Core().compile_model(graph, "CPU", settings)
+
+
+def open_graph(graph: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Open a graph of one input and one output; the function runs it in so many threads."""
+    request = _compiled(graph, threads, 1).create_infer_request()
+
+    def run(rows: np.ndarray) -> np.ndarray:
+        request.infer([rows], share_inputs=True)
+        made: np.ndarray = request.get_output_tensor().data
+        return made
+
+    return run
 
 
 def open_variant(folder: ModelFolder, *, dtype: str | None = None, threads: int | None = None) -> OpenVINOEmbedder:

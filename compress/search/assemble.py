@@ -9,6 +9,7 @@ from typing import Any
 
 from compress.methods import method_class
 from compress.methods.base import Method
+from compress.models.architectures import block_path
 from compress.models.shape import ModelShape, matching
 from compress.search.choices import AS_STORED, DROPPED, Choice
 from compress.search.groups import TABLE, WHOLE, Group, pattern_of
@@ -61,7 +62,7 @@ def steps_of(chosen: Chosen, choices: Mapping[Group, Sequence[Choice]], shape: M
         for new, old in enumerate(block for block in range(shape.blocks + len(wanted.dropped)) if block not in wanted.dropped)
     }
     if wanted.narrow:
-        add("width", **_width(wanted.narrow, places))
+        add("width", **_width({places[block]: step for block, step in wanted.narrow.items()}, shape))
     for method in ORDER:
         if method in wanted.steps:
             renamed = {_renamed(layer, places): config for layer, config in wanted.steps[method].items()}
@@ -110,14 +111,14 @@ def _renamed(layer: str, places: Mapping[int, int]) -> str:
     return layer if block is None else renumbered(layer, places[block])
 
 
-def _width(narrow: Mapping[int, Mapping[str, Any]], places: Mapping[int, int]) -> dict[str, Any]:
-    """Return the config of one step that narrows some blocks."""
-    overrides = {
-        str(places[block]): {key: value for key, value in step.items() if key != "method"}
-        for block, step in sorted(narrow.items())
-        if block in places
-    }
-    return {"overrides": overrides}
+def _width(narrow: Mapping[int, Mapping[str, Any]], shape: ModelShape) -> dict[str, Any]:
+    """Return the config of one step that narrows some blocks, each by a config of its own."""
+    configs = {block: {key: value for key, value in step.items() if key != "method"} for block, step in sorted(narrow.items())}
+    paths = {_block_of(layer): block_path(layer) for layer in shape.block_linears}
+    first = next(iter(configs.values()))
+    if configs.keys() == paths.keys() and all(config == first for config in configs.values()):
+        return first
+    return {"overrides": {pattern_of(str(paths[block])): config for block, config in configs.items()}}
 
 
 def _over_layers(layers: Mapping[str, Mapping[str, Any]], shape: ModelShape) -> dict[str, Any]:

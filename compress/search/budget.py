@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from compress.common.locks import locked
 from compress.common.memory import gigabytes
 from compress.measure.record import Record
 from compress.measure.sensitivity import Sensitivity
+from compress.models.folder import ModelFolder
 from compress.pipeline.recipe import Calibration, Evaluate, Gates, Recipe
 from compress.search.assemble import Chosen
-from compress.search.choices import AS_STORED, DROPPED
-from compress.search.groups import WHOLE
+from compress.search.choices import AS_STORED, DROPPED, WIDTHS
+from compress.search.groups import TABLE, WHOLE
+from compress.search.items import BYTES, FLOAT32, MS, WHOLE_MODEL, items_of
 from compress.search.knapsack import Item, Point, Problem, front, solve, total
 from compress.search.making import Maker
 from compress.search.prediction import Agreement, agreement, cosine_loss
@@ -33,7 +35,6 @@ from compress.search.sensitivity import SensitivityOptions, Subject, sensitivity
 
 ADDITIVE = 0.9
 """Least R2, after the best line through the origin, at which sums of scores are trusted; below it scores are taken anew."""
-BYTES, MS = "bytes", "ms"
 
 
 @dataclass(frozen=True)
@@ -127,30 +128,33 @@ class _Search:
 
     def problem(self, scores: Mapping[str, Mapping[str, float]]) -> Problem:
         """Return the knapsack of these scores."""
-        times = self.times() if self.bounds.min_speedup is not None else None
-        items: list[Item] = []
-        replaces: dict[tuple[str, str], list[str]] = {}
-        for group in self.record.groups:
-            inside = [one for one in self.record.groups if one.block == group.block and one.kind != WHOLE]
-            for choice, size in group.bytes.items():
-                if group.kind == WHOLE:
-                    if choice not in (AS_STORED, DROPPED):
-                        continue  # how much narrower layers take depends on their own choice
-                    size -= sum(one.bytes[AS_STORED] for one in inside) if choice == AS_STORED else 0
-                    if choice == DROPPED:
-                        replaces[group.name, choice] = [one.name for one in inside]
-                if group.kind == "table" and not self.options.table and choice != "int8":
-                    continue
-                costs = {BYTES: float(size), MS: 0.0 if times is None else times.get((group.name, choice), 0.0)}
-                items.append(Item(group.name, choice, scores[group.name].get(choice, group.losses[choice]), costs))
-        return Problem(items, replaces, (BYTES,) if times is None else (BYTES, MS))
+        losses = {group.name: {**group.losses, **scores[group.name]} for group in self.record.groups}
+        items = [replace(item, loss=losses[item.group][item.choice]) for item in self.items]
+        return Problem(items, (BYTES,) if self.bounds.min_speedup is None else (BYTES, MS))
 
-    def times(self) -> dict[tuple[str, str], float]:
-        """Return the measured milliseconds of each choice of each group."""
+    @cached_property
+    def items(self) -> list[Item]:
+        """The knapsack's items, without losses."""
+        choices = dict(self.subject.choices)
+        if not self.options.table:
+            tables = [group for group in choices if group.kind == TABLE]
+            choices |= {group: tuple(choice for choice in choices[group] if choice.name == "int8") for group in tables}
+        times = self.times if self.bounds.min_speedup is not None else None
+        return items_of(choices, self.subject.shape, self.subject.options.runtime, times)
+
+    @cached_property
+    def times(self) -> dict[str, dict[str, float]]:
+        """The measured milliseconds of each choice of each group."""
         from compress.search.timing import milliseconds
 
-        kept = self.journal.once("times", lambda: {"ms": milliseconds(self.subject)})["ms"]
-        return {(group, choice): ms for group, choices in kept.items() for choice, ms in choices.items()}
+        def measured() -> dict[str, Any]:
+            try:
+                return {"ms": milliseconds(self.subject, lambda: ModelFolder("plain", self.maker.variant({})))}
+            finally:
+                self.maker.forget({})
+
+        kept: dict[str, dict[str, float]] = self.journal.once("times", measured)["ms"]
+        return kept
 
     def limits(self) -> dict[str, float]:
         """Return the bounds on the knapsack's costs.
@@ -168,13 +172,14 @@ class _Search:
                     "raise it",
                 )
         if self.bounds.min_speedup is not None:
-            whole = self.times()["", "float32"]
-            inside = sum(ms for (group, choice), ms in self.times().items() if group and choice == "float32")
-            found[MS] = whole / self.bounds.min_speedup - max(whole - inside, 0.0)
+            whole = self.times[WHOLE_MODEL]
+            inside = sum(self.times[group.name][AS_STORED] for group in self.subject.choices if group.kind not in (TABLE, WHOLE))
+            rest = max(whole[AS_STORED] - inside, 0.0)
+            found[MS] = whole[FLOAT32] / self.bounds.min_speedup - rest
             if found[MS] <= 0:
                 raise UserError(
-                    f"--min-speedup {self.bounds.min_speedup:g}: what no choice is about takes {max(whole - inside, 0.0):.2f} of "
-                    f"{whole:.2f} ms already",
+                    f"--min-speedup {self.bounds.min_speedup:g}: what no choice is about takes {rest:.2f} ms already, and all of "
+                    f"float32 {whole[FLOAT32]:.2f} ms",
                     "lower it, or search with another --runtime",
                 )
         return found
@@ -220,13 +225,9 @@ class _Search:
     def _additivity(self, problem: Problem) -> Agreement:
         """Compare sums of scores with measurements of random assignments."""
         generator = np.random.default_rng(self.subject.options.seed)
-        offered: dict[str, list[str]] = {}
-        for item in problem.items:
-            if item.choice not in (AS_STORED, DROPPED) and not item.group.endswith(WHOLE):
-                offered.setdefault(item.group, []).append(item.choice)
         predictions, measured = [], []
         for number in range(self.options.trials):
-            chosen = {group: str(generator.choice(choices)) for group, choices in offered.items()}
+            chosen = _drawn(problem, generator)
             predictions.append(cosine_loss(total(problem, chosen, "loss")))
             measured.append(self.maker.loss(chosen))
             self.say(f"trial {number + 1}: loss {measured[-1]:.4f}, predicted {predictions[-1]:.4f}")
@@ -262,8 +263,8 @@ class _Search:
 
     def _problem_around(self, chosen: Chosen) -> Problem:
         """Return the knapsack with scores around a solution. What cannot be scored there keeps its score."""
-        if any(choice == DROPPED for choice in chosen.values()):
-            self.say("the solution leaves out blocks, around which no scores can be taken: the first ones stay")
+        if any(choice == DROPPED or choice in WIDTHS for choice in chosen.values()):
+            self.say("the solution leaves out or narrows blocks, around which no scores can be taken: the first ones stay")
             return self.problem(self.record.scores)
         key = f"around-{self.maker.key(chosen)}"
         changes = self.journal.once(key, lambda: self._changes(chosen, self.folder / key))
@@ -352,6 +353,20 @@ class _Search:
             evaluate=Evaluate(tasks=options.tasks or ("mini",), data=options.data),
             gates=Gates(retained=kept, size_ratio=size, speedup=self.bounds.min_speedup),
         )
+
+
+def _drawn(problem: Problem, generator: np.random.Generator) -> dict[str, str]:
+    """Draw an assignment that leaves no layers as they are and no blocks out; blocks may be narrower."""
+    chosen: dict[str, str] = {}
+    for depends in (False, True):  # what other groups depend on is drawn first
+        offered: dict[str, list[str]] = {}
+        for item in problem.items:
+            if (item.given is not None) != depends or (item.given is not None and chosen[item.given[0]] not in item.given[1]):
+                continue
+            if item.choice != (DROPPED if item.group.endswith(f".{WHOLE}") else AS_STORED):
+                offered.setdefault(item.group, []).append(item.choice)
+        chosen |= {group: str(generator.choice(choices)) for group, choices in offered.items()}
+    return chosen
 
 
 def write_found(found: Found, to: Path) -> None:

@@ -69,6 +69,10 @@ CHOICES = (
 """All choices. A new one is a row here; where its step is of a new kind, `assemble` says how the choices become a recipe."""
 
 
+WIDTHS = tuple(choice.name for choice in CHOICES if choice.step is not None and choice.step["method"] == "width")
+"""Names of the choices that make a block narrower."""
+
+
 def target_of(group: Group) -> str:
     """Return which choices are for a group: `linears`, `table` or `block`."""
     return {TABLE: "table", WHOLE: "block"}.get(group.kind, "linears")
@@ -117,7 +121,11 @@ def _executed(choice: Choice, group: Group, shape: ModelShape, runtime: str) -> 
         estimate = step.estimate(_whole(shape) if group.kind == WHOLE else part_of(shape, group))
     except ValueError:
         return False
-    return all(runtime_named(runtime).refusal(name, layer) is None for name, layer in estimate.quantized.items())
+    place, table = runtime_named(runtime), group.kind == TABLE
+    return not any(
+        place.overflows(layer) or place.refusal(name, layer, estimate.after.packed[name][1], table=table)
+        for name, layer in estimate.quantized.items()
+    )
 
 
 def step_of(choice: Choice, group: Group, shape: ModelShape) -> Method | None:
@@ -158,17 +166,23 @@ def _whole(shape: ModelShape) -> ModelShape:
     return replace(shape, tensors=dict(shape.tensors))
 
 
+def narrowed(choice: Choice, group: Group, shape: ModelShape) -> ModelShape:
+    """Return a model's shape after a choice for one block as a whole that leaves it there."""
+    step = step_of(choice, group, shape)
+    if step is None:
+        return shape
+    mine = part_of(step.estimate(_whole(shape)).after, group)
+    return replace(shape, tensors={**shape.tensors, **mine.tensors})
+
+
 def bytes_of(choice: Choice, group: Group, shape: ModelShape) -> int:
     """Return the bytes of a group's tensors after a choice; of a choice for a whole block, those that the block then has."""
     step = step_of(choice, group, shape)
     part = part_of(shape, group)
     if group.kind == WHOLE:
-        if step is None:
-            return part.as_stored().bytes
-        if step.method == "depth":
+        if choice.name == DROPPED:
             return 0
-        after = step.estimate(_whole(shape)).after
-        return part_of(after, group).bytes
+        return part_of(narrowed(choice, group, shape), group).as_stored().bytes
     after = part.as_stored() if step is None else step.estimate(part).after
     own = tuple(f"{name}." for name in group.layers)
     return sum(info.bytes for name, info in after.tensors.items() if name.startswith(own))

@@ -1,14 +1,15 @@
 """The choice for every group with the least loss within bounds: a multiple-choice knapsack, solved exactly.
 
-Each group takes one of its choices; costs in bytes and milliseconds add up and have bounds. A block that is left out as a whole
-takes none. It is an integer programme in 0 and 1, which HiGHS solves by branch and bound (Huangfu and Hall 2018, Math. Prog. Comp.
-10; scipy.optimize.milp) to a gap of 1e-9.
+Each group takes one of its choices; costs in bytes and milliseconds add up and have bounds. What a choice costs may depend on
+another group's: layers of a narrow block are smaller, and those of a block that is left out take none. It is an integer programme
+in 0 and 1, which HiGHS solves by branch and bound (Huangfu and Hall 2018, Math. Prog. Comp. 10; scipy.optimize.milp) to a gap of
+1e-9.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,16 +26,22 @@ class Item:
     loss: float
     costs: Mapping[str, float]
     """What it takes of each bounded quantity, such as `bytes` and `ms`."""
+    given: tuple[str, frozenset[str]] | None = None
+    """Another group and choices of it: the item is there only if one of these is taken. Two sets of these choices among a group's
+    items are the same or share none. None: it is always there."""
+
+    def taken(self, chosen: Mapping[str, str]) -> bool:
+        """Whether a solution has it."""
+        there = self.given is None or chosen.get(self.given[0]) in self.given[1]
+        return there and chosen.get(self.group) == self.choice
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Groups with their choices, and what excludes what."""
+    """Groups with their choices."""
 
     items: Sequence[Item]
     """Every choice of every group."""
-    replaces: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)
-    """Choices of one group that take the place of other groups: the block that is left out replaces those of its layers."""
     costs: Sequence[str] = ("bytes",)
     """The quantities that have bounds."""
 
@@ -60,7 +67,7 @@ def solve(
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     items = problem.items
-    rows, low, high = _one_each(problem)
+    rows, low, high = _one_each(items)
     for name, most in bounds.items():
         rows.append(np.array([item.loss if name == "loss" else item.costs[name] for item in items]) / (abs(most) or 1.0))
         low.append(-np.inf)
@@ -87,24 +94,24 @@ def solve(
     return {item.group: item.choice for item, taken in zip(items, found.x, strict=True) if taken > 0.5}
 
 
-def _one_each(problem: Problem) -> tuple[list[np.ndarray], list[float], list[float]]:
-    """Return the rows that say that each group takes one choice, or is replaced by another group's."""
-    replacing: dict[str, list[tuple[str, str]]] = {}
-    for choice, groups in problem.replaces.items():
-        for group in groups:
-            replacing.setdefault(group, []).append(choice)
-    rows = []
-    for group in dict.fromkeys(item.group for item in problem.items):
-        others = replacing.get(group, [])
-        rows.append(
-            np.array([1.0 if item.group == group or (item.group, item.choice) in others else 0.0 for item in problem.items])
-        )
-    return rows, [1.0] * len(rows), [1.0] * len(rows)
+def _one_each(items: Sequence[Item]) -> tuple[list[np.ndarray], list[float], list[float]]:
+    """Return the rows that say that each group takes one of the items that are there, and their sums.
+
+    Of a group whose items depend on another's choice, so many are taken as of the choices that they are given.
+    """
+    rows, sums = list[np.ndarray](), list[float]()
+    for group, given in dict.fromkeys((item.group, item.given) for item in items):
+        row = np.array([float((item.group, item.given) == (group, given)) for item in items])
+        if given is not None:
+            row -= np.array([float(item.group == given[0] and item.choice in given[1]) for item in items])
+        rows.append(row)
+        sums.append(float(given is None))
+    return rows, sums, list(sums)
 
 
 def total(problem: Problem, chosen: Mapping[str, str], cost: str) -> float:
     """Return the sum of a cost, or of `loss`, over a solution."""
-    return sum(item.loss if cost == "loss" else item.costs[cost] for item in problem.items if chosen.get(item.group) == item.choice)
+    return sum(item.loss if cost == "loss" else item.costs[cost] for item in problem.items if item.taken(chosen))
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,15 @@ from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 from compress.measure.vectors.fidelity import cosines
 from compress.methods.base import Method
 from compress.methods.nv_embed.fold import Fold
+from compress.methods.prune.depth import Depth
+from compress.methods.prune.width import Width
 from compress.methods.quantize.embeddings import Embeddings
 from compress.methods.quantize.gptq import GPTQ
 from compress.methods.quantize.rtn import RTN
 from compress.methods.quantize.smoothquant import SmoothQuant
 from compress.models.files.variant import VariantInfo
+from compress.pipeline.plan import make_plan
+from compress.pipeline.recipe import Measure, Recipe
 from compress.runtimes import contract
 from compress.runtimes.contract import GRAPH_RUNTIMES, RUNTIMES, TORCH, graph_file, pick_runtime
 from compress.runtimes.lower import lower
@@ -132,6 +136,56 @@ def test_quantized_activations_are_the_same_integers(make_model, tmp_path: Path,
     # A value that floating point moves across the middle between two integers is rounded to the other one.
     assert np.min(found) > 0.9995
     assert np.median(found) > 0.9999
+
+
+NARROW = (Depth(drop=(1,)), Width(overrides={"*.0": {"channels": 0.5}, "*.2": {"channels": 0.8}}))
+FOUR_BITS = {"bits": 4, "group_size": 8, "activations": "none"}
+
+
+@pytest.mark.parametrize("runtime", BOTH)
+def test_blocks_of_all_kinds_give_torch_s_vectors(make_model, tmp_path: Path, runtime: str) -> None:
+    """A block is left out, two are narrower, and layers and the table have bits of their own."""
+    weights = RTN(activations="none", overrides={"*.Wqkv": FOUR_BITS})
+    compress_to(make_model("modernbert"), tmp_path / "variant", *NARROW, weights, Embeddings(bits=4, group_size=16))
+    ours, theirs = (opened(tmp_path / "variant", name).encode(TEXTS) for name in (runtime, "torch"))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@needs_byte_products
+@pytest.mark.parametrize(
+    ("runtime", "steps"),
+    [
+        ("openvino", (SmoothQuant(activations="static_per_tensor", skip=("*.Wqkv",)), RTN(**FOUR_BITS))),
+        ("onnxruntime", (RTN(overrides={"*.Wqkv": FOUR_BITS, "*attn.Wo": {"activations": "none"}}),)),
+    ],
+    ids=BOTH,
+)
+def test_blocks_of_all_kinds_with_mixed_activations(make_model, tmp_path: Path, runtime: str, steps: tuple[Method, ...]) -> None:
+    compress_to(make_model("modernbert"), tmp_path / "variant", *NARROW, *steps, Embeddings(bits=4, group_size=16))
+    assert len({layer.activations for layer in VariantInfo.read(tmp_path / "variant").quantized.values()}) == 2
+    ours, theirs = (opened(tmp_path / "variant", name) for name in (runtime, "torch"))
+    found = [float(cosines(ours.encode([text]), theirs.encode([text]))[0]) for text in TEXTS]
+    assert np.min(found) > 0.9995
+    assert np.median(found) > 0.9999
+
+
+def test_a_mixture_that_a_runtime_does_not_execute_is_refused_before_it_is_made(
+    make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contract, "multiplies_bytes_exactly", lambda: True)
+    monkeypatch.setattr(contract.Runtime, "is_installed", property(lambda self: True))
+    folder = make_model("modernbert")
+    ragged = RTN(activations="none", overrides={"*.0.mlp.Wo": {"bits": 4, "group_size": 16}})
+    dynamic = RTN(activations="none", overrides={"*.0.mlp.Wo": {"activations": "dynamic_per_token"}})
+    for step, said in (
+        (ragged, r"layers\.0\.mlp\.Wo has 40 four-bit inputs in groups of 16; openvino takes only groups that divide the inputs"),
+        (dynamic, r"openvino does not execute int8 weights with activations dynamic_per_token \(.*layers\.0\.mlp\.Wo\)"),
+    ):
+        recipe = Recipe(model=str(folder), runtime="openvino", steps=(*NARROW, step), measure=Measure(what=()))
+        assert re.search(said, make_plan(recipe, folder_of(folder).shape, tmp_path).problems[-1])
+        with pytest.raises(UserError, match=said) as refused:
+            compress.run(recipe, output=tmp_path / "runs")
+        assert "onnxruntime" in refused.value.hint
 
 
 @needs_byte_products

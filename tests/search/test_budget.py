@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from search_support import FEW
 
 from compress.common.errors import UserError
 from compress.common.journal import Journal
+from compress.methods.prune.width import Width
 from compress.methods.quantize.gptq import GPTQ
 from compress.models.source import find
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe_file import read_recipe
 from compress.search.assemble import patterns, steps_of
 from compress.search.budget import Bounds, Found, SearchOptions, search, write_found
+from compress.search.items import items_of
+from compress.search.knapsack import Problem, total
 from compress.search.options import size_of
 from compress.search.prediction import agreement, cosine_loss, tangent
 from compress.search.sensitivity import Subject
@@ -100,6 +104,64 @@ def test_an_assignment_becomes_few_patterns(bert: Path) -> None:
     assert isinstance(last, GPTQ)
     assert last.skip == ("*.attention.output.*",)  # of the one block that is left
     assert {pattern: override.bits for pattern, override in last.overrides.items()} == {"*layer.0.output.*": 3}
+
+
+MIXED = replace(FEW, choices=("int8", "int4", "w8a8", "sparse-50", "dropped", "channels-50", "heads-50"))
+
+
+@pytest.mark.parametrize("kind", ["bert", "mistral"])
+def test_what_items_take_is_what_the_steps_make(make_model, kind: str) -> None:
+    subject = Subject(str(make_model(kind)), MIXED)
+    shape, choices = subject.shape, subject.choices
+    problem = Problem(items_of(choices, shape, "torch", None))
+    fixed = shape.as_stored().bytes - sum(
+        item.costs["bytes"] for item in problem.items if item.choice == "float16" and (not item.given or "float16" in item.given[1])
+    )
+    generator = np.random.default_rng(0)
+    seen: set[str] = set()
+    for _ in range(40):
+        chosen = {group.name: str(generator.choice([choice.name for choice in offered])) for group, offered in choices.items()}
+        if sum(choice == "dropped" for choice in chosen.values()) == 2:
+            continue
+        seen |= set(chosen.values())
+        after = shape
+        for step in steps_of(chosen, choices, shape):
+            after = step.estimate(after).after
+        assert total(problem, chosen, "bytes") + fixed == after.bytes, chosen
+    assert seen == {"float16", *MIXED.choices}
+
+
+def test_blocks_that_are_narrower_become_one_step(bert: Path) -> None:
+    subject = Subject(str(bert), MIXED)
+    chosen = {"0.block": "channels-50", "1.block": "heads-50", "1.up": "int4"}
+    width, _ = steps_of(chosen, subject.choices, subject.shape)
+    assert isinstance(width, Width)
+    assert width.shares_of("encoder.layer.0") == {"channels": 0.5, "heads": 1.0}
+    assert width.shares_of("encoder.layer.1") == {"channels": 1.0, "heads": 0.5}
+    assert list(width.overrides) == ["*layer.0", "*layer.1"]
+    (everywhere,) = steps_of({"0.block": "heads-50", "1.block": "heads-50"}, subject.choices, subject.shape)
+    assert isinstance(everywhere, Width)
+    assert (everywhere.heads, everywhere.overrides) == (0.5, {})
+    _, width = steps_of({"0.block": "dropped", "1.block": "channels-50"}, subject.choices, subject.shape)
+    assert isinstance(width, Width)
+    assert width.channels == 0.5  # of the one block that is left
+
+
+def test_a_search_narrows_blocks_where_bits_alone_do_not_keep_the_bound(bert: Path, tmp_path: Path) -> None:
+    options = replace(FAST, scoring=replace(FEW, choices=("int8", "channels-50", "heads-50")), candidates=1)
+    subject = Subject(str(bert), options.scoring)
+    shape = find(str(bert)).shape_to_compress
+    plain = shape.as_stored().bytes
+    whole = {group.name: "int8" for group in subject.choices if group.kind != "block"}
+    for step in steps_of(whole, subject.choices, subject.shape):
+        shape = step.estimate(shape).after
+    found = search(str(bert), Bounds(max_bytes=0.9 * shape.bytes), options, say=lambda _: None)
+    write_found(found, tmp_path / "small.yaml")
+    recipe = read_recipe(tmp_path / "small.yaml")
+    assert recipe.steps == found.recipe.steps
+    assert recipe.steps[0].method == "width"
+    plan = make_plan(recipe, find(str(bert)).shape_to_compress, tmp_path)
+    assert plan.variant_bytes == found.why["bytes"] <= 0.9 * shape.bytes < plain
 
 
 def test_patterns_match_what_is_wanted_and_nothing_else() -> None:

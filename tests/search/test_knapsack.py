@@ -51,17 +51,34 @@ def test_solutions_are_those_of_brute_force(seed: int, bounds: dict[str, float])
     assert all(total(problem, chosen, cost) <= most * (1 + 1e-6) for cost, most in bounds.items())
 
 
+WIDE, NARROW = ("0.block", frozenset({"float16"})), ("0.block", frozenset({"narrow"}))
+OF_BLOCKS = [
+    Item("0.block", "float16", 0.0, {"bytes": 1.0}),
+    Item("0.block", "narrow", 0.15, {"bytes": 1.0}),
+    Item("0.block", "dropped", 0.4, {"bytes": 0.0}),
+    Item("0.up", "a", 0.5, {"bytes": 10.0}, WIDE),
+    Item("0.up", "b", 0.1, {"bytes": 20.0}, WIDE),
+    Item("0.up", "a", 0.5, {"bytes": 5.0}, NARROW),
+    Item("0.up", "b", 0.1, {"bytes": 10.0}, NARROW),
+    Item("1.up", "a", 0.3, {"bytes": 10.0}),
+]
+
+
 def test_a_block_that_is_left_out_takes_no_choice_for_its_layers() -> None:
-    items = [
-        Item("0.up", "a", 0.5, {"bytes": 10.0}),
-        Item("0.up", "b", 0.1, {"bytes": 20.0}),
-        Item("0.block", "float16", 0.0, {"bytes": 1.0}),
-        Item("0.block", "dropped", 0.4, {"bytes": 0.0}),
-        Item("1.up", "a", 0.3, {"bytes": 10.0}),
-    ]
-    problem = Problem(items, {("0.block", "dropped"): ["0.up"]})
-    assert solve(problem, {"bytes": 21.0}) == {"0.block": "dropped", "1.up": "a"}
+    problem = Problem([item for item in OF_BLOCKS if item.choice != "narrow" and item.given != NARROW])
+    left_out = solve(problem, {"bytes": 21.0})
+    assert left_out == {"0.block": "dropped", "1.up": "a"}
+    assert total(problem, left_out, "bytes") == 10
     assert solve(problem, {"bytes": 31.0}) == {"0.up": "b", "0.block": "float16", "1.up": "a"}
+
+
+def test_layers_of_a_narrow_block_take_what_narrow_ones_do() -> None:
+    problem = Problem(OF_BLOCKS)
+    narrow = solve(problem, {"bytes": 21.0})
+    assert narrow == {"0.block": "narrow", "0.up": "b", "1.up": "a"}
+    assert (total(problem, narrow, "bytes"), total(problem, narrow, "loss")) == pytest.approx((21, 0.55))
+    assert solve(problem, {"bytes": 31.0}) == {"0.block": "float16", "0.up": "b", "1.up": "a"}
+    assert solve(problem, {"bytes": 15.0}) == {"0.block": "dropped", "1.up": "a"}
 
 
 def test_a_solution_can_be_asked_to_differ() -> None:

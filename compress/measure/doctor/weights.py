@@ -28,7 +28,7 @@ def compression_of(folder: ModelFolder) -> str | None:
     if info is None:
         return None
     words = info.weights
-    return None if words == "float16" and not info.dropped and info.heads is None else words
+    return None if words == "float16" and not info.dropped and not info.blocks and info.heads is None else words
 
 
 def precision_cause(comparison: BothSides, notes: list[str]) -> Cause | None:

@@ -23,7 +23,7 @@ class Magnitude(PruneWeights):
 
     def prune(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> None:
         """See `PruneWeights.prune`."""
-        for linear in linears.values():
-            scores = linear.weight.detach().float().abs()
-            gone = lowest_in_groups(scores, self.group) if self.group else lowest(scores, self.sparsity)
+        for name, linear in linears.items():
+            scores, wanted = linear.weight.detach().float().abs(), self.sparsity_of(name)
+            gone = lowest_in_groups(scores, wanted.group) if wanted.group else lowest(scores, wanted.share)
             linear.weight.data.masked_fill_(gone, 0)

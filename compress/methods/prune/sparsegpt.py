@@ -45,8 +45,8 @@ class SparseGPT(FeedbackMethod, PruneWeights):
         # Channels in their own order, so that a pattern's neighbours are in one block.
         for names, _, feedback in self.feedbacks(parts, linears, inputs, act_order=False):
             for name in names:
-                weight = linears[name].weight
-                weight.data = prune_with_feedback(weight.detach().float(), feedback, self.sparsity, self.group).to(weight.dtype)
+                weight, wanted = linears[name].weight, self.sparsity_of(name)
+                weight.data = prune_with_feedback(weight.detach().float(), feedback, wanted.share, wanted.group).to(weight.dtype)
 
 
 def prune_with_feedback(weight: torch.Tensor, feedback: Feedback, sparsity: float, group: tuple[int, int] | None) -> torch.Tensor:

@@ -36,5 +36,6 @@ class Wanda(PruneWeights):
                 # Equation 1: S_ij = |W_ij| * |X_j|_2
                 scores = linears[name].weight.detach().float().abs() * size
                 # The weights compared with each other are those of one output channel, or of one N:M group.
-                gone = lowest_in_groups(scores, self.group) if self.group else lowest_in_rows(scores, self.sparsity)
+                wanted = self.sparsity_of(name)
+                gone = lowest_in_groups(scores, wanted.group) if wanted.group else lowest_in_rows(scores, wanted.share)
                 linears[name].weight.data.masked_fill_(gone, 0)

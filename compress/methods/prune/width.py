@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from compress.layers.scheme import QuantizedLayer
-from compress.methods.base import Bench, Estimate, Method, share_of
-from compress.models.architectures import is_in_block, place_in_block
+from compress.methods.base import Bench, Estimate, Method, StepOverride, check_overrides, overridden, share_of
+from compress.models.architectures import block_path, is_in_block
 from compress.models.files.headers import TensorInfo
-from compress.models.shape import ModelShape, with_backbone
+from compress.models.files.variant import BlockSizes
+from compress.models.shape import ModelShape, matching, with_backbone
 
 if TYPE_CHECKING:
     import torch
@@ -42,13 +43,34 @@ class _Reader:
     """Number of groups that stay."""
 
 
+class Shares(StepOverride):
+    """Shares that are kept of the blocks that match a pattern, where they differ from the step's own."""
+
+    channels: float | None = Field(None, gt=0, le=1)
+    """Share of the MLP channels that is kept; by default the step's own."""
+    heads: float | None = Field(None, gt=0, le=1)
+    """Share of the attention heads that is kept; by default the step's own."""
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What the layers of narrowed blocks keep, by their names."""
+
+    rows: dict[str, int]
+    """Number of rows of the layers that make heads and channels."""
+    columns: dict[str, int]
+    """Number of columns of the layers that read them."""
+    attention: set[str]
+    """Those of the latter that read heads."""
+
+
 class Width(Method):
-    """Drop the same share of heads, and of MLP channels, in every block; the model's config then has the smaller numbers.
+    """Drop a share of the heads, and of the MLP channels, in every block; the model's config then has the smaller numbers.
 
     Blocks are narrowed one after another, each with the inputs that the narrowed blocks before it make, heads before channels. The
     layer that reads the remaining channels is refitted in closed form: least squares against its outputs with all channels, on the
-    calibration tokens. BERT's config cannot give the number of heads apart from their width, so a BERT without some of its heads
-    runs only here.
+    calibration tokens. BERT's config cannot give the number of heads apart from their width, and no config gives blocks of
+    different widths: such models run only here, and are exported as graphs (onnx, openvino).
     """
 
     family: ClassVar[str] = "smaller"
@@ -67,12 +89,26 @@ class Width(Method):
     """Whether the layer that reads the remaining channels is refitted; otherwise its columns are kept as they are."""
     damping: float = Field(0.01, gt=0, le=1)
     """Value added to the diagonal of the inputs' covariance, as a share of the diagonal's mean."""
+    overrides: dict[str, Shares] = Field(default={})
+    """Other shares for some blocks, by pattern of the blocks' names, such as {"*layers.3": {channels: 0.5}}; the last match
+    wins, and a share of 1 keeps everything."""
 
     @model_validator(mode="after")
     def _drops_something(self) -> Self:
-        if self.channels == self.heads == 1:
+        shares = (self.channels, self.heads, *(share for one in self.overrides.values() for share in (one.channels, one.heads)))
+        if all(share in (1, None) for share in shares):
             raise ValueError("keeps everything; give `channels` or `heads`, a share below 1")
         return self
+
+    @field_validator("overrides")
+    @classmethod
+    def _overrides_say_something(cls, overrides: dict[str, Shares]) -> dict[str, Shares]:
+        check_overrides(overrides)
+        return overrides
+
+    def shares_of(self, block: str) -> dict[str, float]:
+        """Return the shares of `channels` and `heads` that are kept of a block, by its name in the network."""
+        return {"channels": self.channels, "heads": self.heads} | overridden(block, self.overrides)
 
     @property
     def calibrates(self) -> bool:
@@ -81,12 +117,17 @@ class Width(Method):
 
     def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
         """Put the new sizes into the config, or into the variant if the config has no key for them."""
-        shape = model.shape
-        after, anatomy = self.estimate(shape).after, shape.anatomy
-        heads = model.heads
-        if self.heads < 1 and not anatomy.heads_in_config:
-            heads = self._left_of(shape, anatomy)[1][anatomy.output] // shape.head_width
-        return self, replace(model, config=after.config, heads=heads)
+        before = model.shape
+        after, anatomy = self.estimate(before).after, before.anatomy
+        resized = {name: info for name, info in after.tensors.items() if info.shape != before.tensors[name].shape}
+        sizes = sizes_of(after)
+        counts, heads = {one.heads for one in sizes if one.heads is not None}, model.heads
+        if len(counts) > 1:
+            heads = None
+        elif any(name.endswith(f".{anatomy.output}.weight") for name in resized) and not anatomy.heads_in_config:
+            heads = counts.pop()
+        made = replace(model, config=after.config, heads=heads, blocks=uneven(sizes))
+        return self, replace(made, resized={**model.resized, **resized})
 
     def apply(self, parts: Parts, inputs: Inputs | None = None) -> dict[str, QuantizedLayer]:
         """Narrow a block: heads first, so that the MLP's inputs are those that the narrowed attention makes.
@@ -95,9 +136,9 @@ class Width(Method):
             ValueError: a second moment has no Cholesky factor.
         """
         for path, block in parts.items():
-            if is_in_block(path) and self.heads < 1:
+            if is_in_block(path) and self.shares_of(path)["heads"] < 1:
                 self._narrow_attention(path, block, parts, inputs)
-            if is_in_block(path) and self.channels < 1:
+            if is_in_block(path) and self.shares_of(path)["channels"] < 1:
                 self._narrow_mlp(path, block, parts, inputs)
         return {}
 
@@ -117,7 +158,8 @@ class Width(Method):
         shared = query.out_features // key.out_features  # query heads that share keys and values
         groups = torch.arange(query.out_features).view(keys, shared * width)
         makers = value.weight.data.float().view(keys, -1).square().sum(dim=1)
-        reader = _Reader(f"{path}.{anatomy.output}", layers[anatomy.output], groups, makers, self._heads(keys))
+        keep = _heads(self.shares_of(path)["heads"], keys)
+        reader = _Reader(f"{path}.{anatomy.output}", layers[anatomy.output], groups, makers, keep)
         left = self._choose_and_refit(reader, parts, inputs)
         take(query, rows=groups[left].flatten())
         for layer in (key, value):
@@ -142,7 +184,7 @@ class Width(Method):
             torch.zeros(channels, device=falling.weight.device),
         )
         groups = torch.arange(channels)[:, None]
-        reader = _Reader(f"{path}.{anatomy.down}", falling, groups, makers, self._channels(channels))
+        reader = _Reader(f"{path}.{anatomy.down}", falling, groups, makers, _channels(self.shares_of(path)["channels"], channels))
         left = self._choose_and_refit(reader, parts, inputs)
         for layer in rising:
             take(layer, rows=torch.cat([left + half * channels for half in range(anatomy.halves)]))
@@ -203,28 +245,32 @@ class Width(Method):
                 heads depend on what blocks share, or layers are quantized already.
         """
         anatomy = shape.anatomy
-        rows, columns = self._left_of(shape, anatomy)
+        left = self._left_of(shape, anatomy)
         tensors = dict(shape.as_stored().tensors)
         widest = 0
         for name, info in tensors.items():
-            at = place_in_block(name)
-            layer, _, kind = ("", "", "") if at is None else at[1].rpartition(".")
-            if layer in rows:
-                tensors[name] = TensorInfo(info.dtype, (rows[layer], *info.shape[1:]))
-            elif layer in columns and kind == "weight":
+            layer, _, kind = name.rpartition(".")
+            if layer in left.rows:
+                tensors[name] = TensorInfo(info.dtype, (left.rows[layer], *info.shape[1:]))
+            elif layer in left.columns and kind == "weight":
                 widest = max(widest, info.shape[1])
-                tensors[name] = TensorInfo(info.dtype, (info.shape[0], columns[layer]))
+                tensors[name] = TensorInfo(info.dtype, (info.shape[0], left.columns[layer]))
         if tensors == shape.as_stored().tensors:
             raise ValueError(f"{shape.name} keeps all of its heads and channels at these shares; lower them, or leave the step out")
-        changes = {}
-        if anatomy.down in columns:
-            changes[anatomy.channels_key] = columns[anatomy.down]
-        if anatomy.output in columns and anatomy.heads_in_config:
-            queries, keys = (rows[anatomy.attention[index]] // shape.head_width for index in (0, 1))
-            changes |= {"num_attention_heads": queries, "num_key_value_heads": keys, "head_dim": shape.head_width}
+        sizes = sizes_of(replace(shape, tensors=tensors))
+        channels = sorted({one.channels for one in sizes if one.channels is not None})
+        heads = sorted({(one.heads, one.key_heads or one.heads) for one in sizes if one.heads is not None})
+        # A config has one number for all blocks; what differs from block to block is in the variant: see `prepare`.
+        changes, kept = dict[str, int](), list[str]()
+        if left.columns.keys() - left.attention:
+            kept.append(f"{_from_to(channels)} channels")
+            if len(channels) == 1:
+                changes[anatomy.channels_key] = channels[0]
+        if left.attention:
+            kept.append(f"{_from_to([count for count, _ in heads])} heads")
+            if len(heads) == 1 and anatomy.heads_in_config:
+                changes |= {"num_attention_heads": heads[0][0], "num_key_value_heads": heads[0][1], "head_dim": shape.head_width}
         after = replace(shape, tensors=tensors, config=with_backbone(shape.config, **changes))
-        kept = [f"{columns[anatomy.down]} channels"] if anatomy.down in columns else []
-        kept += [f"{columns[anatomy.output] // shape.head_width} heads"] if anatomy.output in columns else []
         return Estimate(
             after=after,
             memory_bytes=4 * 8 * widest**2 if self.calibrates else 0,
@@ -234,44 +280,98 @@ class Width(Method):
             + (", the layers that read them refitted" if self.refit else ""),
         )
 
-    def _left_of(self, shape: ModelShape, anatomy: Anatomy) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the numbers of rows and of columns that layers of a block keep, by name."""
-        sizes: dict[str, tuple[int, ...]] = {}
-        for name, info in shape.tensors.items():
-            at = place_in_block(name)
-            if at is not None:
-                sizes[at[1]] = info.shape
-        for layer in (anatomy.output, anatomy.down):
-            if f"{layer}.weight_scale" in sizes:
-                raise ValueError(f"{shape.name}: {layer} is quantized by an earlier step; put width before it")
-        rows: dict[str, int] = {}
-        columns: dict[str, int] = {}
-        if self.channels < 1:
-            columns[anatomy.down] = self._channels(sizes[f"{anatomy.down}.weight"][1])
-            rows |= dict.fromkeys(anatomy.up, anatomy.halves * columns[anatomy.down])
-        if self.heads < 1:
-            if "heads" in anatomy.refused:
-                raise ValueError(f"{shape.name}: heads cannot be dropped, because {anatomy.refused['heads']}; leave `heads` out")
-            if len(anatomy.attention) == 1:
-                raise ValueError(f"{shape.name}: {anatomy.attention[0]} makes queries, keys and values in one; leave `heads` out")
-            width = shape.head_width
-            before = {layer: sizes[f"{layer}.weight"][0] // width for layer in anatomy.attention}
-            keys = before[anatomy.attention[1]]
-            rows |= {layer: self._heads(keys) * count // keys * width for layer, count in before.items()}
-            columns[anatomy.output] = rows[anatomy.attention[0]]
-        return rows, columns
-
-    def _channels(self, channels: int) -> int:
-        """Return the number of channels that stay."""
-        return min(channels, max(1, share_of(self.channels / MULTIPLE, channels)) * MULTIPLE)
-
-    def _heads(self, groups: int) -> int:
-        """Return the number of heads, or of groups of heads with common keys and values, that stay.
-
-        Raises:
-            ValueError: none would.
-        """
-        left = share_of(self.heads, groups)
-        if left == 0:
-            raise ValueError(f"`heads: {self.heads}` leaves none of {groups} heads (counted where keys and values are made)")
+    def _left_of(self, shape: ModelShape, anatomy: Anatomy) -> _Left:
+        """Return what the layers of the blocks that are narrowed keep."""
+        blocks = _blocks_of(shape)
+        for pattern in self.overrides:
+            if not matching(blocks, [pattern]):
+                raise ValueError(f"overrides {pattern!r} matches none of the model's {len(blocks)} blocks, such as {min(blocks)!r}")
+        left = _Left({}, {}, set())
+        for path, layers in blocks.items():
+            shares = self.shares_of(path)
+            for layer in (anatomy.output, anatomy.down):
+                if f"{layer}.weight_scale" in layers:
+                    raise ValueError(f"{shape.name}: {layer} is quantized by an earlier step; put width before it")
+            if shares["channels"] < 1 and f"{anatomy.down}.weight" in layers:
+                channels = _channels(shares["channels"], layers[f"{anatomy.down}.weight"].shape[1])
+                left.columns[f"{path}.{anatomy.down}"] = channels
+                left.rows.update({f"{path}.{layer}": anatomy.halves * channels for layer in anatomy.up})
+            if shares["heads"] < 1 and f"{anatomy.output}.weight" in layers:
+                _check_heads(shape, anatomy)
+                width = shape.head_width
+                counts = [layers[f"{layer}.weight"].shape[0] // width for layer in anatomy.attention]
+                keys = _heads(shares["heads"], counts[1])
+                rows = [keys * count // counts[1] * width for count in counts]
+                made = {f"{path}.{layer}": count for layer, count in zip(anatomy.attention, rows, strict=True)}
+                left.rows.update(made)
+                left.attention.add(f"{path}.{anatomy.output}")
+                left.columns[f"{path}.{anatomy.output}"] = rows[0]
         return left
+
+
+def _check_heads(shape: ModelShape, anatomy: Anatomy) -> None:
+    """See that heads can be dropped.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if "heads" in anatomy.refused:
+        raise ValueError(f"{shape.name}: heads cannot be dropped, because {anatomy.refused['heads']}; leave `heads` out")
+    if len(anatomy.attention) == 1:
+        raise ValueError(f"{shape.name}: {anatomy.attention[0]} makes queries, keys and values in one; leave `heads` out")
+
+
+def _blocks_of(shape: ModelShape) -> dict[str, dict[str, TensorInfo]]:
+    """Return the tensors of each block, by their names in it, by the block's name."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in shape.tensors.items():
+        path = block_path(name)
+        if path is not None:
+            found.setdefault(path, {})[name.removeprefix(f"{path}.")] = info
+    return found
+
+
+def sizes_of(shape: ModelShape) -> list[BlockSizes]:
+    """Return the numbers of channels and heads of every block; None for those of a sublayer that it lacks.
+
+    Heads of one layer that makes queries, keys and values together are not counted.
+    """
+    anatomy, found = shape.anatomy, []
+    for path, layers in _blocks_of(shape).items():
+        sizes = {"block": int(path.rpartition(".")[2])}
+        if f"{anatomy.down}.weight" in layers:
+            sizes["channels"] = layers[f"{anatomy.down}.weight"].shape[1]
+        if f"{anatomy.output}.weight" in layers and len(anatomy.attention) > 1:
+            query, key = (layers[f"{layer}.weight"].shape[0] // shape.head_width for layer in anatomy.attention[:2])
+            sizes |= {"heads": query, "key_heads": key}
+        found.append(BlockSizes(**sizes))
+    return found
+
+
+def uneven(sizes: Sequence[BlockSizes]) -> tuple[BlockSizes, ...]:
+    """Return what has to be said of single blocks, because one number for all of them would be wrong."""
+    channels = len({one.channels for one in sizes if one.channels is not None}) > 1
+    heads = len({(one.heads, one.key_heads) for one in sizes if one.heads is not None}) > 1
+    unsaid = ({} if channels else {"channels": None}) | ({} if heads else {"heads": None, "key_heads": None})
+    return tuple(one.model_copy(update=unsaid) for one in sizes) if channels or heads else ()
+
+
+def _from_to(counts: Sequence[int]) -> str:
+    return f"{counts[0]}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+
+
+def _channels(share: float, channels: int) -> int:
+    """Return the number of channels that stay."""
+    return min(channels, max(1, share_of(share / MULTIPLE, channels)) * MULTIPLE)
+
+
+def _heads(share: float, groups: int) -> int:
+    """Return the number of heads, or of groups of heads with common keys and values, that stay.
+
+    Raises:
+        ValueError: none would.
+    """
+    left = share_of(share, groups)
+    if left == 0:
+        raise ValueError(f"`heads: {share}` leaves none of {groups} heads (counted where keys and values are made)")
+    return left

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from compress.layers.packing import packed_width
 from compress.layers.scheme import BLOCK, NESTED_BLOCK, ActivationScheme, Numbers, QuantizedLayer
-from compress.methods.base import Estimate
+from compress.methods.base import Estimate, StepOverride, check_overrides, overridden
 from compress.methods.linear_layers import LinearsMethod
 from compress.models.files.headers import TensorInfo
-from compress.models.shape import HALF_BYTES, ModelShape, matching
+from compress.models.shape import HALF_BYTES, ModelShape
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from compress.models.network.segments import Parts
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
+NULLS = frozenset({"group_size"})
+"""Keys of an override for which null is a value: one scale per output channel."""
 
 
 class QuantizeLinears(LinearsMethod):
@@ -128,10 +129,8 @@ def stored_tensors(layer: QuantizedLayer, outputs: int, inputs: int) -> dict[str
     return tensors
 
 
-class Override(BaseModel):
+class Override(StepOverride):
     """Precision of the layers that match a pattern, where it differs from the step's own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     bits: Bits | None = None
     """Bits per weight; by default the step's own."""
@@ -155,34 +154,20 @@ class IntegerWeights(QuantizeLinears):
     overrides: dict[str, Override] = Field(default={})
     """Other precisions for some layers, by pattern of their names, such as {"*.down_proj": {bits: 8}}; the last match wins."""
 
-    def patterns(self) -> Iterable[str]:
-        """Return the patterns of `skip` and `overrides`."""
-        return (*self.skip, *self.overrides)
-
-    def linears_of(self, shape: ModelShape) -> tuple[dict[str, TensorInfo], list[str]]:
-        """Return the layers; see `LinearsMethod.linears_of`.
-
-        Raises:
-            ValueError: in addition, an override has no effect, because `skip` leaves out every layer that it matches.
-        """
-        linears, chosen = super().linears_of(shape)
-        for pattern in self.overrides:
-            if not matching(chosen, [pattern]):
-                raise ValueError(f"overrides {pattern!r} has no effect: `skip` leaves out every layer that it matches")
-        return linears, chosen
+    def overriding(self) -> Mapping[str, StepOverride]:
+        """Return `overrides`."""
+        return self.overrides
 
     @field_validator("overrides")
     @classmethod
     def _overrides_say_something(cls, overrides: dict[str, Override]) -> dict[str, Override]:
-        for pattern, override in overrides.items():
-            if not override.model_fields_set:
-                raise ValueError(f"overrides {pattern!r} sets nothing; give {', '.join(Override.model_fields)}")
+        check_overrides(overrides)
         return overrides
 
     def numbers_of(self, name: str) -> QuantizedLayer:
         """Return the step's own precision, changed by the overrides that match the layer's name."""
         settings: dict[str, object] = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
-        settings |= overridden(name, self.overrides)
+        settings |= overridden(name, self.overrides, NULLS)
         return QuantizedLayer(**settings)  # type: ignore[arg-type]
 
     def grid_of(self, name: str, weight: torch.Tensor, *, search: bool = False, importance: torch.Tensor | None = None) -> Grid:
@@ -191,12 +176,3 @@ class IntegerWeights(QuantizeLinears):
 
         wanted = self.numbers_of(name)
         return find_grid(weight, wanted.bits, wanted.group_size, wanted.symmetric, search=search, importance=importance)
-
-
-def overridden(name: str, overrides: Mapping[str, Override]) -> dict[str, object]:
-    """Return the settings of the overrides that match a name; later ones replace earlier ones."""
-    found: dict[str, object] = {}
-    for pattern, override in overrides.items():
-        if fnmatchcase(name, pattern):
-            found |= override.model_dump(exclude_unset=True)
-    return found

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
-from compress.methods.quantize.base import IntegerWeights
+from compress.methods.base import overridden
+from compress.methods.quantize.base import NULLS, IntegerWeights, Override
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
     from compress.calibration.inputs import Inputs
     from compress.layers.compressed import CompressedLayer
     from compress.models.network.segments import Parts
+
+Activations = Literal["none", "dynamic_per_tensor", "dynamic_per_token"]
+ONE_SCALE = "groups and zeros go with `activations: none`; integer products have one scale per output channel"
+
+
+class LayerOverride(Override):
+    """Precision and activations of the layers that match a pattern, where they differ from the step's own."""
+
+    activations: Activations | None = None
+    """How the layers' input is quantized; by default the step's own."""
 
 
 class RTN(IntegerWeights):
@@ -26,22 +37,35 @@ class RTN(IntegerWeights):
     """
 
     method: Literal["rtn"] = "rtn"
-    activations: Literal["none", "dynamic_per_tensor", "dynamic_per_token"] = "dynamic_per_token"
+    activations: Activations = "dynamic_per_token"
     """How the layer's input is quantized: not at all (only weights are quantized: smaller, not faster), or to int8 with one scale
     per tensor or per token."""
     search: bool = False
     """Whether each scale minimises the squared error of the weights; otherwise it is the smallest that clips no weight."""
+    overrides: dict[str, LayerOverride] = Field(default={})  # type: ignore[assignment]  # says what its layers may say, and more
+    """Other precisions or activations for some layers, by pattern of their names, such as {"*.down_proj": {bits: 4, activations:
+    none}}; the last match wins."""
 
     @model_validator(mode="after")
     def _integer_products_have_one_scale_a_channel(self) -> Self:
+        if any(other.activations is not None for other in self.overrides.values()):
+            return self  # which layer gets what is known when their names are: see `numbers_of`
         others = any(other.group_size or other.symmetric is False for other in self.overrides.values())
         if self.activations != "none" and (self.group_size or not self.symmetric or others):
-            raise ValueError("groups and zeros go with `activations: none`; integer products have one scale per output channel")
+            raise ValueError(ONE_SCALE)
         return self
 
     def numbers_of(self, name: str) -> QuantizedLayer:
-        """Return the layer's precision, with the step's activations."""
-        return super().numbers_of(name).model_copy(update={"activations": ActivationScheme(self.activations)})
+        """Return the step's own precision and activations, changed by the overrides that match the layer's name.
+
+        Raises:
+            ValueError: the layer would have groups or zeros, and quantized activations.
+        """
+        settings = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric, "activations": self.activations}
+        layer = QuantizedLayer(**settings | overridden(name, self.overrides, NULLS))
+        if layer.activations is not ActivationScheme.NONE and (layer.group_size or not layer.symmetric):
+            raise ValueError(f"{name}: {ONE_SCALE}")
+        return layer
 
     def quantize(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> Iterator[tuple[str, CompressedLayer]]:
         """See `QuantizeLinears.quantize`."""
@@ -50,4 +74,4 @@ class RTN(IntegerWeights):
         for name, linear in linears.items():
             weight = linear.weight.detach()
             grid = self.grid_of(name, weight, search=self.search)
-            yield name, QuantizedLinear.from_integers(grid.round(weight), grid, linear.bias, ActivationScheme(self.activations))
+            yield name, QuantizedLinear.from_integers(grid.round(weight), grid, linear.bias, self.numbers_of(name).activations)

@@ -45,6 +45,21 @@ class AlignedTo(BaseModel):
     """Shared part of a held-out text's ten nearest other held-out texts, all of them embedded by that model."""
 
 
+class BlockSizes(BaseModel):
+    """Sizes of one block that `config.json` cannot say, because it has one number for all blocks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    block: int = Field(ge=0)
+    """The block's number in the variant."""
+    channels: int | None = Field(None, ge=1)
+    """Number of its MLP's channels; None: as the config says."""
+    heads: int | None = Field(None, ge=1)
+    """Number of its query heads; None: as the config, or `VariantInfo.heads`, says."""
+    key_heads: int | None = Field(None, ge=1)
+    """Number of its heads of keys and values; None: as many as `heads`."""
+
+
 class VariantInfo(BaseModel):
     """Everything that a runtime needs to know about a variant except its tensors: the content of `variant.json`."""
 
@@ -76,6 +91,8 @@ class VariantInfo(BaseModel):
     """Number of attention heads of each block, if heads were pruned and the config cannot store it; else None."""
     dropped: tuple[tuple[int, Sublayer], ...] = ()
     """The sublayers that were dropped, each with its block's number in the variant."""
+    blocks: tuple[BlockSizes, ...] = ()
+    """Sizes of blocks that differ from each other; empty, as in variants of earlier versions: the config's apply to all."""
     quantized: dict[str, QuantizedLayer]
     """The quantized linear layers and tables, by their names in the network."""
     aligned_to: AlignedTo | None = None
@@ -105,8 +122,8 @@ class VariantInfo(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write `variant.json`."""
-        # A variant that is not aligned stays readable by versions that do not know the key.
-        unneeded = {"aligned_to"} if self.aligned_to is None else None
+        # A variant that needs neither stays readable by versions that do not know these keys.
+        unneeded = {key for key in ("aligned_to", "blocks") if not getattr(self, key)}
         text = json.dumps(self.model_dump(mode="json", exclude=unneeded), indent=1, ensure_ascii=False)
         write_text_atomic(folder / VARIANT_FILE, text + "\n")
 
@@ -122,11 +139,16 @@ class VariantInfo(BaseModel):
 
 def _pruned(step: dict[str, Any]) -> list[str]:
     """Describe what a step pruned in a word or two; empty for steps that prune nothing."""
+    overrides = step.get("overrides", {}).values()
     if "sparsity" in step:
-        return [f"{step['sparsity']:.0%} zeros" if step["pattern"] == "unstructured" else step["pattern"]]
+        kinds = [step["pattern"], *(pattern for other in overrides if (pattern := other.get("pattern")) is not None)]
+        shares = [step["sparsity"], *(share for other in overrides if (share := other.get("sparsity")) is not None)]
+        zeros = f"{'/'.join(f'{share:.0%}' for share in sorted(set(shares)))} zeros"
+        return [zeros if kind == "unstructured" else kind for kind in dict.fromkeys(kinds)]
     if step["method"] == "depth" and step["drop"]:
         what = step["what"] if len(step["drop"]) != 1 else step["what"].removesuffix("s")
         return [f"less {len(step['drop'])} {what}"]
     if step["method"] == "width":
-        return [f"{step[key]:.3g} of {key}" for key in ("heads", "channels") if step[key] < 1]
+        kept = {key: {step[key], *(one[key] for one in overrides if one.get(key) is not None)} for key in ("heads", "channels")}
+        return [f"{'/'.join(f'{one:.3g}' for one in sorted(shares))} of {key}" for key, shares in kept.items() if min(shares) < 1]
     return []

@@ -139,27 +139,44 @@ def count_heads(block: nn.Module, anatomy: Anatomy, heads: int, key_heads: int) 
             setattr(attention, name, count)
 
 
-def keep_heads(network: nn.Module, heads: int) -> None:
-    """Resize the attention of every block of an empty network to fewer heads.
+def keep_heads(block: nn.Module, heads: int, key_heads: int | None = None) -> None:
+    """Resize the attention of a block of an empty network to fewer heads, if it has its attention.
 
-    This is for architectures whose config fixes the width of a head by the number of heads, so that it cannot say that heads are
-    missing.
+    This is for what a config cannot say: that heads are missing where it fixes the width of a head by their number, and that blocks
+    have different numbers of heads.
 
     Args:
-        network: a network with its parameters on the meta device.
-        heads: number of heads to keep in each block.
+        block: a block with its parameters on the meta device.
+        heads: number of query heads to keep.
+        key_heads: number of heads of keys and values to keep; None: as many.
 
     Raises:
-        ValueError: the layout of a block is unknown.
+        ValueError: the layout of the block is unknown, or one layer makes its queries, keys and values.
     """
-    for block in blocks_of(network)[1]:
-        anatomy = block_anatomy(block)
-        if f"{anatomy.output}.weight" in block.state_dict():  # the attention of some blocks may have been dropped
-            width = heads * head_width(block, anatomy)
-            for name in anatomy.attention:
-                _resize(block, name, out_features=width)
-            _resize(block, anatomy.output, in_features=width)
-            count_heads(block, anatomy, heads, heads)
+    anatomy, key_heads = block_anatomy(block), key_heads or heads
+    if f"{anatomy.output}.weight" not in block.state_dict():
+        return
+    if len(anatomy.attention) == 1 or heads % key_heads:
+        raise ValueError(f"its attention cannot have {heads} heads, and {key_heads} of keys and values")
+    width = head_width(block, anatomy)
+    for name, count in zip(anatomy.attention, (heads, key_heads, key_heads), strict=True):
+        _resize(block, name, out_features=count * width)
+    _resize(block, anatomy.output, in_features=heads * width)
+    count_heads(block, anatomy, heads, key_heads)
+
+
+def keep_channels(block: nn.Module, channels: int) -> None:
+    """Resize the MLP of a block of an empty network to so many channels, if it has its MLP.
+
+    Raises:
+        ValueError: the layout of the block is unknown.
+    """
+    anatomy = block_anatomy(block)
+    if f"{anatomy.down}.weight" not in block.state_dict():
+        return
+    for name in anatomy.up:
+        _resize(block, name, out_features=anatomy.halves * channels)
+    _resize(block, anatomy.down, in_features=channels)
 
 
 def _attention(block: nn.Module, anatomy: Anatomy) -> nn.Module:

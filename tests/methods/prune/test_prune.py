@@ -13,6 +13,7 @@ from tests_support import apply_in_memory, compress_to, folder_of
 import compress
 from compress.common.errors import UserError
 from compress.methods.base import Method
+from compress.methods.prune.base import GROUPS
 from compress.methods.prune.magnitude import Magnitude
 from compress.methods.prune.sparsegpt import SparseGPT
 from compress.methods.prune.wanda import Wanda
@@ -50,7 +51,7 @@ def test_exactly_as_many_go_as_the_pattern_says(bert: Path, tmp_path: Path, kind
         if pattern == "unstructured":
             assert float(zeros.float().mean()) == pytest.approx(0.5, abs=1e-3)
         else:
-            goes, of = step.group
+            goes, of = GROUPS[pattern]
             assert (zeros.view(-1, of).sum(dim=1) == goes).all()
         if kind is not SparseGPT:
             assert torch.equal(weight[~zeros], dense[name][~zeros])
@@ -58,6 +59,25 @@ def test_exactly_as_many_go_as_the_pattern_says(bert: Path, tmp_path: Path, kind
     stored = sum(info.bytes for info in folder_of(tmp_path / "variant").headers.values())
     assert stored == pytest.approx(estimated.bytes, rel=1e-3)
     assert stored < 0.85 * folder_of(bert).shape.half_bytes
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_sparsities_go_by_layer(bert: Path, tmp_path: Path, kind: type[Magnitude]) -> None:
+    step = kind(sparsity=0.25, overrides={"*.value": {"sparsity": 0.75}, "*.layer.1.intermediate.*": {"pattern": "2:4"}})
+    compress_to(bert, tmp_path / "variant", step)
+    for name, weight in linears(tmp_path / "variant").items():
+        share = float((weight == 0).float().mean())
+        if "layer.1.intermediate" in name:
+            assert ((weight == 0).view(-1, 4).sum(dim=1) == 2).all()
+        else:
+            assert share == pytest.approx(0.75 if name.endswith("value.weight") else 0.25, abs=0.01), name
+    estimated = step.estimate(folder_of(bert).shape)
+    stored = sum(info.bytes for info in folder_of(tmp_path / "variant").headers.values())
+    assert stored == pytest.approx(estimated.after.bytes, rel=5e-3)
+    assert "2:4 of them or 25 % or 75 %" in estimated.note
+    assert folder_of(tmp_path / "variant").compressed.weights == "float16 25%/75% zeros 2:4"
+    with pytest.raises(ValueError, match="takes half of the weights"):
+        kind(overrides={"*.value": {"pattern": "2:4"}, "*.layer.0.*": {"sparsity": 0.3}}).estimate(folder_of(bert).shape)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests_support import apply_in_memory, compress_to, folder_of
+from tests_support import apply_in_memory, compress_to, encoded, folder_of
 
 import compress
 from compress.common.errors import UserError
@@ -118,6 +118,29 @@ def test_overrides_and_skip_go_by_pattern(bert: Path) -> None:
         parse_recipe({"steps": [{"method": "gptq", "overrides": {"*.dense": {"bit": 8}}}]})
     with pytest.raises(UserError, match="groups and zeros go with `activations: none`"):
         parse_recipe({"steps": [{"method": "rtn", "overrides": {"*.dense": {"group_size": 16}}}]})
+
+
+def test_activations_go_by_layer(bert: Path, tmp_path: Path) -> None:
+    mixed = RTN(overrides={"*.layer.1.*": {"activations": "none"}, "*.layer.1.output.dense": {"bits": 4, "group_size": 16}})
+    compress_to(bert, tmp_path / "variant", mixed)
+    found = VariantInfo.read(tmp_path / "variant").quantized
+    assert found == mixed.estimate(folder_of(bert).shape).quantized
+    assert {layer.activations for name, layer in found.items() if ".0." in name} == {"dynamic_per_token"}
+    assert {layer.activations for name, layer in found.items() if ".1." in name} == {"none"}
+    # What the override says of every layer is what the step would say of them.
+    for target, step in {"a": RTN(overrides={"*": {"activations": "none"}}), "b": RTN(activations="none")}.items():
+        compress_to(bert, tmp_path / target, step)
+    np.testing.assert_array_equal(encoded(tmp_path / "a"), encoded(tmp_path / "b"))
+    assert not np.array_equal(encoded(tmp_path / "a"), encoded(tmp_path / "variant"))
+    with pytest.raises(ValueError, match=r"layer\.0\.attention\.self\.query: groups and zeros go with `activations: none`"):
+        RTN(group_size=16, overrides={"*.layer.1.*": {"activations": "none"}}).estimate(folder_of(bert).shape)
+
+
+def test_overrides_are_read_as_they_were_written() -> None:
+    step = GPTQ(group_size=16, overrides={"*.a": {"bits": 8}, "*.b": {"group_size": None}, "*.c": {"symmetric": None}})
+    again = GPTQ.model_validate_json(step.model_dump_json())
+    assert [again.numbers_of(name).name for name in ("x.a", "x.b", "x.c")] == ["int8-g16", "int4", "int4-g16"]
+    assert again == step
 
 
 def test_a_second_step_takes_what_the_first_has_left(bert: Path, tmp_path: Path) -> None:
