@@ -94,6 +94,21 @@ def search(model: str, bounds: Bounds, options: SearchOptions = SearchOptions(),
     return _Search(Subject(model, options.scoring, say), bounds, options).found()
 
 
+def maker_of(subject: Subject) -> Maker:
+    """Return what makes a subject's variants and measures them on its held-out texts."""
+    return Maker(
+        source=subject.source,
+        shape=subject.shape,
+        choices=subject.choices,
+        calibration=subject.sourced(subject.texts.calibration),
+        texts=subject.texts.held_out,
+        folder=use("search", f"{subject.key}-made"),
+        exact=subject.exact,
+        runtime=subject.options.runtime,
+        device=subject.options.device,
+    )
+
+
 class _Search:
     """One search. Whatever takes long is kept in the cache, so that a search that was killed continues and ends the same."""
 
@@ -102,17 +117,7 @@ class _Search:
         decided = json.dumps([subject.key, asdict(bounds), options.trials, options.candidates, options.table, options.points])
         self.folder = use("search", hashlib.sha256(decided.encode()).hexdigest()[:16])
         self.journal = Journal(self.folder, checked=True)
-        self.maker = Maker(
-            source=subject.source,
-            shape=subject.shape,
-            choices=subject.choices,
-            calibration=subject.sourced(subject.texts.calibration),
-            texts=subject.texts.held_out,
-            folder=use("search", f"{subject.key}-made"),
-            exact=subject.exact,
-            runtime=subject.options.runtime,
-            device=subject.options.device,
-        )
+        self.maker = maker_of(subject)
 
     @cached_property
     def record(self) -> Sensitivity:
