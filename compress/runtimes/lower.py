@@ -75,8 +75,9 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
     if isinstance(backbone, PreTrainedModel):
         backbone.set_attn_implementation("eager")
     names = graph_inputs(info.spec.pool_prompt)
-    tokens = torch.ones(TRACED_TEXTS, TRACED_TOKENS, dtype=torch.int64)
-    model = _graph(TracedNetwork(network), dict.fromkeys(names, tokens), "vectors", runtime)
+    # A tensor of its own for each: one that is given twice would be traced as one input.
+    tokens = {name: torch.ones(TRACED_TEXTS, TRACED_TOKENS, dtype=torch.int64) for name in names}
+    model = _graph(TracedNetwork(network), tokens, "vectors", runtime)
     _finish(model, stored, unread)
     return _saved(model, graph_file(folder.path, runtime))
 
