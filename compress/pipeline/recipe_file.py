@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from compress.common.errors import UserError, nearest
 from compress.common.yaml_files import Fault, fault_at, faults_of, plain, read_yaml, refuse
+from compress.measure.accuracy.own_task import resolved
 from compress.methods import is_method, method_class, method_names
 from compress.methods.base import Method
 from compress.pipeline.recipe import Recipe
@@ -19,7 +20,7 @@ MOST_FAULTS = 50
 
 
 def read_recipe(path: Path | str) -> Recipe:
-    """Read a recipe file.
+    """Read a recipe file. Folders of tasks (`./my-task`) are those next to the file, wherever the process runs.
 
     Raises:
         UserError: the file is missing, is not YAML, or is not a valid recipe; every fault is named with its line.
@@ -32,6 +33,9 @@ def read_recipe(path: Path | str) -> Recipe:
         raise UserError(f"recipe {path}: cannot be read ({why})", hint)
     data = read_yaml(path, "a recipe", "see recipes/int8.yaml")
     recipe = parse_recipe(data, str(path))
+    tasks = resolved(recipe.evaluate.tasks, path.parent)
+    if tasks != recipe.evaluate.tasks:
+        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"tasks": tasks})})
     return recipe if "name" in recipe.model_fields_set else recipe.model_copy(update={"name": path.stem})
 
 
