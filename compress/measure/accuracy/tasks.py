@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -212,10 +213,11 @@ def _check_name(own: OwnTask, others: Mapping[str, Any]) -> None:
         raise UserError(f"task {own.folder}: its name {own.name!r} is {of}", "give it one by the key 'name' of its task.yaml")
 
 
-def _known() -> set[str]:
+@cache
+def _known() -> frozenset[str]:
     """Return every name that stands for public tasks."""
     tasks = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
-    return {MINI, "lite", *BENCHMARKS, *EMBEDDED, *(benchmark.name for benchmark in mteb.get_benchmarks()), *tasks}
+    return frozenset({MINI, "lite", *BENCHMARKS, *EMBEDDED, *(benchmark.name for benchmark in mteb.get_benchmarks()), *tasks})
 
 
 def _expand(name: str) -> dict[str, Any]:

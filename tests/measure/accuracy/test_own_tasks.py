@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mteb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ import pytest
 from sklearn.metrics import v_measure_score
 
 from compress.common.errors import UserError
+from compress.measure.accuracy.local_data import load_local
 from compress.measure.accuracy.own_check import check_own
 from compress.measure.accuracy.own_data import CLASSES, load_own
 from compress.measure.accuracy.own_task import TYPES, read_own_task, resolved, write_example
@@ -201,13 +203,10 @@ def test_labels_that_are_numbers_or_texts_score_the_same(make: Make) -> None:
 
 def test_a_public_task_takes_two_labels_that_are_texts(tmp_path: Path) -> None:
     for split, rows in CLASSES_APART.items():
-        (tmp_path / "ToxicChatClassification").mkdir(exist_ok=True)
-        renamed = [{"text": row["text"], "user_input": row["text"], "label": row["label"]} for row in rows]
-        as_jsonl(tmp_path / "ToxicChatClassification" / split, renamed)
-        (tmp_path / "ImdbClassification").mkdir(exist_ok=True)
-        as_jsonl(tmp_path / "ImdbClassification" / split, rows)
-    (task,) = find_tasks(["ImdbClassification"], tmp_path)
-    assert score_task(Angles(), task).score == pytest.approx(0.75)  # type: ignore[arg-type]
+        as_jsonl(tmp_path / split, rows)
+    task = mteb.get_task("ImdbClassification")
+    load_local(task, tmp_path)
+    assert score_task(Angles(), Task(task, tmp_path)).score == pytest.approx(0.75)  # type: ignore[arg-type]
 
 
 def changed(stem: str, index: int, base: Mapping[str, Rows] = SEARCH, **changes: Any) -> dict[str, Rows]:
