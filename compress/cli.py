@@ -24,6 +24,8 @@ from compress.common.cache import KINDS as CACHE_KINDS
 from compress.common.errors import UserError, nearest
 from compress.common.files import check_target, write_text_atomic
 from compress.export import FORMATS as EXPORT_FORMATS
+from compress.measure.accuracy.own_task import TYPES as TASK_TYPES
+from compress.measure.accuracy.own_task import write_example
 from compress.reports import FORMATS as COMPARE_FORMATS
 from compress.runtimes.contract import RUNTIMES
 
@@ -111,7 +113,7 @@ def run(
     recipe: RecipeArgument,
     model: ModelOption = None,
     data: DataOption = None,
-    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Task names, or mini; overrides the recipe.")] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Task names, mini, or ./FOLDERS; overrides the recipe.")] = None,
     texts: Annotated[str | None, typer.Option(metavar="FILE", help="Texts to measure on; overrides the recipe.")] = None,
     runs: RunsOption = Path("results"),
     device: DeviceOption = None,
@@ -367,10 +369,33 @@ def _encode_corpus(model: str, texts: str, target: Path, how: Any, asked: Mappin
         print(f"{where}: {made.rejected} texts have no vector", file=sys.stderr)
 
 
+task_app = typer.Typer(help="Tasks of your own: a folder with texts and a task.yaml.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(task_app, name="task")
+
+
+@task_app.command("init")
+def task_init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.")],
+    type: Annotated[str, typer.Option("--type", metavar="T", help=f"{', '.join(TASK_TYPES)}.")],
+) -> None:
+    """Write a small task of a type, to be filled with your own texts."""
+    for path in write_example(folder, type):
+        print(path)
+    print(f"compress task check {folder} says whether it is right")
+
+
+@task_app.command("check")
+def task_check(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with a task.yaml.")]) -> None:
+    """Say what is wrong with a task of your own, by file and line, or what is in it."""
+    from compress.measure.accuracy.own_check import check_own
+
+    print(check_own(folder))
+
+
 @app.command(cls=accepting(EVALUATE_BEFORE))
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, folder, run, hub name, or a server's address.")],
-    tasks: Annotated[str, typer.Option(metavar="A,B", help="Names of tasks or benchmarks, mini or lite.")] = "mini",
+    tasks: Annotated[str, typer.Option(metavar="A,B", help="Names of tasks or benchmarks, mini, lite, or ./FOLDERS.")] = "mini",
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Another model to compare with, in pairs.")] = None,
     data: DataOption = None,
     margin: Annotated[float, typer.Option(metavar="SHARE", help="Accepted loss, as a share of the other model's score.")] = 0.01,

@@ -24,6 +24,7 @@ NAVIGATION = {
         "index",
         "models",
         "choosing",
+        "own-tasks",
         "search",
         "recipes",
         "quantization",

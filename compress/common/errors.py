@@ -55,3 +55,16 @@ def nearest(name: str, names: Iterable[str]) -> str:
         return f"did you mean {close[0]!r}?"
     shown = ", ".join(known[:12]) + (f", ... ({len(known)} in all)" if len(known) > 12 else "")
     return f"known: {shown}"
+
+
+def rename(missing: str, others: Iterable[str]) -> str:
+    """Suggest which of the other columns of a file is the missing one under another name, or list them.
+
+    >>> rename("text", ["texts", "label"])
+    "rename 'texts' to 'text'"
+    """
+    known = sorted(others)
+    close = difflib.get_close_matches(missing, known, n=1, cutoff=0.6)
+    if close:
+        return f"rename {close[0]!r} to {missing!r}"
+    return f"its other columns: {', '.join(known[:12]) or 'none'}"

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.common.errors import UserError, nearest
+from compress.common.errors import UserError, nearest, rename
 from compress.common.inputs import open_file, parse_json
 
 SUITE = Path(str(resources.files("compress.data"))) / "suite"
@@ -80,7 +80,8 @@ def iterate_rows(path: Path, required: tuple[str, ...] = ()) -> Iterator[tuple[i
             raise UserError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
         missing = [key for key in required if key not in row]
         if missing:
-            raise UserError(f"{path}, line {number}: lacks {missing[0]!r}; it has {', '.join(sorted(row))}")
+            hint = rename(missing[0], [key for key in row if key not in required])
+            raise UserError(f"{path}, line {number}: lacks {missing[0]!r}; it has {', '.join(sorted(row))}", hint)
         yield number, row
     if not number:
         raise UserError(f"{path}: has no rows")

@@ -20,6 +20,7 @@ from compress.common.inputs import checked
 from compress.common.journal import Journal
 from compress.common.locks import LOCK, locked
 from compress.data.texts import is_hub
+from compress.measure.accuracy.own_task import resolved
 from compress.measure.accuracy.score import TaskScore
 from compress.measure.accuracy.tasks import Task, evaluated_texts, find_tasks
 from compress.measure.alignment import CrossScores, check_searches, judge, said
@@ -121,7 +122,9 @@ class _Alignment:
             seed=options.seed,
             steps=(step,),
             evaluate=Evaluate(
-                tasks=tuple(options.tasks), data=str(options.data) if options.data else None, margin=1 - options.min_kept
+                tasks=resolved(options.tasks, Path.cwd()),
+                data=str(options.data) if options.data else None,
+                margin=1 - options.min_kept,
             ),
             measure=Measure(what=()),
             gates=Gates(retained=options.min_kept),

@@ -35,7 +35,8 @@ class Evaluate(Section):
     """Tasks that measure accuracy. Without tasks, accuracy is not measured."""
 
     tasks: tuple[str, ...] = ("mini",)
-    """Task names of the mteb package, or `mini`: the embedded suite, which needs neither a network nor data files."""
+    """Task names of the mteb package, `mini`: the embedded suite, which needs neither a network nor data files, or folders with
+    tasks of your own (`./my-task`), relative to the recipe."""
     prompts: dict[str, str] = {}
     """Prompts that replace the model's own, written exactly as they go before the texts. Keys are a task (`STSBenchmark`), a task
     and role (`SciFact-query`, `SciFact-document`), a type of task (`Classification`) or a role (`query`)."""

@@ -23,6 +23,7 @@ from compress.common.journal import Journal
 from compress.common.locks import LOCK, locked
 from compress.data.texts import measure_texts, texts_to_calibrate
 from compress.layers.scheme import ActivationScheme
+from compress.measure.accuracy.own_task import resolved as in_folder
 from compress.measure.record import RECORD_FILE, Record, Step
 from compress.measure.scored import versions_and_machine
 from compress.measure.speed.timing import Speed
@@ -96,6 +97,7 @@ def _override(recipe: Recipe, model: str | None, data: Path | str | None, tasks:
         evaluate = evaluate.model_copy(update={"tasks": tuple(tasks)})
     if texts is not None:
         measure = measure.model_copy(update={"texts": texts})
+    evaluate = evaluate.model_copy(update={"tasks": in_folder(evaluate.tasks, Path.cwd())})
     return recipe.model_copy(update={"model": model or recipe.model, "evaluate": evaluate, "measure": measure})
 
 
@@ -174,8 +176,11 @@ class _Run:
 
     def _identity(self) -> str:
         """Hash everything that decides the result: another recipe, model, data, package set or machine is another run."""
+        recipe = self.recipe.model_dump(mode="json", exclude={"name", "description", "model"})
+        own = {str(task.folder): task.name for task in self.tasks}  # a folder that was moved is the same data
+        recipe["evaluate"]["tasks"] = [own.get(name, name) for name in recipe["evaluate"]["tasks"]]
         decided = {
-            "recipe": self.recipe.model_dump(mode="json", exclude={"name", "description", "model"}),
+            "recipe": recipe,
             "model": self.fingerprint,
             "tasks": {task.name: task.fingerprint for task in self.tasks},
             "texts": self.texts,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.common.errors import UserError
+from compress.measure.accuracy.own_task import resolved
 from compress.measure.evaluate import Evaluation, EvaluationOptions, evaluate, named_model
 from compress.measure.scored import Scored
 from compress.runtimes.remote import is_url
@@ -72,7 +73,7 @@ def evaluate_many(
     if server := next((name for name in (against, model) if name is not None and is_url(name)), None):
         raise UserError(f"--ray: {server} is a server, which divides its work itself", "leave out --ray")
     there = replace(options, data=None if options.data is None else Path(options.data).resolve())
-    with working(partial(make_scorer, list(tasks), there), ray) as mapped:
+    with working(partial(make_scorer, list(resolved(tasks, Path.cwd())), there), ray) as mapped:
 
         def elsewhere(name: str, runtime: str | None, found: Sequence[str]) -> Iterator[TaskScore]:
             folder = str(Path(name).resolve()) if Path(name).is_dir() else name

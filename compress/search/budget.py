@@ -20,6 +20,7 @@ from compress.common.files import replacing, write_text_atomic
 from compress.common.journal import Journal
 from compress.common.locks import locked
 from compress.common.memory import gigabytes
+from compress.measure.accuracy.own_task import resolved
 from compress.measure.record import Record
 from compress.measure.sensitivity import Sensitivity
 from compress.models.folder import ModelFolder
@@ -355,7 +356,7 @@ class _Search:
             calibration=Calibration(
                 texts=options.scoring.texts, count=options.scoring.count, max_tokens=options.scoring.max_tokens
             ),
-            evaluate=Evaluate(tasks=options.tasks or ("mini",), data=options.data),
+            evaluate=Evaluate(tasks=resolved(options.tasks or ("mini",), Path.cwd()), data=options.data),
             gates=Gates(retained=kept, size_ratio=size, speedup=self.bounds.min_speedup),
         )
 

@@ -37,8 +37,11 @@ def test_commands_parse(line: str, whole: bool) -> None:
     if words[1] == "--help":
         return
     refused = None
+    words = words[1:]
+    while isinstance(group.commands.get(words[0]), typer.core.TyperGroup) and len(words) > 1:  # `compress task check`
+        group, words = group.commands[words[0]], words[1:]
     try:
-        group.commands[words[1]].make_context(words[1], words[2:])
+        group.commands[words[0]].make_context(words[0], words[1:])
     except Exception as error:
         refused = error
     if whole or type(refused).__name__ != "MissingParameter":  # a mention may leave arguments out

@@ -25,8 +25,8 @@ def bomb(levels: int, opening: str, closing: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (bomb(9, "[", "]"), "with its aliases the recipe has more than 100,000 values"),
-        (bomb(9, "{", "}"), "with its aliases the recipe has more than 100,000 values"),
+        (bomb(9, "[", "]"), "with its aliases the file has more than 100,000 values"),
+        (bomb(9, "{", "}"), "with its aliases the file has more than 100,000 values"),
         ("steps: &a [*a]\n", "line 1"),
         ("evaluate: &a {prompts: *a}\n", "line 1"),
         ("\nsteps: " + "[" * 2_000 + "]" * 2_000, "line 2: nested more than 32 levels deep"),

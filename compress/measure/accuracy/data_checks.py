@@ -21,7 +21,8 @@ from mteb.abstasks import (
 from mteb.abstasks.multilabel_classification import AbsTaskMultilabelClassification
 
 from compress.common.errors import UserError
-from compress.data.texts import check_text, read_lines
+from compress.data.tables import place_of, read_table, unit_of
+from compress.data.texts import check_text
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ class Rows:
 
     def place(self, index: int, column: str) -> str:
         """Return where a value was read, for an error: the file is read again for the number of its line."""
-        lines = [number for number, _ in read_lines(self.path)]
+        numbers = [number for number, _ in read_table(self.path)]
         # Of another number where the transformation has changed the rows.
-        where = f"line {lines[index]}" if len(lines) == len(self.data) else f"row {index + 1} of the task"
-        return f"{self.path}, {where}: {column!r}"
+        changed = len(numbers) != len(self.data)
+        where = f"{self.path}, row {index + 1} of the task" if changed else place_of(self.path, numbers[index])
+        return f"{where}: {column!r}"
 
     def text(self, value: Any, index: int, column: str) -> None:
         """See that a value is a text; see `check_text`."""
@@ -219,9 +221,9 @@ def check_unique(rows: Iterable[tuple[int, Mapping[str, Any]]], path: Path) -> N
     for number, row in rows:
         name = str(row["_id"])
         if isinstance(row["_id"], (list, dict)) or row["_id"] is None:
-            raise UserError(f"{path}, line {number}: '_id' must be a string, got {row['_id']!r}")
+            raise UserError(f"{place_of(path, number)}: '_id' must be a string, got {row['_id']!r}")
         if name in seen:
-            raise UserError(f"{path}, line {number}: '_id' {name!r} is that of line {seen[name]} too")
+            raise UserError(f"{place_of(path, number)}: '_id' {name!r} is that of {unit_of(path)} {seen[name]} too")
         seen[name] = number
 
 

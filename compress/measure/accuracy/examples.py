@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,8 +36,9 @@ from compress.measure.accuracy.statistics import (
 )
 
 # mteb's names of retrieval metrics, and the names in its per-query scores.
-_PER_QUERY = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P", "hit_rate": "success"}
-_CUT = re.compile(r"^(ndcg|map|recall|precision|hit_rate)_at_(\d+)$")
+_PER_QUERY = {"ndcg": "ndcg_cut", "map": "map_cut", "mrr": "mrr", "recall": "recall", "precision": "P", "hit_rate": "success"}
+_RECIPROCAL = re.compile(r"^mrr_at_(\d+)$")
+_CUT = re.compile(r"^(ndcg|map|mrr|recall|precision|hit_rate)_at_(\d+)$")
 
 
 class SplitExamples(BaseModel):
@@ -128,8 +130,11 @@ class Caught:
             self._drawn[hf_split, hf_subset] = generator.drawn
             generator.drawn = []
 
-    def keep_queries(self, scores: Any, *_: Any, hf_split: str, hf_subset: str) -> None:
+    def keep_queries(self, scores: Any, relevant: Any, results: Any, *, hf_split: str, hf_subset: str) -> None:
         """Keep a retrieval task's scores of each query."""
+        found = _RECIPROCAL.match(self._task.metadata.main_score)
+        if found is not None:
+            scores = {query: _reciprocal_rank(results[query], relevant[query], int(found.group(1))) for query in results}
         self._queries[hf_split, hf_subset] = scores
 
     def examples(self) -> Examples:
@@ -210,6 +215,13 @@ def _best_pairs(labels: Sequence[float], predictions: Mapping[str, Sequence[floa
     return max(parts, key=lambda part: score(part.statistic()))
 
 
+def _reciprocal_rank(found: Mapping[str, float], relevant: Mapping[str, int], cut: int) -> dict[str, float]:
+    """Return 1 / rank of the first relevant document of a query, 0 where it is below the cut; mteb keeps only the mean of it."""
+    ranked = sorted(found, key=lambda document: (found[document], document), reverse=True)[:cut]  # ties as mteb breaks them
+    ranks = (rank for rank, document in enumerate(ranked, start=1) if relevant.get(document, 0) > 0)
+    return {f"mrr_{cut}": 1 / next(ranks, math.inf)}
+
+
 def _queries(scores: Mapping[str, Mapping[str, float]], metric: str) -> SplitExamples | None:
     found = _CUT.match(metric)
     if found is None:
@@ -280,7 +292,7 @@ def catching(task: AbsTask) -> Iterator[Caught]:
         own = task.task_specific_scores
 
         def specific(scores: Any, qrels: Any, results: Any, *, hf_split: str, hf_subset: str) -> Any:
-            caught.keep_queries(scores, hf_split=hf_split, hf_subset=hf_subset)
+            caught.keep_queries(scores, qrels, results, hf_split=hf_split, hf_subset=hf_subset)
             return own(scores, qrels, results, hf_split=hf_split, hf_subset=hf_subset)
 
         replaced["task_specific_scores"] = specific

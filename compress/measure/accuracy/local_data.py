@@ -1,10 +1,15 @@
-"""Task data from a local folder: `<task>[/<subset>]/<split>.jsonl[.gz]` with the hub's columns; retrieval in BEIR's layout."""
+"""Task data from a local folder: `<task>[/<subset>]/<split>.jsonl[.gz]` with the hub's columns; retrieval in BEIR's layout.
+
+CSV, TSV and Parquet are read in place of JSON lines.
+"""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +21,39 @@ from mteb.abstasks import (
     AbsTaskClustering,
     AbsTaskClusteringLegacy,
     AbsTaskPairClassification,
+    AbsTaskRegression,
     AbsTaskRetrieval,
     AbsTaskSTS,
     AbsTaskSummarization,
 )
 
 from compress.common.errors import UserError, nearest
-from compress.data.texts import check_text, read_lines, read_rows
+from compress.data.tables import SUFFIXES, Row, find_table, is_text, place_of, read_table, suffix_of, tables_in, unit_of
+from compress.data.texts import check_text, read_lines
 from compress.measure.accuracy.data_checks import Rows, check_relevant, check_rows, check_unique
 
-SUFFIXES = (".jsonl.gz", ".jsonl")
+ALSO = f"{', '.join(SUFFIXES[2:])} are read too"
+QRELS = ("query-id", "corpus-id", "score")
 # A grade fits into the 64 bits of mteb's scorer.
 _GRADE = re.compile(r"-?[0-9]{1,9}")
+_NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
-def load_local(task: AbsTask, folder: Path) -> None:
+def fingerprint_of(folder: Path, files: Iterable[Path]) -> str:
+    """Return a hash of files and of their places in a folder, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def load_local(task: AbsTask, folder: Path, columns: tuple[str, ...] = ()) -> None:
     """Load the data of a local folder into a task. The task keeps only the subsets and splits that the folder has.
+
+    Args:
+        task: the task.
+        folder: the folder.
+        columns: columns that each file of a split must have; those of public tasks may be renamed by the task.
 
     Raises:
         UserError: the folder has none of the task's subsets or splits, or a file is faulty.
@@ -41,7 +63,7 @@ def load_local(task: AbsTask, folder: Path) -> None:
         present = list(task.hf_subsets)
     if not present:
         raise UserError(f"{folder}: has none of the subsets of {task.metadata.name}: {', '.join(task.hf_subsets[:8])}")
-    load = _load_retrieval if isinstance(task, AbsTaskRetrieval) else _load_splits
+    load = _load_retrieval if isinstance(task, AbsTaskRetrieval) else partial(_load_splits, columns=columns)
     places = {subset: folder / subset if (folder / subset).is_dir() else folder for subset in present}
     _check_folders(task, folder)
     loaded = {subset: load(task, place) for subset, place in places.items()}
@@ -63,6 +85,8 @@ def load_local(task: AbsTask, folder: Path) -> None:
         for subset, place in places.items():
             splits = task.dataset[subset] if task.metadata.is_multilingual else task.dataset
             check_rows(task, _places(splits, place))
+            if isinstance(task, AbsTaskClassification):
+                _encode_labels(task, splits)
     splits = [split for split in task.metadata.eval_splits if all(split in splits for splits in loaded.values())]
     if not splits:
         raise UserError(
@@ -77,32 +101,44 @@ def published_splits(splits: list[str]) -> list[str]:
 
 
 def _file(folder: Path, stem: str) -> Path:
-    for suffix in SUFFIXES:
-        if (folder / f"{stem}{suffix}").is_file():
-            return folder / f"{stem}{suffix}"
-    raise UserError(f"{folder}: no {stem}.jsonl or {stem}.jsonl.gz")
+    found = find_table(folder, stem)
+    if found is None:
+        raise UserError(f"{folder}: no {stem}.jsonl or {stem}.jsonl.gz", ALSO)
+    return found
 
 
-def _load_splits(task: AbsTask, folder: Path) -> DatasetDict:
-    required: tuple[str, ...] = ()
+def _load_splits(task: AbsTask, folder: Path, columns: tuple[str, ...]) -> DatasetDict:
+    required = columns
     if isinstance(task, AbsTaskSTS):
         required = (*task.column_names, "score")
     elif isinstance(task, AbsTaskClassification):
         required = (task.input_column_name, task.label_column_name)
-    files = _files(folder)
+    files = tables_in(folder)
     if not files:
-        raise UserError(f"{folder}: holds no <split>.jsonl or <split>.jsonl.gz")
-    return DatasetDict({split: _table(path, read_rows(path, required)) for split, path in files.items()})
+        raise UserError(f"{folder}: holds no <split>.jsonl or <split>.jsonl.gz", ALSO)
+    return DatasetDict({split: _table(path, _typed(task, path, read_table(path, required))) for split, path in files.items()})
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Return the files of a folder's splits, by split."""
-    return {path.name.split(".jsonl")[0]: path for path in sorted(folder.glob("*.jsonl*")) if path.name.endswith(SUFFIXES)}
+def _typed(task: AbsTask, path: Path, rows: Sequence[Row]) -> Sequence[Row]:
+    """Return rows with the numbers of a task's scores; a format without types has them as texts.
+
+    Raises:
+        UserError: one is no number.
+    """
+    column = "score" if isinstance(task, AbsTaskSTS) else None
+    if isinstance(task, (AbsTaskPairClassification, AbsTaskRegression)):
+        column = task.label_column_name
+    if column is None or not is_text(path):
+        return rows
+    for number, row in rows:
+        if column in row and not _NUMBER.fullmatch(row[column].strip()):
+            raise UserError(f"{place_of(path, number)}: {column!r} must be a number, got {row[column]!r}")
+    return [(number, {**row, column: float(row[column])} if column in row else row) for number, row in rows]
 
 
 def _places(splits: Any, folder: Path) -> dict[str, Rows]:
     """Return the rows of each split with the file that they were read from."""
-    return {split: Rows(splits[split], path) for split, path in _files(folder).items() if split in splits}
+    return {split: Rows(splits[split], path) for split, path in tables_in(folder).items() if split in splits}
 
 
 def _table(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> Dataset:
@@ -119,13 +155,30 @@ def _table(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> Dataset:
             for key, value in row.items():
                 for text in value if isinstance(value, list) else [value]:
                     if isinstance(text, str):
-                        check_text(text, f"{path}, line {number}: {key!r}")
+                        check_text(text, f"{place_of(path, number)}: {key!r}")
                 kind = float if type(value) is int else type(value)
                 known, first = kinds.setdefault(key, (kind, number)) if value is not None else (kind, number)
                 if kind is not known:
-                    names = f"{kind.__name__}, and in line {first} {known.__name__}"
-                    raise UserError(f"{path}, line {number}: {key!r} is of type {names}") from error
+                    names = f"{kind.__name__}, and in {unit_of(path)} {first} {known.__name__}"
+                    raise UserError(f"{place_of(path, number)}: {key!r} is of type {names}") from error
         raise UserError(f"{path}: its rows make no table ({str(error).splitlines()[0][:120]})") from error
+
+
+def _encode_labels(task: AbsTaskClassification, splits: Any) -> None:
+    """Replace labels that are texts by numbers in the order of the texts, as a classifier orders its classes.
+
+    mteb's average precision of two classes takes 1 for the positive one and fails on texts.
+    """
+    column = task.label_column_name
+    used = [split for split in {task.train_split, *task.metadata.eval_splits} if split in splits]
+    labels = {split: list(splits[split][column]) for split in used}
+    known = {label for values in labels.values() for label in values if isinstance(label, str)}
+    if not known or not all(isinstance(label, str) for values in labels.values() for label in values):
+        return
+    codes = {label: code for code, label in enumerate(sorted(known))}
+    for split, values in labels.items():
+        coded = [codes[label] for label in values]
+        splits[split] = splits[split].remove_columns(column).add_column(column, coded)
 
 
 def _check_folders(task: AbsTask, folder: Path) -> None:
@@ -167,22 +220,34 @@ def _check_columns(task: AbsTask, folder: Path) -> None:
 
 
 def _load_retrieval(task: AbsTask, folder: Path) -> dict[str, dict[str, Any]]:
-    if not any((folder / f"corpus{suffix}").is_file() for suffix in SUFFIXES):
+    if find_table(folder, "corpus") is None:
         return _load_reranking(folder)
     corpus = [{**row, "title": row["title"] or ""} for row in _identified(_file(folder, "corpus"), ("title",))]
     queries = _identified(_file(folder, "queries"))
     splits: dict[str, dict[str, Any]] = {}
-    for path in sorted((folder / "qrels").glob("*.tsv")):
+    for split, path in _qrels(folder).items():
         relevant = _read_qrels(path, {row["id"] for row in queries}, {row["id"] for row in corpus})
-        splits[path.stem] = {
+        splits[split] = {
             "corpus": Dataset.from_list(corpus),
             "queries": Dataset.from_list([row for row in queries if row["id"] in relevant]),
             "relevant_docs": relevant,
-            "top_ranked": _top_ranked(folder, path.stem, set(relevant), {row["id"] for row in corpus}),
+            "top_ranked": _top_ranked(folder, split, set(relevant), {row["id"] for row in corpus}),
         }
     if not splits:
         raise UserError(f"{folder}: no qrels/<split>.tsv")
     return splits
+
+
+def _qrels(folder: Path) -> dict[str, Path]:
+    """Return the files with grades, by split: `qrels/<split>`, or `qrels` for the split `test`.
+
+    Raises:
+        UserError: there are both.
+    """
+    places, single = tables_in(folder / "qrels"), find_table(folder, "qrels")
+    if single is not None and places:
+        raise UserError(f"{single}: there is a folder qrels too", "keep one of the two")
+    return places if single is None else {"test": single}
 
 
 def _identified(path: Path, optional: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -191,31 +256,30 @@ def _identified(path: Path, optional: tuple[str, ...] = ()) -> list[dict[str, An
     Raises:
         UserError: two have the same id, or a text is none.
     """
-    rows = read_rows(path, ("_id", "text"))
+    rows = read_table(path, ("_id", "text"))
     check_unique(rows, path)
     found = []
     for number, row in rows:
         more = {key: row.get(key) for key in optional}
         for key, value in {"text": row["text"], **{key: value for key, value in more.items() if value is not None}}.items():
-            check_text(value, f"{path}, line {number}: {key!r}")
+            check_text(value, f"{place_of(path, number)}: {key!r}")
         found.append({"id": str(row["_id"]), **more, "text": row["text"]})
     return found
 
 
 def _top_ranked(folder: Path, split: str, queries: set[str], documents: set[str]) -> dict[str, list[str]] | None:
     """Read the documents that each query ranks, from `top_ranked[/<split>].jsonl`; None: all (retrieval, not reranking)."""
-    places = [place for stem in (f"top_ranked/{split}", "top_ranked") for place in (folder / f"{stem}{s}" for s in SUFFIXES)]
-    path = next((place for place in places if place.is_file()), None)
+    path = find_table(folder, f"top_ranked/{split}") or find_table(folder, "top_ranked")
     if path is None:
         return None
     ranked = {}
-    for number, row in read_rows(path, ("query-id", "corpus-ids")):
+    for number, row in read_table(path, ("query-id", "corpus-ids")):
         if not isinstance(row["corpus-ids"], list) or not row["corpus-ids"]:
-            raise UserError(f"{path}, line {number}: 'corpus-ids' must be a list of documents, got {row['corpus-ids']!r}")
+            raise UserError(f"{place_of(path, number)}: 'corpus-ids' must be a list of documents, got {row['corpus-ids']!r}")
         among = [str(document) for document in row["corpus-ids"]]
         unknown = [document for document in among if document not in documents]
         if unknown:
-            raise UserError(f"{path}, line {number}: document {unknown[0]!r} is not in the corpus")
+            raise UserError(f"{place_of(path, number)}: document {unknown[0]!r} is not in the corpus")
         if str(row["query-id"]) in queries:
             ranked[str(row["query-id"])] = among
     return ranked
@@ -224,15 +288,15 @@ def _top_ranked(folder: Path, split: str, queries: set[str], documents: set[str]
 def _load_reranking(folder: Path) -> dict[str, dict[str, Any]]:
     """Read `<split>.jsonl`, each row with a `query` (or a list of them) and its `positive` and `negative` passages."""
     splits: dict[str, dict[str, Any]] = {}
-    files = list(_files(folder).values())
+    files = tables_in(folder)
     if not files:
         raise UserError(f"{folder}: neither corpus.jsonl nor a <split>.jsonl with query, positive and negative")
-    for path in files:
+    for split, path in files.items():
         corpus, queries = [], []
         relevant: dict[str, dict[str, int]] = {}
         ranked: dict[str, list[str]] = {}
-        for number, (line, row) in enumerate(read_rows(path, ("query", "positive", "negative"))):
-            _check_passages(row, f"{path}, line {line}")
+        for number, (line, row) in enumerate(read_table(path, ("query", "positive", "negative"))):
+            _check_passages(row, place_of(path, line))
             passages = [(text, 1) for text in row["positive"]] + [(text, 0) for text in row["negative"]]
             ids = [f"d{number}-{index}" for index in range(len(passages))]
             corpus += [{"id": own, "title": "", "text": text} for own, (text, _) in zip(ids, passages, strict=True)]
@@ -243,7 +307,7 @@ def _load_reranking(folder: Path) -> dict[str, dict[str, Any]]:
                 relevant[query] = {own: grade for own, (_, grade) in zip(ids, passages, strict=True)}
                 ranked[query] = ids
         check_relevant(relevant, path)
-        splits[path.name.split(".jsonl")[0]] = {
+        splits[split] = {
             "corpus": Dataset.from_list(corpus),
             "queries": Dataset.from_list(queries),
             "relevant_docs": relevant,
@@ -268,6 +332,19 @@ def _check_passages(row: dict[str, Any], place: str) -> None:
 
 def _read_qrels(path: Path, queries: set[str], documents: set[str]) -> dict[str, dict[str, int]]:
     relevant: dict[str, dict[str, int]] = {}
+    for number, query, document, grade in _grades_without_types(path) if suffix_of(path).startswith(".tsv") else _grades(path):
+        if query not in queries or document not in documents:
+            what = f"query {query!r}" if query not in queries else f"document {document!r}"
+            raise UserError(f"{place_of(path, number)}: {what} is not in its file")
+        earlier = relevant.setdefault(query, {}).setdefault(document, grade)
+        if earlier != grade:
+            raise UserError(f"{place_of(path, number)}: query {query!r} and document {document!r} have the grade {earlier} too")
+    check_relevant(relevant, path)
+    return relevant
+
+
+def _grades_without_types(path: Path) -> Iterator[tuple[int, str, str, int]]:
+    """Yield line, query, document and grade of BEIR's layout, in which the heading may be missing."""
     for number, line in read_lines(path):
         if number == 1 and line.startswith("query-id"):
             continue
@@ -277,10 +354,15 @@ def _read_qrels(path: Path, queries: set[str], documents: set[str]) -> dict[str,
             raise UserError(f"{path}, line {number}: {error}") from error
         if len(fields) != 3 or not _GRADE.fullmatch(fields[2].strip()):
             raise UserError(f"{path}, line {number}: expected 'query-id<TAB>corpus-id<TAB>score', got {line!r}")
-        query, document, score = fields
-        if query not in queries or document not in documents:
-            what = f"query {query!r}" if query not in queries else f"document {document!r}"
-            raise UserError(f"{path}, line {number}: {what} is not in its file")
-        relevant.setdefault(query, {})[document] = int(score)
-    check_relevant(relevant, path)
-    return relevant
+        yield number, fields[0], fields[1], int(fields[2])
+
+
+def _grades(path: Path) -> Iterator[tuple[int, str, str, int]]:
+    """Yield the number of a row, query, document and grade."""
+    for number, row in read_table(path, QRELS):
+        grade = row["score"]
+        if isinstance(grade, float) and grade.is_integer():
+            grade = int(grade)
+        if not _GRADE.fullmatch(str(grade).strip()):
+            raise UserError(f"{place_of(path, number)}: 'score' must be a whole number, got {grade!r}")
+        yield number, str(row["query-id"]), str(row["corpus-id"]), int(grade)

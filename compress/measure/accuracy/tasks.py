@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from mteb.abstasks.task_metadata import TaskMetadata
 
 from compress.common.errors import UserError, nearest
 from compress.data.texts import SUITE, fault_of_hub, keep_to_endpoint, same_text
-from compress.measure.accuracy.local_data import load_local, published_splits
+from compress.measure.accuracy.local_data import fingerprint_of, load_local, published_splits
+from compress.measure.accuracy.own_data import load_own
+from compress.measure.accuracy.own_task import TYPES, OwnTask, is_own, read_own_task
 
 MINI = "mini"
 # For each of the seven types, the cheapest public tasks that still distinguish models: about 3 M tokens together.
@@ -42,6 +44,8 @@ class Task:
 
     mteb: Any
     folder: Path | None
+    files: tuple[Path, ...] | None = None
+    """Files of the folder that decide a score; None: all."""
 
     @property
     def name(self) -> str:
@@ -53,10 +57,8 @@ class Task:
         """Identifier of the data: a hash of the local files, or the hub's revision."""
         if self.folder is None:
             return str(self.mteb.metadata.revision)
-        digest = hashlib.sha256()
-        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
-            digest.update(str(path.relative_to(self.folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()[:16]
+        files = self.files if self.files is not None else [path for path in self.folder.rglob("*") if path.is_file()]
+        return fingerprint_of(self.folder, files)
 
 
 def evaluated_texts(tasks: Iterable[Task]) -> frozenset[str]:
@@ -163,7 +165,8 @@ def find_tasks(names: Iterable[str], data: Path | None) -> list[Task]:
     """Find tasks by name. Local data is loaded at once, so that faults in it are found before any work is done.
 
     Args:
-        names: names of mteb's tasks or benchmarks, `mini` for the embedded suite, `lite`, `mteb-eng-v1` or `mteb-eng-v2`.
+        names: names of mteb's tasks or benchmarks, `mini` for the embedded suite, `lite`, `mteb-eng-v1` or `mteb-eng-v2`; paths of
+            folders with tasks of one's own (`./my-task`).
         data: folder laid out as `<task>[/<subset>]/<split>.jsonl[.gz]` (retrieval in BEIR's layout); None: the hub.
 
     Raises:
@@ -178,10 +181,43 @@ def find_tasks(names: Iterable[str], data: Path | None) -> list[Task]:
         raise UserError(f"data folder {data}: not a folder")
     wanted: dict[str, Any] = {}
     for name in names:
-        wanted |= _expand(name)
+        if is_own(name):
+            own = read_own_task(Path(name))
+            _check_name(own, wanted)
+            wanted[own.name] = own
+        else:
+            wanted |= _expand(name)
     if not wanted:
-        raise UserError("no tasks are named", "evaluate.tasks or --tasks: mini, lite, or names of mteb's tasks or benchmarks")
-    return [_with_data(name, found, data) for name, found in wanted.items()]
+        raise UserError(
+            "no tasks are named",
+            "evaluate.tasks or --tasks: mini, lite, names of mteb's tasks or benchmarks, or a folder (./my-task)",
+        )
+    return [
+        Task(load_own(found), found.folder, found.files) if isinstance(found, OwnTask) else _with_data(name, found, data)
+        for name, found in wanted.items()
+    ]
+
+
+def _check_name(own: OwnTask, others: Mapping[str, Any]) -> None:
+    """See that an own task has a name of its own: records, prompts and comparisons know tasks by their names.
+
+    Raises:
+        UserError: it has that of a public task, of a type or role, or of another own task of the call.
+    """
+    other = others.get(own.name)
+    if isinstance(other, OwnTask) and other.folder.resolve() == own.folder.resolve():
+        return
+    taken = {"query", "document", "text", *(kind.mteb for kind in TYPES.values())}
+    if other is not None or own.name in taken or own.name in _known():
+        of = f"that of {other.folder}" if isinstance(other, OwnTask) else "taken: a public task, a type or a role is called so"
+        raise UserError(f"task {own.folder}: its name {own.name!r} is {of}", "give it one by the key 'name' of its task.yaml")
+
+
+@cache
+def _known() -> frozenset[str]:
+    """Return every name that stands for public tasks."""
+    tasks = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
+    return frozenset({MINI, "lite", *BENCHMARKS, *EMBEDDED, *(benchmark.name for benchmark in mteb.get_benchmarks()), *tasks})
 
 
 def _expand(name: str) -> dict[str, Any]:
@@ -199,9 +235,8 @@ def _expand(name: str) -> dict[str, Any]:
     try:
         return {name: _task(name)}
     except KeyError as error:
-        tasks = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
-        known = {MINI, "lite", *BENCHMARKS, *EMBEDDED, *benchmarks, *tasks}
-        raise UserError(f"unknown task {name!r}", nearest(name, known)) from error
+        hint = f"a folder with a task is named ./{name}" if Path(name).is_dir() else nearest(name, _known())
+        raise UserError(f"unknown task {name!r}", hint) from error
 
 
 def _task(name: str) -> Any:
