@@ -1,4 +1,7 @@
-"""Reads recipe files. A faulty one is refused with file, line, key and the nearest valid name."""
+"""Reads recipe files. A faulty one is refused with file, line, key and the nearest valid name.
+
+Sweep files, which name recipes, are read with the same care: what reads YAML and names places is here for both.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,21 @@ def read_recipe(path: Path | str) -> Recipe:
         UserError: the file is missing, is not YAML, or is not a valid recipe; every fault is named with its line.
     """
     path = Path(path)
+    recipe = parse_recipe(read_mapping(path), str(path))
+    return recipe if "name" in recipe.model_fields_set else recipe.model_copy(update={"name": path.stem})
+
+
+def read_mapping(path: Path, what: str = "recipe", example: str = "recipes/int8.yaml") -> Mapping[str, Any]:
+    """Read a YAML file that people write, as a mapping that knows its lines; `what` says what it is meant to be.
+
+    Raises:
+        UserError: the file is missing, is not YAML, is larger than any such file, or holds no mapping.
+    """
     if not path.exists():
         siblings = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         hint = nearest(str(path), siblings) if siblings else ""
         why = "a link to nothing" if path.is_symlink() else "no such file"
-        raise UserError(f"recipe {path}: cannot be read ({why})", hint)
+        raise UserError(f"{what} {path}: cannot be read ({why})", hint)
     text = read_text(path, RECIPE_BYTES)
     _check_brackets(text, path)
     try:
@@ -46,17 +59,14 @@ def read_recipe(path: Path | str) -> Recipe:
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not YAML: {' '.join(str(error.problem or error.context).split())}") from error
     except RecursionError as error:
-        raise UserError(f"{path}: nested too deeply for a recipe") from error
+        raise UserError(f"{path}: nested too deeply for a {what}") from error
     except (YAMLError, ValueError, TypeError, AttributeError) as error:
         # Errors of the reader itself (control characters) and of its numbers, dates and keys carry no mark.
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, Mapping):
-        raise UserError(
-            f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}", "see recipes/int8.yaml"
-        )
-    _check_size(data, path)
-    recipe = parse_recipe(data, str(path))
-    return recipe if "name" in recipe.model_fields_set else recipe.model_copy(update={"name": path.stem})
+        raise UserError(f"{path}: a {what} is a mapping of keys to values, this is a {type(data).__name__}", f"see {example}")
+    _check_size(data, path, what)
+    return data
 
 
 RECIPE_BYTES = 2**19
@@ -86,8 +96,8 @@ def _check_brackets(text: str, path: Path) -> None:
         depth = max(depth, 0)
 
 
-def _check_size(data: Any, path: Path) -> None:
-    """See that a recipe has as many values as a person writes, those that aliases repeat counted each time, and none inside itself.
+def _check_size(data: Any, path: Path, what: str) -> None:
+    """See that a file has as many values as a person writes, those that aliases repeat counted each time, and none inside itself.
 
     Raises:
         UserError: it has more; names the line of the key that holds them.
@@ -101,14 +111,14 @@ def _check_size(data: Any, path: Path) -> None:
             for key, item in items:
                 count += 1
                 if count > MOST_VALUES:
-                    line = _line(data, place)
-                    raise UserError(f"{path}, line {line}: with its aliases the recipe has more than {MOST_VALUES:,} values")
+                    line = line_at(data, place)
+                    raise UserError(f"{path}, line {line}: with its aliases the {what} has more than {MOST_VALUES:,} values")
                 if isinstance(item, (Mapping, list, set)):
                     below.append(((*place, key), item))
         if not below:
             return
         level = below
-    raise UserError(f"{path}, line {_line(data, level[0][0])}: nested more than {DEEPEST} levels deep, or an alias holds itself")
+    raise UserError(f"{path}, line {line_at(data, level[0][0])}: nested more than {DEEPEST} levels deep, or an alias holds itself")
 
 
 def parse_recipe(data: Mapping[str, Any], place: str = "recipe") -> Recipe:
@@ -117,12 +127,12 @@ def parse_recipe(data: Mapping[str, Any], place: str = "recipe") -> Recipe:
     Raises:
         UserError: naming every fault.
     """
-    plain = _plain(data)
+    plain = plain_values(data)
     faults: list[Fault] = []
     steps: list[Method] = []
     raw_steps = plain.pop("steps", ())
     if not isinstance(raw_steps, tuple):
-        faults.append(_fault(data, ("steps",), "must be a list of steps, each with a 'method'"))
+        faults.append(fault_at(data, ("steps",), "must be a list of steps, each with a 'method'"))
         raw_steps = ()
     for index, raw in enumerate(raw_steps):
         if len(faults) >= MOST_FAULTS:
@@ -133,43 +143,48 @@ def parse_recipe(data: Mapping[str, Any], place: str = "recipe") -> Recipe:
     try:
         recipe = Recipe.model_validate({**plain, "steps": tuple(steps)})
     except ValidationError as error:
-        faults += _describe(error, Recipe, data, ())
+        faults += faults_of(error, Recipe, data, ())
     if faults:
-        lines = [f"{place}{f', line {line}' if line else ''}: {message}" for line, message in sorted(faults)]
-        raise UserError(lines[0], "\n".join(lines[1:]))
+        raise refusal(faults, place)
     return recipe
+
+
+def refusal(faults: Sequence[Fault], place: str) -> UserError:
+    """Return the error that names every fault, the first in the file first; `place` names the file."""
+    lines = [f"{place}{f', line {line}' if line else ''}: {message}" for line, message in sorted(faults)]
+    return UserError(lines[0], "\n".join(lines[1:]))
 
 
 def _parse_step(raw: Any, data: Any, index: int, faults: list[Fault]) -> Method | None:
     where = ("steps", index)
     if not isinstance(raw, dict) or "method" not in raw:
-        faults.append(_fault(data, where, f"a step is a mapping with a 'method'; {nearest('', method_names())}"))
+        faults.append(fault_at(data, where, f"a step is a mapping with a 'method'; {nearest('', method_names())}"))
         return None
     name = raw["method"]
     if not isinstance(name, str) or not is_method(name):
-        faults.append(_fault(data, (*where, "method"), f"unknown method {name!r}; {nearest(str(name), method_names())}"))
+        faults.append(fault_at(data, (*where, "method"), f"unknown method {name!r}; {nearest(str(name), method_names())}"))
         return None
     kind = method_class(name)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        faults += _describe(error, kind, data, where)
+        faults += faults_of(error, kind, data, where)
         return None
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """Convert the YAML reader's own containers and scalars to Python's."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_values(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(_plain(item) for item in value)
+        return tuple(plain_values(item) for item in value)
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)
     return value
 
 
-def _describe(error: ValidationError, model: type[BaseModel], data: Any, prefix: tuple[str | int, ...]) -> list[Fault]:
+def faults_of(error: ValidationError, model: type[BaseModel], data: Any, prefix: tuple[str | int, ...]) -> list[Fault]:
     """Return each fault that pydantic found, with its line."""
     faults: list[Fault] = []
     for fault in error.errors():
@@ -182,7 +197,7 @@ def _describe(error: ValidationError, model: type[BaseModel], data: Any, prefix:
         else:
             said = fault["msg"].replace("valid tuple", "list").replace("valid dictionary or instance of", "mapping:")
             message = f"{said[0].lower()}{said[1:]}, got {fault['input']!r}"
-        faults.append(_fault(data, location, message))
+        faults.append(fault_at(data, location, message))
     return faults
 
 
@@ -194,11 +209,12 @@ def _meant(given: Any, options: Sequence[Any]) -> str:
     return nearest(str(given), [str(option) for option in options])
 
 
-def _fault(data: Any, location: Sequence[str | int], message: str) -> Fault:
-    return _line(data, location), f"{'.'.join(str(part) for part in location)}: {message}"
+def fault_at(data: Any, location: Sequence[str | int], message: str) -> Fault:
+    """Return a fault at a place of a file: its line, and its keys with dots before what is wrong."""
+    return line_at(data, location), f"{'.'.join(str(part) for part in location)}: {message}"
 
 
-def _line(data: Any, location: Sequence[str | int]) -> int:
+def line_at(data: Any, location: Sequence[str | int]) -> int:
     """Return the line, from 1, of the deepest part of `location` that is in the file; 0 for a recipe that is not from a file."""
     line = 0
     for part in location:
