@@ -25,6 +25,7 @@ NAVIGATION = {
         "models",
         "choosing",
         "search",
+        "sweeps",
         "recipes",
         "quantization",
         "pruning",
