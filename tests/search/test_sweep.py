@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from search_support import deadly_runner
+from sweep_support import deadly_runner
 
 from compress.common.errors import UserError
 from compress.common.journal import Journal
@@ -313,7 +313,7 @@ def test_trials_are_those_of_the_seed_and_of_what_was_found() -> None:
     assert all(values["bits"] in range(2, 9) and values["alpha"] in (0, 0.25, 0.5, 0.75, 1) for values in first)
     assert all(1e-4 <= values["rate"] <= 1 for values in first)
     later = [values["bits"] for values in first[12:]]
-    assert sum(3 <= bits <= 5 for bits in later) > len(later) / 2  # around the least that misses nothing
+    assert sum(4 <= bits <= 6 for bits in later) > len(later) / 2  # the least that misses nothing, and a few more
 
 
 def test_values_that_are_drawn_and_make_no_recipe_are_failed_runs(
