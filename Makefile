@@ -59,7 +59,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(need_python)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[reference,bitsandbytes,openvino,dashboard,gguf,model2vec,serve,ray,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[reference,bitsandbytes,openvino,dashboard,gguf,model2vec,serve,ray,sweep,dev]"
 	touch $@
 
 # The generator alone: the pages need no torch.

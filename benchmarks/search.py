@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from compress.models.folder import ModelFolder
-from compress.search.budget import Bounds, Found, SearchOptions, maker_of, search, write_found
+from compress.search.budget import Bounds, SearchOptions, maker_of, search, write_found
 from compress.search.choices import AS_STORED
 from compress.search.groups import TABLE, WHOLE
 from compress.search.sensitivity import SensitivityOptions, Subject, sensitivity_of
@@ -69,11 +69,9 @@ def main() -> None:
         found = search(options.model, Bounds(max_bytes=size), replace(how, name=f"searched-{bits:g}"), lambda _: None)
         measured, trust = found.why["measured"], found.why["additivity"]
         write_found(found, options.to / f"searched-{bits:g}.yaml")
-        say(
-            f"{bits:g} bits, {size / 1e6:.2f} MB: uniform {loss:.5f}; searched {measured:.5f} in {found.why['bytes'] / 1e6:.2f} MB, "
-            f"{measured / loss:.2f} of it, predicted {found.why['predicted']:.5f}; R2 {trust['r2']:.3f}, with a slope of "
-            f"{trust['slope']:.2f} {trust['r2_fitted']:.3f}; {time.monotonic() - begun:.0f} s"
-        )
+        say(f"{bits:g} bits, {size / 1e6:.2f} MB: uniform {loss:.5f}; searched {measured:.5f} in {found.why['bytes'] / 1e6:.2f} MB")
+        say(f"  {measured / loss:.2f} of uniform, predicted {found.why['predicted']:.5f}; {time.monotonic() - begun:.0f} s")
+        say(f"  R2 {trust['r2']:.3f}, with a slope of {trust['slope']:.2f} {trust['r2_fitted']:.3f}")
 
 
 if __name__ == "__main__":

@@ -224,7 +224,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", default="1,8,64,256")
     parser.add_argument("--max-wait", default="10")
-    parser.add_argument("--overload", type=float, default=0, help="seconds of overload, in parts of `--seconds` and what is then waiting")
+    parser.add_argument(
+        "--overload", type=float, default=0, help="seconds of overload, in parts of `--seconds` and what is then waiting"
+    )
     parser.add_argument("--next-to", action="append", default=[])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

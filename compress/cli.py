@@ -258,6 +258,36 @@ def search(
     print(f"compress run {to} makes and measures it")
 
 
+@app.command(cls=accepting({}))
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="Sweep file: recipes, models, values of keys, rounds.")],
+    runs: RunsOption = Path("results"),
+    show: Annotated[bool, typer.Option("--show", help="Only show what would be run.")] = False,
+    workers: Annotated[int, typer.Option(metavar="N", help="Runs at a time, each in a process of its own.")] = 1,
+    ray: RayOption = None,
+    worker_cpus: WorkerCpusOption = 1,
+    worker_gpus: WorkerGpusOption = 0.0,
+    device: DeviceOption = None,
+) -> None:
+    """Run recipes with many values, drop the worst round by round, and name the best. A sweep that was stopped continues."""
+    from compress.search.sweep_file import read_sweep
+
+    plan = read_sweep(file)  # before anything heavy is imported
+    from compress.search.sweep import SweepOptions, describe
+    from compress.search.sweep import sweep as run_sweep
+    from compress.search.sweep_table import print_sweep
+
+    if show:
+        print("\n".join(describe(plan)))
+        return
+    by = _ray(ray, workers if ray is not None else 1, worker_cpus, worker_gpus)
+    found = run_sweep(plan, SweepOptions(runs, device, workers, by), partial(print, file=sys.stderr, flush=True))
+    print_sweep(found)
+    print(f"records: {runs}; compress dashboard {runs} shows them")
+    if found.code:
+        raise typer.Exit(found.code)
+
+
 @app.command(cls=accepting(TO_BEFORE))
 def encode(
     model: ModelArgument,

@@ -26,6 +26,7 @@ NAVIGATION = {
         "choosing",
         "own-tasks",
         "search",
+        "sweeps",
         "recipes",
         "quantization",
         "pruning",

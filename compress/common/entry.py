@@ -19,6 +19,7 @@ GRACE_SECONDS = 1.0
 """How long a stopped command may take to end in order; then it is ended."""
 KEPT = {
     "run": "finished parts of the run are kept; the same command continues it",
+    "sweep": "complete runs and finished parts of others are kept; the same command continues the sweep",
     "encode": "whole parts of a corpus are kept, and the same command continues them; a file of vectors is started over",
 }
 """What is said of a command that was stopped and does not start over."""

@@ -27,6 +27,19 @@ Fault = tuple[int, str]
 """A line number, from 1 (0 if there is no file), and what is wrong there."""
 
 
+def check_there(path: Path, what: str) -> None:
+    """See that a file is there; `what` says what it is meant to be: `recipe`.
+
+    Raises:
+        UserError: it is not; names the nearest that is next to it.
+    """
+    if not path.exists():
+        siblings = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = nearest(str(path), siblings) if siblings else ""
+        why = "a link to nothing" if path.is_symlink() else "no such file"
+        raise UserError(f"{what} {path}: cannot be read ({why})", hint)
+
+
 def read_yaml(path: Path, kind: str, example: str) -> Mapping[str, Any]:
     """Read a YAML file that holds a mapping; the reader's own containers are kept, for they know the lines.
 
@@ -57,15 +70,20 @@ def read_yaml(path: Path, kind: str, example: str) -> Mapping[str, Any]:
     return data
 
 
+def refusal(faults: Sequence[Fault], place: str) -> UserError:
+    """Return the error that names every fault, at least one, in the order of their lines; `place` names the file."""
+    lines = [f"{place}{f', line {line}' if line else ''}: {message}" for line, message in sorted(faults)]
+    return UserError(lines[0], "\n".join(lines[1:]))
+
+
 def refuse(faults: Sequence[Fault], place: str) -> None:
     """Refuse a file that has faults; `place` names it.
 
     Raises:
-        UserError: there are faults; names them all, in the order of their lines.
+        UserError: there are faults; see `refusal`.
     """
     if faults:
-        lines = [f"{place}{f', line {line}' if line else ''}: {message}" for line, message in sorted(faults)]
-        raise UserError(lines[0], "\n".join(lines[1:]))
+        raise refusal(faults, place)
 
 
 def _check_brackets(text: str, path: Path) -> None:
@@ -101,14 +119,14 @@ def _check_size(data: Any, path: Path) -> None:
             for key, item in items:
                 count += 1
                 if count > MOST_VALUES:
-                    line = line_of(data, place)
+                    line = line_at(data, place)
                     raise UserError(f"{path}, line {line}: with its aliases the file has more than {MOST_VALUES:,} values")
                 if isinstance(item, (Mapping, list, set)):
                     below.append(((*place, key), item))
         if not below:
             return
         level = below
-    raise UserError(f"{path}, line {line_of(data, level[0][0])}: nested more than {DEEPEST} levels deep, or an alias holds itself")
+    raise UserError(f"{path}, line {line_at(data, level[0][0])}: nested more than {DEEPEST} levels deep, or an alias holds itself")
 
 
 def plain(value: Any) -> Any:
@@ -152,10 +170,10 @@ def _meant(given: Any, options: Sequence[Any]) -> str:
 
 def fault_at(data: Any, location: Sequence[str | int], message: str) -> Fault:
     """Return a fault with its line and key."""
-    return line_of(data, location), f"{'.'.join(str(part) for part in location)}: {message}"
+    return line_at(data, location), f"{'.'.join(str(part) for part in location)}: {message}"
 
 
-def line_of(data: Any, location: Sequence[str | int]) -> int:
+def line_at(data: Any, location: Sequence[str | int]) -> int:
     """Return the line, from 1, of the deepest part of `location` that is in the file; 0 where nothing is from a file."""
     line = 0
     for part in location:

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compress.common.errors import UserError, nearest
-from compress.common.yaml_files import Fault, fault_at, faults_of, plain, read_yaml, refuse
+from compress.common.errors import nearest
+from compress.common.yaml_files import Fault, check_there, fault_at, faults_of, plain, read_yaml, refuse
 from compress.measure.accuracy.own_task import resolved
 from compress.methods import is_method, method_class, method_names
 from compress.methods.base import Method
@@ -26,11 +26,7 @@ def read_recipe(path: Path | str) -> Recipe:
         UserError: the file is missing, is not YAML, or is not a valid recipe; every fault is named with its line.
     """
     path = Path(path)
-    if not path.exists():
-        siblings = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        hint = nearest(str(path), siblings) if siblings else ""
-        why = "a link to nothing" if path.is_symlink() else "no such file"
-        raise UserError(f"recipe {path}: cannot be read ({why})", hint)
+    check_there(path, "recipe")
     data = read_yaml(path, "a recipe", "see recipes/int8.yaml")
     recipe = parse_recipe(data, str(path))
     tasks = resolved(recipe.evaluate.tasks, path.parent)

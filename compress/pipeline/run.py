@@ -89,6 +89,21 @@ def run(
     return _Run(resolved, Path(output), device, say or partial(print, file=sys.stderr, flush=True)).finish(fresh, wait)
 
 
+def kept_record(recipe: Recipe, output: Path, device: str | None = None, source: ModelFolder | None = None) -> Record | None:
+    """Return the record of a run that is complete under `output`; None where it still has to be run, or to be continued.
+
+    Args:
+        recipe: the recipe, with its model.
+        output: folder of the runs.
+        device: as for `run`.
+        source: the recipe's model, if it is at hand: its files are read once for all its recipes.
+
+    Raises:
+        UserError: the run would be refused before anything is computed.
+    """
+    return _Run(recipe, output, device, lambda _: None, source).kept()
+
+
 def _override(recipe: Recipe, model: str | None, data: Path | str | None, tasks: Sequence[str] | None, texts: str | None) -> Recipe:
     evaluate, measure = recipe.evaluate, recipe.measure
     if data is not None:
@@ -111,9 +126,16 @@ def _without_tasks(recipe: Recipe, *unmeasured: str) -> Recipe:
 class _Run:
     """One run under way. The journal keeps each part as it ends."""
 
-    def __init__(self, recipe: Recipe, output: Path, device: str | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        device: str | None,
+        say: Callable[[str], None],
+        source: ModelFolder | None = None,
+    ) -> None:
         self.output, self.say = output, say
-        self.source = find(recipe.model)
+        self.source = source or find(recipe.model)
         check_original(self.source)
         self.shape = self.source.shape_to_compress
         self.recipe = self._resolved(recipe)
@@ -190,6 +212,13 @@ class _Run:
             "machine": versions_and_machine(self.device),
         }
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:8]
+
+    def kept(self) -> Record | None:
+        """Return the run's record if its folder is complete, with the variant and the layouts that the recipe wants."""
+        final = self.output / self.name
+        wanted = [RECORD_FILE, *({VARIANT, *self.recipe.export} if self.recipe.export else ())]
+        whole = all((final / name).exists() for name in wanted) and not (final / JOURNAL).exists()  # else it is to be tidied
+        return Record.read(final) if whole else None
 
     def finish(self, fresh: bool, wait: bool = False) -> Record:
         """Do what is not done yet, and give the run's folder its name; one process at a time.

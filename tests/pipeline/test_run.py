@@ -25,7 +25,7 @@ from compress.pipeline import run as pipeline
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe import Recipe
 from compress.pipeline.recipe_file import parse_recipe, read_recipe
-from compress.pipeline.run import run
+from compress.pipeline.run import kept_record, run
 from compress.runtimes import loading
 
 SMALL: dict[str, Any] = {
@@ -110,7 +110,10 @@ def test_a_record_whose_variant_is_gone_is_no_finished_run(
     kept = Path(shutil.copytree(finished[1], tmp_path / finished[0].run))
     shutil.rmtree(kept / "variant")
     said: list[str] = []
+    on_bert = small.model_copy(update={"model": str(bert)})
+    assert kept_record(on_bert, tmp_path, "cpu") is None
     record = run(small, model=str(bert), output=tmp_path, device="cpu", say=said.append)
+    assert kept_record(on_bert, tmp_path, "cpu") == record
     assert "running it again" in said[0]
     assert record.created >= finished[0].created
     assert (kept / "variant" / "model.safetensors").exists()

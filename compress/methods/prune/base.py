@@ -74,9 +74,10 @@ class PruneWeights(LinearsMethod):
 
     @model_validator(mode="after")
     def _a_pattern_has_its_own_share(self) -> Self:
-        for one in (self, *self.overrides.values()):
-            if one.pattern in GROUPS and one.sparsity not in (None, 0.5):
-                raise ValueError(f"`pattern: {one.pattern}` takes half of the weights; leave `sparsity` out")
+        own = (self.pattern, self.sparsity)
+        for pattern, sparsity in (own, *((one.pattern, one.sparsity) for one in self.overrides.values())):
+            if pattern in GROUPS and sparsity not in (None, 0.5):
+                raise ValueError(f"`pattern: {pattern}` takes half of the weights; leave `sparsity` out")
         return self
 
     @field_validator("overrides")
