@@ -105,8 +105,8 @@ class VariantInfo(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write `variant.json`."""
-        # A variant that is not aligned stays readable by versions that do not know the key.
-        unneeded = {"aligned_to"} if self.aligned_to is None else None
+        # A variant that is not aligned or rotated stays readable by versions that do not know the keys.
+        unneeded = {"aligned_to": self.aligned_to is None, "spec": set() if self.spec.rotated else {"rotated"}}
         text = json.dumps(self.model_dump(mode="json", exclude=unneeded), indent=1, ensure_ascii=False)
         write_text_atomic(folder / VARIANT_FILE, text + "\n")
 
