@@ -203,7 +203,7 @@ def with_unrotation(model: OpenModel, seed: int, folder: Path) -> OpenModel:
     if not isinstance(head_of(model.network).pooling, TokenPooling) or Pooling.MAX in spec.poolings:
         spec, name = spec.model_copy(update={"rotated": True}), "unrotate.weight"
     else:
-        name, back = f"{AFTER_POOLING}0.linear.weight", torch.block_diag(*[back] * len(spec.poolings))
+        name, back = f"{AFTER_POOLING}0.linear.weight", torch.block_diag(*[back] * len(spec.poolings))  # type: ignore[no-untyped-call]
         if spec.modules and spec.modules[0].kind == "Dense" and not spec.modules[0].residual:
             ((_, dense),) = weights.read([name])
             back = dense.double() @ back

@@ -106,7 +106,7 @@ class VariantInfo(BaseModel):
     def write(self, folder: Path) -> None:
         """Write `variant.json`."""
         # A variant that is not aligned or rotated stays readable by versions that do not know the keys.
-        unneeded = {"aligned_to": self.aligned_to is None, "spec": set() if self.spec.rotated else {"rotated"}}
+        unneeded: dict[str, Any] = {"aligned_to": self.aligned_to is None, "spec": {"rotated": not self.spec.rotated}}
         text = json.dumps(self.model_dump(mode="json", exclude=unneeded), indent=1, ensure_ascii=False)
         write_text_atomic(folder / VARIANT_FILE, text + "\n")
 
