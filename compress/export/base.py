@@ -81,6 +81,12 @@ def open_for_export(source: ModelFolder, layout: str, numbers: frozenset[Numbers
             f"{source.name}: NV-Embed's latent-attention head cannot be stored in {layout} files",
             "onnx and openvino store it; or replace it with the steps mean_pooling and distill",
         )
+    if info.spec.rotated:
+        raise UserError(
+            f"{source.name}: cannot be written as {layout}: its token vectors are rotated back before they are pooled, which other "
+            "libraries do not do",
+            "onnx and openvino store it; or rotate with `stream: false`",
+        )
     tables = [name for name in info.quantized if isinstance(network.get_submodule(name), QuantizedEmbedding)]
     linears = {name: layer for name, layer in info.quantized.items() if name not in tables}
     if numbers is not None:

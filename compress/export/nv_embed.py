@@ -43,6 +43,11 @@ def write(source: ModelFolder, folder: Path) -> Reader:
             f"{source.name}: cannot be written as {LAYOUT}: it has {lacks}, which the published keys cannot describe",
             "`fold: false` in the recipe keeps the head as it is" if info.folded else "use the variant as it is (compress encode)",
         )
+    if info.spec.rotated:
+        raise UserError(
+            f"{source.name}: cannot be written as {LAYOUT}: its head is given hidden states that are rotated back",
+            "onnx and openvino store it; or rotate with `stream: false`",
+        )
     if info.spec.modules:
         raise UserError(
             f"{source.name}: cannot be written as {LAYOUT}: it has a {info.spec.modules[-1].kind} module after its own head",

@@ -14,6 +14,7 @@ from compress.methods.base import FAMILIES, Method
 
 METHODS = {
     "fold": "compress.methods.nv_embed.fold:Fold",
+    "rotate": "compress.methods.rotate:Rotate",
     "rtn": "compress.methods.quantize.rtn:RTN",
     "gptq": "compress.methods.quantize.gptq:GPTQ",
     "awq": "compress.methods.quantize.awq:AWQ",

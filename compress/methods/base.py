@@ -128,6 +128,9 @@ class Method(BaseModel):
     anywhere: ClassVar[bool] = False
     """Whether a `whole` step may also come after others. The model is then walked twice."""
 
+    float32: ClassVar[bool] = False
+    """Whether it makes weights that half precision would round anew. The calibration texts then run in float32."""
+
     @property
     def surveys(self) -> bool:
         """Whether `prepare` runs the calibration texts through the model."""

@@ -34,12 +34,18 @@ class Anatomy:
     """Whether the architecture's own config can store the number of heads independently of their width."""
     channels_key: str = "intermediate_size"
     """Key of `config.json` for the number of the MLP's channels."""
-    refused: Mapping[Literal["heads", "attention"], str] = field(default_factory=dict, compare=False)
-    """What cannot be dropped, and why not, in words that follow "because"."""
+    norms: Mapping[Sublayer, str] = field(default_factory=dict, compare=False)
+    """The RMSNorm before each sublayer, where only that sublayer's layers behind this norm read the residual stream, and only its
+    `output` or `down` writes into it: such a stream can be rotated. Empty for other layouts."""
+    refused: Mapping[Literal["heads", "attention", "stream"], str] = field(default_factory=dict, compare=False)
+    """What cannot be dropped (`heads`, `attention`) or rotated (`stream`), and why not, in words that follow "because"."""
     distinguishing_module: str = field(default="", compare=False)
     """Name of a module that only this layout has; empty where the linear layers already identify it."""
 
 
+_NORMS_ON_STREAM = "its layer norms follow the residual addition and subtract the mean of the channels, which no rotation keeps"
+_LAYER_NORMS = "its layer norms subtract the mean of the channels, which no rotation keeps"
+_NORMS_ON_OUTPUTS = "norms follow attention and MLP too, and weigh channels on their way into the residual stream"
 _SHARED_BIAS = "the position bias has a column for each head, and all blocks share it"
 # BERT's norms follow the residual addition, and stay. Measured on MiniLM without two of its MLPs: cosine 0.77 to the original when
 # their norms are dropped too, 0.90 when only the MLPs are.
@@ -62,6 +68,7 @@ _T5 = {
     "down": "layer.1.DenseReluDense.wo",
     "replacements": {"mlp": {"layer.1": "First"}},
     "channels_key": "d_ff",
+    "norms": {"attention": "layer.0.layer_norm", "mlp": "layer.1.layer_norm"},
     "refused": {"heads": _SHARED_BIAS, "attention": "attention makes the position bias and hands it on to the next block"},
 }
 BLOCK_LAYOUTS = {
@@ -72,6 +79,7 @@ BLOCK_LAYOUTS = {
         down="output.dense",
         replacements=_BERT,
         heads_in_config=False,
+        refused={"stream": _NORMS_ON_STREAM},
     ),
     "MPNet": Anatomy(
         attention=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
@@ -80,7 +88,7 @@ BLOCK_LAYOUTS = {
         down="output.dense",
         replacements={"attention": {"attention.attn": "ZerosOfTwo"}, "mlp": _BERT_MLP},
         heads_in_config=False,
-        refused={"heads": _SHARED_BIAS},
+        refused={"heads": _SHARED_BIAS, "stream": _NORMS_ON_STREAM},
     ),
     "DeBERTa v2, v3": Anatomy(
         attention=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
@@ -89,7 +97,7 @@ BLOCK_LAYOUTS = {
         down="output.dense",
         replacements=_BERT,
         heads_in_config=False,
-        refused={"heads": "its relative positions are projected to each head too"},
+        refused={"heads": "its relative positions are projected to each head too", "stream": _NORMS_ON_STREAM},
     ),
     "DistilBERT": Anatomy(
         attention=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
@@ -99,6 +107,7 @@ BLOCK_LAYOUTS = {
         replacements={"attention": {"attention": "ZerosOfTwo"}, "mlp": {"ffn": "Zeros"}},
         heads_in_config=False,
         channels_key="hidden_dim",
+        refused={"stream": _NORMS_ON_STREAM},
     ),
     "T5": Anatomy(
         **_T5,  # type: ignore[arg-type]
@@ -111,11 +120,13 @@ BLOCK_LAYOUTS = {
     "NomicBert, Gte": Anatomy(
         **_DECODER,  # type: ignore[arg-type]
         replacements=_NORMS_AFTER,
+        refused={"stream": _NORMS_ON_STREAM},
         distinguishing_module="post_mlp_layernorm",
     ),
     "Jina 3": Anatomy(
         **{**_DECODER, "up": ("mlp.fc1",), "down": "mlp.fc2"},  # type: ignore[arg-type]
         replacements=_NORMS_AFTER,
+        refused={"stream": _NORMS_ON_STREAM},
         distinguishing_module="post_mlp_layernorm",
     ),
     "Gemma": Anatomy(
@@ -124,6 +135,7 @@ BLOCK_LAYOUTS = {
             "attention": {"self_attn": "ZerosOfTwo", "input_layernorm": "First", "post_attention_layernorm": "First"},
             "mlp": {"mlp": "Zeros", "pre_feedforward_layernorm": "First", "post_feedforward_layernorm": "First"},
         },
+        refused={"stream": _NORMS_ON_OUTPUTS},
         distinguishing_module="pre_feedforward_layernorm",
     ),
     "Mistral, Llama, Qwen": Anatomy(
@@ -132,6 +144,7 @@ BLOCK_LAYOUTS = {
             "attention": {"self_attn": "ZerosOfTwo", "input_layernorm": "First"},
             "mlp": {"mlp": "Zeros", "post_attention_layernorm": "First"},
         },
+        norms={"attention": "input_layernorm", "mlp": "post_attention_layernorm"},
     ),
     "ModernBERT": Anatomy(
         attention=("attn.Wqkv",),
@@ -144,6 +157,7 @@ BLOCK_LAYOUTS = {
             "mlp": {"mlp": "Zeros", "mlp_norm": "First"},
         },
         heads_in_config=False,
+        refused={"stream": _LAYER_NORMS},
     ),
 }
 
@@ -232,6 +246,8 @@ _LOOKED_UP = re.compile(r"relative_attention_bias|embed|rotary")
 
 LAYER_WEIGHTS = "text_head.layers.layer_weights"
 """The weights of the blocks' outputs in a model whose head averages them (WeightedLayerPooling)."""
+AFTER_POOLING = "text_head.after."
+"""Prefix of the names of the tensors of modules after pooling; the module's number follows, from 0."""
 HEAD_PREFIX = "latent_attention_model."
 """Prefix of the names of NV-Embed's head tensors."""
 
@@ -272,6 +288,14 @@ def renumbered(name: str, number: int) -> str:
     block = BLOCK.search(f"{name}.")
     assert block is not None, f"{name} belongs to no block"
     return f"{name[: block.start(1)]}{number}{name[block.end(1) :]}"
+
+
+def one_module_later(name: str) -> str:
+    """Return the name of a tensor after pooling once another module has come before all others; other names stay."""
+    if not name.startswith(AFTER_POOLING):
+        return name
+    number, _, rest = name.removeprefix(AFTER_POOLING).partition(".")
+    return f"{AFTER_POOLING}{int(number) + 1}.{rest}"
 
 
 def is_head_linear(name: str) -> bool:

@@ -132,7 +132,8 @@ def _decide(stage: Stage) -> _Decided:
     options, journal, source = stage.options, stage.journal, stage.source
     model, place = open_model(source), torch.device(options.device)
     buffers_to(model.network, place)
-    compute = compute_dtype(model.weights.dtypes(), place)
+    exact = any(step.float32 for step in stage.steps)
+    compute = torch.float32 if exact else compute_dtype(model.weights.dtypes(), place)
     reports: dict[int, dict[str, Any]] = {}
 
     def calibration_texts(now: OpenModel) -> CalibrationTexts:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import MistralConfig, MistralModel
 
 from compress.models.folder import ModelFolder
-from compress.models.network.pooling import HEAD_MODULES, PackedRows, TextHead, vectors_of
+from compress.models.network.pooling import HEAD_MODULES, PackedRows, TextHead, unrotation, vectors_of
 from compress.models.text.nv_embed import latent_settings
 from compress.models.text.spec import EmbedderSpec
 
@@ -268,6 +268,7 @@ class NVEmbedNetwork(nn.Module):
         self.embedding_model = MistralModel(backbone)
         self.latent_attention_model = (FoldedLatentAttention if folded else LatentAttention)(settings)
         self.after = nn.ModuleList()
+        self.unrotate: nn.Module | None = None
         self.dimensions: int | None = None
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
@@ -283,10 +284,11 @@ class NVEmbedNetwork(nn.Module):
     def text_head(self) -> TextHead:
         """The head that turns hidden states into vectors. It is created on each access, so that it uses a replaced head."""
         pooling = LatentPooling(self.latent_attention_model)
-        return TextHead(pooling, list(self.after), normalize=self.normalize, dimensions=self.dimensions)
+        return TextHead(pooling, list(self.after), normalize=self.normalize, dimensions=self.dimensions, unrotate=self.unrotate)
 
     def finish_with(self, spec: EmbedderSpec) -> None:
-        """Put the modules of a spec after the latent attention, without values, and end as the spec says."""
+        """Put the modules of a spec around the latent attention, without values, and end as the spec says."""
+        self.unrotate = unrotation(self) if spec.rotated else None
         self.after = nn.ModuleList(HEAD_MODULES[module.kind](module) for module in spec.modules)
         self.normalize, self.dimensions = spec.normalize, spec.dimensions
 
@@ -295,7 +297,7 @@ def build(folder: ModelFolder) -> NVEmbedNetwork:
     """Build the network of a checkpoint or a variant; see `compress.models.network.build.empty_network`."""
     folded = folder.variant is not None and folder.variant.folded
     network = NVEmbedNetwork(copy.deepcopy(folder.network_config), latent_settings(folder.config), folded)
-    if folder.spec.modules:
+    if folder.spec.modules or folder.spec.rotated:
         network.finish_with(folder.spec)
     return network
 

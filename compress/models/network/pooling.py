@@ -284,6 +284,8 @@ class TextHead(nn.Module):
 
     layers: LayerMean | None
     """What makes one tensor of hidden states of those of several blocks, before pooling; None: the last block's are pooled."""
+    unrotate: nn.Module | None
+    """What multiplies the hidden states of a rotated network before pooling; None: they are pooled as they come."""
 
     def __init__(
         self,
@@ -293,6 +295,7 @@ class TextHead(nn.Module):
         normalize: bool,
         dimensions: int | None = None,
         layers: LayerMean | None = None,
+        unrotate: nn.Module | None = None,
     ) -> None:
         """Take what vectors go through.
 
@@ -302,9 +305,11 @@ class TextHead(nn.Module):
             normalize: whether vectors are then scaled to unit length.
             dimensions: how many leading dimensions are kept in the end; None: all.
             layers: what averages the blocks' outputs, if the last block's alone are not pooled.
+            unrotate: what multiplies hidden states before they are pooled, [..., width] to [..., width].
         """
         super().__init__()
         self.layers = layers
+        self.unrotate = unrotate
         self.pooling = pooling
         self.after = nn.ModuleList(modules)
         self.normalize = normalize
@@ -323,7 +328,7 @@ class TextHead(nn.Module):
         Returns:
             float32 [texts, dimension], differentiable.
         """
-        vectors: torch.Tensor = self.pooling(hidden, tokens, pooled, traced=traced)
+        vectors: torch.Tensor = self.pooling(self._unrotated(hidden), tokens, pooled, traced=traced)
         return self._finished(vectors)
 
     def packed(self, hidden: torch.Tensor, rows: PackedRows) -> torch.Tensor:
@@ -337,7 +342,10 @@ class TextHead(nn.Module):
             float32 [texts, dimension]. Nothing in it waits for the device.
         """
         pooling = cast(PackedPooling, self.pooling)
-        return self._finished(pooling.packed(hidden, rows))
+        return self._finished(pooling.packed(self._unrotated(hidden), rows))
+
+    def _unrotated(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self.unrotate is None else self.unrotate(hidden)
 
     def _finished(self, vectors: torch.Tensor) -> torch.Tensor:
         """Run what comes after pooling, float32 [texts, width] to [texts, dimension]."""
@@ -379,9 +387,20 @@ def attach_head(network: nn.Module, spec: EmbedderSpec) -> nn.Module:
         if layers.blocks != blocks:
             raise UserError(f"WeightedLayerPooling: num_hidden_layers is {layers.blocks}, and the network has {blocks} blocks")
     network.text_head = TextHead(
-        TokenPooling(spec.poolings), modules, normalize=spec.normalize, dimensions=spec.dimensions, layers=layers
+        TokenPooling(spec.poolings),
+        modules,
+        normalize=spec.normalize,
+        dimensions=spec.dimensions,
+        layers=layers,
+        unrotate=unrotation(network) if spec.rotated else None,
     ).eval()
     return network
+
+
+def unrotation(network: nn.Module) -> nn.Linear:
+    """Return the layer, without values of its own, that multiplies the hidden states of a rotated network before pooling."""
+    width = int(backbone_of(network).config.hidden_size)  # type: ignore[union-attr, arg-type]
+    return nn.Linear(width, width, bias=False)
 
 
 def head_of(network: nn.Module) -> TextHead:

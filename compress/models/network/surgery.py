@@ -16,6 +16,8 @@ from compress.models.network.segments import blocks_of
 # Attributes in which attention modules keep their numbers of query heads and of key/value heads.
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 _KEY_COUNTS = ("num_key_value_heads",)
+# Attributes in which they keep the width of a head.
+_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
 def block_anatomy(block: nn.Module) -> Anatomy:
@@ -117,8 +119,7 @@ def take(linear: nn.Linear, *, rows: torch.Tensor | None = None, columns: torch.
 def head_width(block: nn.Module, anatomy: Anatomy) -> int:
     """Return the width of an attention head of a block."""
     attention = _attention(block, anatomy)
-    found = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size")  # noqa: B009  not typed
-    return int(found)
+    return int(next(getattr(attention, name) for name in _WIDTHS if hasattr(attention, name)))
 
 
 def count_heads(block: nn.Module, anatomy: Anatomy, heads: int, key_heads: int) -> None:

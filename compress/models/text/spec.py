@@ -75,6 +75,8 @@ class EmbedderSpec(BaseModel):
     """Whether the prompt's own tokens are pooled (sentence-transformers' `include_prompt`)."""
     layers: WeightedLayers | None = None
     """The blocks whose outputs are averaged before they are pooled; None: the last block's output alone is pooled."""
+    rotated: bool = False
+    """Whether token vectors are rotated, and multiplied by a matrix before they are pooled; see `compress.methods.rotate`."""
     token_width: int | None = None
     """Width of the token vectors; None: the network's hidden size."""
     modules: tuple[HeadModule, ...] = ()
