@@ -17,8 +17,9 @@ def type_of(key: Schema) -> str:
         return ", ".join(f"`{value}`" for value in key["enum"])
     if "const" in key:
         return f"`{key['const']}`"
-    if "anyOf" in key:
-        return " or ".join(dict.fromkeys(type_of(option) for option in key["anyOf"] if option.get("type") != "null"))
+    options = key.get("anyOf") or key.get("oneOf")
+    if options:
+        return " or ".join(dict.fromkeys(type_of(option) for option in options if option.get("type") != "null"))
     if "$ref" in key:
         return f"mapping, see {key['$ref'].rsplit('/', 1)[1]}"
     names = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "object": "mapping"}

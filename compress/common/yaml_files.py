@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -189,12 +189,28 @@ def line_at(data: Any, location: Sequence[str | int]) -> int:
 
 
 def _model_at(model: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]:
+    kinds: dict[str, Any] = {}
     for part in location:
+        if part in kinds:  # after a key that takes several kinds of mapping, pydantic names the kind that it judged by
+            model, kinds = kinds[str(part)], {}
+            continue
         field = model.model_fields.get(str(part))
+        kinds = _kinds(field.annotation) if field else {}
+        if kinds:
+            continue
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             break
         model = field.annotation
     return model
+
+
+def _kinds(annotation: Any) -> dict[str, Any]:
+    """Return the mappings that a key with tagged kinds takes, by their tags; empty for every other key."""
+    found: dict[str, Any] = {}
+    for member in get_args(annotation):
+        tags = [mark.tag for mark in getattr(member, "__metadata__", ()) if isinstance(mark, Tag)]
+        found |= dict.fromkeys(tags, member.__origin__) if tags else _kinds(member)
+    return {tag: kind for tag, kind in found.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
@@ -202,9 +218,17 @@ def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[st
 
 
 def _options_at(model: type[BaseModel], location: Sequence[str | int]) -> list[Any]:
-    """Return the values that a Literal field allows, also inside tuples."""
+    """Return the values that a Literal field allows, also inside tuples, and in every kind of mapping that a key takes."""
     names = [part for part in location if isinstance(part, str)]
-    field: FieldInfo | None = _model_at(model, names[:-1]).model_fields.get(names[-1])
+    owners = [_model_at(model, names[:-1])]
+    if len(names) > 2:
+        field = _model_at(model, names[:-3]).model_fields.get(names[-3])
+        kinds = _kinds(field.annotation) if field else {}
+        owners = list(kinds.values()) if names[-2] in kinds else owners
+    return [option for owner in owners for option in _literals(owner.model_fields.get(names[-1]))]
+
+
+def _literals(field: FieldInfo | None) -> list[Any]:
     annotation: Any = field.annotation if field else None
     while get_args(annotation) and isinstance(get_args(annotation)[0], type(Literal["x"])):
         annotation = get_args(annotation)[0]

@@ -62,6 +62,8 @@ class Plan:
     """Number of inputs of each linear layer that would be quantized, by name."""
     gpus: Mapping[str, str]
     """Memory and time of a step on one or several GPUs, by its method."""
+    static: bool
+    """Whether the variant would be a static table."""
     problems: tuple[str, ...]
     """What does not fit, one sentence each."""
 
@@ -87,9 +89,9 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
     numbers = {id(step): f"steps.{index}" for index, step in enumerate(recipe.steps)}
     for step in steps_for(recipe, shape):
         place = f"recipe {recipe.name}: {numbers.get(id(step), 'fold')}"
-        if not shape.blocks and not step.without_blocks:
+        if not after.blocks and not step.without_blocks:
             raise UserError(
-                f"{place} ({step.method}): {shape.name} is a static table, which has no blocks",
+                f"{place} ({step.method}): {after.name} is a static table, which has no blocks",
                 f"these steps work on it: {', '.join(name for name in METHODS if method_class(name).without_blocks)}",
             )
         try:
@@ -137,11 +139,12 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         quantized=quantized,
         widths={name: after.packed[name][1] for name in quantized if name in after.packed and name != after.token_table},
         gpus=gpus,
+        static=not after.blocks,
         problems=(),
     )
     problems = _problems(plan, output)
     try:
-        device, kind = usual_device(recipe.runtime), Kind(static=not shape.blocks)
+        device, kind = usual_device(recipe.runtime), Kind(static=plan.static)
         runtime = pick_runtime(recipe.runtime, quantized, device=device, dtype=recipe.dtype, kind=kind, widths=plan.widths)
         plan = replace(plan, runtime=runtime)
     except UserError as error:

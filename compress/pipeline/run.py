@@ -156,7 +156,7 @@ class _Run:
         self.tasks = _tasks(self.recipe)
         check_prompts(evaluate.prompts, self.tasks)
         self.device = _device(device)
-        kind = Kind(static=self.source.is_static)
+        kind = Kind(static=self.plan.static)
         self.runtime = pick_runtime(
             self.recipe.runtime,
             self.plan.quantized,

@@ -16,6 +16,7 @@ from compress.data.texts import calibration_texts
 from compress.layers.scheme import ActivationScheme
 from compress.methods.base import Method
 from compress.methods.distill.method import Distill
+from compress.methods.distill.static_student import StaticStudent
 from compress.methods.distill.student import Student
 from compress.methods.prune.depth import Depth
 from compress.models.files.variant import VariantInfo
@@ -46,6 +47,8 @@ def shortened(step: Distill, folder: Path) -> Distill:
     if isinstance(student, Student):
         sizes = {"width": 32, "blocks": 2, "heads": 4, "kv_heads": 2, "mlp": 48, "latents": 4, "vocabulary": 600, "max_length": 64}
         student = student.model_copy(update=sizes)
+    if isinstance(student, StaticStudent):
+        student = student.model_copy(update={"width": 32, "words": 0})  # NV-Embed's tokens are not WordPiece
     short = {"count": 400, "held_out": 100, "steps": 10, "batch": 16, "every": 5, "max_tokens": 32, "precision": "no"}
     widths = (16,) if step.matryoshka else ()
     return step.model_copy(update={"texts": str(texts), "student": student, "matryoshka": widths, **short})

@@ -84,7 +84,7 @@ def test_steps_on_blocks_are_refused_by_plan_and_run(pieces: Tokenizer, tmp_path
         refused.append(name)
         with pytest.raises(UserError, match=rf"steps\.0 \({name}\): tiny is a static table, which has no blocks") as error:
             make_plan(recipe, folder_of(model).shape, tmp_path)
-        assert error.value.hint == "these steps work on it: vocabulary, embeddings, align"
+        assert error.value.hint == "these steps work on it: distill, vocabulary, embeddings, align"
     assert {"rtn", "gptq", "awq", "wanda", "fold"} <= set(refused)
     with pytest.raises(UserError, match="which has no blocks"):
         run(parse_recipe({"steps": [{"method": "gptq"}]}), model=str(model), output=tmp_path / "results", device="cpu")

@@ -28,6 +28,10 @@ class Lessons:
         """Return some of them, by their indices, int64 [n]."""
         return Lessons(*([column[index] for index in chosen] for column in (self.texts, self.prompts, self.teacher_prompts)))
 
+    def first(self, count: int) -> Lessons:
+        """Return the first ones, at most `count`."""
+        return Lessons(self.texts[:count], self.prompts[:count], self.teacher_prompts[:count])
+
 
 def different(source: str, evaluated: frozenset[str]) -> tuple[list[str], int]:
     """Read texts without duplicates and without those that the student will be scored on; also return the number of the latter."""
@@ -68,6 +72,7 @@ class Teacher:
         """`dtype`: the dtype that it computes in; None: bfloat16 if the processor multiplies it natively, else float32."""
         dtype = dtype or _dtype(device)
         key = f"teacher-{source.fingerprint}-{dtype}"
+        self.source = source
         opened = partial(open_source, source, device=device, dtype=dtype)
         self.embedder = StoredEmbedder(source, opened, VectorStore(use("vectors", key)))
 

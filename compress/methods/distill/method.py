@@ -12,19 +12,25 @@ from compress.common.files import naming, save_array, sync_tree
 from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Bench, Estimate
 from compress.methods.distill.settings import DistillSettings
+from compress.methods.distill.static_student import AXES_FILE, StaticStudent
 from compress.models.files.headers import TensorInfo
 from compress.models.shape import ModelShape
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from compress.calibration.inputs import Inputs
     from compress.calibration.sensitivity import Survey
     from compress.methods.distill.data import Lessons, Teacher
+    from compress.models.embedder import Vectors
     from compress.models.network.segments import Parts
     from compress.models.opened import OpenModel
 
-TARGETS = "targets.npy"
+TARGETS, NEW = "targets.npy", "new"
 # Text length that a plan assumes; the texts are not read for it.
 TYPICAL_TOKENS = 32
+# Texts whose vectors say along which axes a static table's teacher is reduced.
+AXES_TEXTS = 20_000
 
 
 class Distill(DistillSettings):
@@ -84,7 +90,6 @@ class Distill(DistillSettings):
         """Open the model to train; a new student is first written to disk with its initial weights."""
         from safetensors.torch import save_file
 
-        from compress.methods.distill.student import initial_weights
         from compress.models.folder import ModelFolder
         from compress.models.opened import open_model
         from compress.models.source import find
@@ -93,34 +98,71 @@ class Distill(DistillSettings):
             return model
         if isinstance(self.student, str):
             return open_model(find(self.student))
-        folder = bench.folder / "new"
+        folder = bench.folder / NEW
         if not folder.exists():
-            partial = folder.with_name("new.partial")
+            partial = folder.with_name(f"{NEW}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            self.student.write(partial, texts()[0])
-            known = self.student.tokens == "teacher"
-            made = initial_weights(partial, (lambda strings: teacher.embedder.encode(strings, "")) if known else None, self.seed)
+            made = self._new(partial, teacher, texts()[0])
             with naming(partial):
                 save_file(made, partial / "model.safetensors", metadata={"format": "pt"})
             sync_tree(partial)
             partial.rename(folder)
         return open_model(ModelFolder("student", folder))
 
+    def _new(self, folder: Path, teacher: Teacher, texts: Sequence[str]) -> dict[str, Any]:
+        """Write a new student without its weights; return its initial weights by tensor name."""
+        from compress.methods.distill.student import initial_weights
+
+        assert self.student is not None
+        assert not isinstance(self.student, str)
+        if isinstance(self.student, StaticStudent):
+            return self._new_table(self.student, folder, teacher, texts)
+        self.student.write(folder, texts)
+        known = self.student.tokens == "teacher"
+        return initial_weights(folder, (lambda strings: teacher.embedder.encode(strings, "")) if known else None, self.seed)
+
+    def _new_table(self, student: StaticStudent, folder: Path, teacher: Teacher, texts: Sequence[str]) -> dict[str, Any]:
+        """Write a static table without its vectors, and the axes that the teacher's are reduced to; return its initial tensors."""
+        import torch
+
+        from compress.methods.distill.static_table import principal_axes, strings_of
+        from compress.models.text.tokens import open_tokenizer
+
+        counts = student.write(folder, teacher.source.tokenizer, texts)
+        axes = principal_axes(teacher.vectors(self._drawn(texts)[1].first(AXES_TEXTS)), student.width)
+        save_array(folder / AXES_FILE, axes)
+        vectors = teacher.embedder.encode(strings_of(open_tokenizer(folder)), "")
+        return {name: torch.from_numpy(array) for name, array in student.initial_weights(vectors, axes, counts).items()}
+
+    def _drawn(self, texts: Sequence[str]) -> tuple[Lessons, Lessons]:
+        """Draw the texts of the training, each with its prompts; return the held-out ones and those to train on."""
+        from compress.methods.distill.data import lessons
+
+        same = self.teacher_prompts == "same"
+        return self._split(lessons(texts, self.count, self.prompts, self.prompted, same_prompts=same, seed=self.seed))
+
+    def _targets(self, teacher: Teacher, taught: Lessons, folder: Path) -> Vectors:
+        """Return what the student learns to give: the teacher's vectors, for a static table along the axes in its folder."""
+        import numpy as np
+
+        from compress.methods.distill.static_table import reduced
+
+        vectors = teacher.vectors(taught)
+        return reduced(vectors, np.load(folder / AXES_FILE)) if isinstance(self.student, StaticStudent) else vectors
+
     def _learned(
         self, student: OpenModel, teacher: Teacher, bench: Bench, device: str, texts: Sequence[str], evaluated: int
     ) -> dict[str, Any]:
         """Train, write the weights, and return what goes into the record."""
         from compress.methods.distill.batches import tokenized
-        from compress.methods.distill.data import lessons
         from compress.methods.distill.job import Job, learn
         from compress.methods.distill.mining import neighbours
 
         if self.hidden:
             self._check_tokens(student, bench)
-        same = self.teacher_prompts == "same"
-        held, taught = self._split(lessons(texts, self.count, self.prompts, self.prompted, same_prompts=same, seed=self.seed))
+        held, taught = self._drawn(texts)
         bench.say(f"teacher {teacher.embedder.name}: vectors of {len(taught.texts) + len(held.texts):,} texts")
-        targets, judged = teacher.vectors(taught), teacher.vectors(held)
+        targets, judged = (self._targets(teacher, part, bench.folder / NEW) for part in (taught, held))
         teacher.embedder.close()
         bench.folder.mkdir(parents=True, exist_ok=True)
         save_array(bench.folder / TARGETS, targets)
@@ -176,6 +218,8 @@ class Distill(DistillSettings):
         from compress.methods.distill.cost import GPU_COUNTS, Training, low_rank_parameters
 
         after = self._shape_of(shape)
+        if not after.blocks and (self.hidden or self.lora or self.sharded):
+            raise ValueError("a static table has no blocks; leave out `hidden`, `lora` and `sharded`")
         if after.vector_width is not None:  # a student of its own tells its width once it is open
             self._check_dimensions(after.vector_width)
         teacher = self._teacher_shape(shape)
@@ -219,6 +263,8 @@ class Distill(DistillSettings):
             from compress.models.source import find_shape
 
             return find_shape(self.student).as_stored()
+        if isinstance(self.student, StaticStudent):
+            return self.student.shape(self._teacher_shape(shape))
         tensors = {name: TensorInfo("F16", size) for name, size in self.student.tensors().items()}
         return ModelShape(shape.name, tensors, self.student.config(self.student.vocabulary))
 

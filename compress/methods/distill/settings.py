@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from compress.common.errors import nearest
 from compress.data.texts import is_hub
 from compress.methods.base import Method
+from compress.methods.distill.static_student import StaticStudent
 from compress.methods.distill.student import Student
 
 # The functions of `compress.methods.distill.objectives`, named here so that a recipe is checked without torch. A test compares
 # both.
 OBJECTIVE_NAMES = ("cosine", "mse", "similarity", "ranking_kl", "margin")
+
+
+def _kind(student: Any) -> str:
+    """Return which kind of `student` is meant; pydantic then judges, and names in errors, the keys of that kind alone."""
+    if isinstance(student, str):
+        return "name"
+    architecture = student.get("architecture") if isinstance(student, Mapping) else getattr(student, "architecture", None)
+    return "static" if architecture == "static" else "new"
+
+
+AnyStudent = Annotated[
+    Annotated[Student, Tag("new")] | Annotated[StaticStudent, Tag("static")] | Annotated[str, Tag("name")], Discriminator(_kind)
+]
 
 
 class DistillSettings(Method):
@@ -22,6 +37,7 @@ class DistillSettings(Method):
     family: ClassVar[str] = "distilled"
     whole: ClassVar[bool] = True
     anywhere: ClassVar[bool] = True
+    without_blocks: ClassVar[bool] = True
     texts: str
     """Texts to train on: a JSONL file with `text` (`.gz` allowed), a plain text file with one text per line, or a dataset of the
     hub as `hub:OWNER/NAME:COLUMN`, followed by `:SPLIT` when the split is not `train`."""
@@ -31,7 +47,7 @@ class DistillSettings(Method):
     """Number of these texts that are not trained on; training is judged by them."""
     teacher: str | None = None
     """Name or folder of the teacher model; by default the model that the recipe starts from."""
-    student: Student | str | None = None
+    student: AnyStudent | None = None
     """The model to train: the sizes of a new one, or the name or folder of an existing one; by default the model as the steps
     before left it."""
     objectives: dict[str, float] = Field({"cosine": 1.0, "similarity": 10.0})
