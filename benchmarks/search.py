@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--free-table", action="store_true", help="search the table's bits as well")
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
+    options.to.mkdir(parents=True, exist_ok=True)
     say = partial(print, flush=True)
     scoring = SensitivityOptions(
         choices=tuple(options.choices.split(",")), per="layer", texts=options.texts, count=options.count, scored=options.scored
