@@ -29,6 +29,7 @@ NAVIGATION = {
         "quantization",
         "pruning",
         "distillation",
+        "cluster",
         "static",
         "runtimes",
         "exports",
