@@ -185,7 +185,7 @@ def _work(index: int, job: Job, seats: _Seats, lines: Any) -> None:
     """Run a job as one of its processes."""
     end_with_parent()
     rank, local = seats.first + index, seats.first_local + index
-    threads = max(1, len(os.sched_getaffinity(0)) // seats.local)
+    threads = _threads(seats.local)
     own = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": seats.processes, "LOCAL_WORLD_SIZE": seats.local}
     place = {"MASTER_ADDR": seats.host, "MASTER_PORT": seats.port, "OMP_NUM_THREADS": threads}
     for name in _LAUNCHERS:
@@ -201,6 +201,13 @@ def _work(index: int, job: Job, seats: _Seats, lines: Any) -> None:
     lines.join_thread()  # every message is passed on
     # Leave at once: threads of torch 2.13 that outlive an orderly exit sometimes abort the process after its work is done.
     os._exit(0)
+
+
+def _threads(processes: int) -> int:
+    """Return the CPU threads of each of a machine's processes: an equal share of the cores, or less where the user says so."""
+    share = max(1, len(os.sched_getaffinity(0)) // processes)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(asked)) if asked.isdecimal() and int(asked) else share
 
 
 def _learn(job: Job, device: str, say: Callable[[str], None]) -> None:

@@ -24,6 +24,8 @@ from compress.methods.distill.method import Distill
 from compress.pipeline.recipe_file import read_recipe
 
 PATHS = ":".join(path for path in sys.path if path)
+TIMEOUT = 600
+"""Seconds until a rank that hangs fails a test."""
 RECIPE = """
 name: tiny
 model: {model}
@@ -75,7 +77,7 @@ class Ranks:
 
     def ended(self) -> list[tuple[int, str]]:
         """The exit code of each rank and what it said of errors."""
-        said = [process.communicate(timeout=120)[1] for process in self.processes]
+        said = [process.communicate(timeout=TIMEOUT)[1] for process in self.processes]
         return [(process.returncode, text) for process, text in zip(self.processes, said, strict=True)]
 
 
@@ -106,7 +108,7 @@ def start() -> Iterator[Callable[[Path, Path], Ranks]]:
 
 def until_a_checkpoint(runs: Path, process: subprocess.Popen[str], step: int) -> None:
     """Wait until a checkpoint of this step or a later one is there."""
-    ends = time.monotonic() + 90
+    ends = time.monotonic() + TIMEOUT
     while time.monotonic() < ends and process.poll() is None:
         found = [int(path.stem.partition("-")[2]) for path in runs.glob(".tiny-*.partial/journal/**/state-*.pt")]
         if found and max(found) >= step:
@@ -157,7 +159,7 @@ def test_two_nodes_learn_what_one_process_does(recipe: Path, tmp_path: Path) -> 
         for node in range(2)
     ]
     compress.run(recipe, output=tmp_path / "one", device="cpu", compress_only=True, say=lambda _: None)
-    said = [launcher.communicate(timeout=120)[0] for launcher in launchers]
+    said = [launcher.communicate(timeout=TIMEOUT)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], said
     assert "record: " in said[0]  # the first rank alone shows the record
     assert "record: " not in said[1]
