@@ -219,6 +219,11 @@ class Leader:
         """Let the other ranks fail as this one does."""
         self._end(_Ending(failure=_failure(error), code=_code(error)))
 
+    def close(self) -> None:
+        """Leave the other ranks."""
+        for member in self._members:
+            member.connection.close()
+
     def _tell(self, said: Any) -> None:
         for member in self._members:
             with suppress(OSError):  # one that is gone is found by `check`
@@ -251,7 +256,9 @@ class Follower:
         Raises:
             UserError: it is gone, or it has ended, with its error.
         """
-        if self._connection.poll():
+        with self._lost():
+            waits = self._connection.poll()
+        if waits:
             self._ended(self._heard())
 
     def until_it_ends(self) -> Any:
@@ -263,7 +270,7 @@ class Follower:
         while True:
             said = self._heard()
             if isinstance(said, _Look):
-                _send(self._connection, _sees(said.path))
+                self._answer(_sees(said.path))
             elif isinstance(said, _Call):
                 self._do(said)
             else:
@@ -273,25 +280,33 @@ class Follower:
         try:
             call.function(*call.arguments, self)
         except LostRankError as error:
-            _send(self._connection, Failure(str(error), first=False))  # the first rank finds who is to blame, and says so
+            self._answer(Failure(str(error), first=False))  # the first rank finds who is to blame, and says so
             return
         except UserError as error:
-            _send(self._connection, Failure(error.message, error.hint))
+            self._answer(Failure(error.message, error.hint))
             raise
         except ValueError as error:
-            _send(self._connection, Failure(str(error)))
+            self._answer(Failure(str(error)))
             raise UserError(f"{self.place}: {error}") from error
         except Exception as error:
-            _send(self._connection, Failure(f"{type(error).__name__}: {error}"))
+            self._answer(Failure(f"{type(error).__name__}: {error}"))
             raise
-        _send(self._connection, None)
+        self._answer(None)
+
+    def _answer(self, said: Any) -> None:
+        with self._lost():
+            _send(self._connection, said)
 
     def _heard(self) -> Any:
-        try:
+        with self._lost():
             return _received(self._connection)
+
+    @contextmanager
+    def _lost(self) -> Iterator[None]:
+        try:
+            yield
         except (EOFError, OSError) as error:
-            said = f"{self.place}: rank 0 is gone; it was killed, or its machine was"
-            raise UserError(said, AGAIN) from error
+            raise UserError(f"{self.place}: rank 0 is gone; it was killed, or its machine was", AGAIN) from error
 
     @staticmethod
     def _ended(ending: _Ending) -> Any:
@@ -321,6 +336,8 @@ def leading(place: Place, about: Mapping[str, str], folder: Path) -> Iterator[Le
     except BaseException as error:
         leader.fail(error)
         raise
+    finally:
+        leader.close()
 
 
 @contextmanager
@@ -376,7 +393,10 @@ class _Door:
             except (AuthenticationError, EOFError, ConnectionError):
                 continue  # no rank of ours
             _keep_alive(connection)
-            hello: _Hello = _received(connection)
+            try:
+                hello: _Hello = _received(connection)
+            except (EOFError, OSError) as error:
+                raise UserError(f"{self._place}: another rank came and is gone", AGAIN) from error
             member = _Member(hello.who, connection)
             member.answers.append(hello)
             return member

@@ -107,6 +107,8 @@ def learn(job: Job, say: Callable[[str], None], ranks: Leader | None = None) -> 
     """
     if ranks is not None:
         _learn_on_ranks(job, say, ranks)
+    elif (place := Place.own()) is not None:
+        raise ValueError(f"this is {place}, and only `compress run` shares a training among ranks; start it without torchrun")
     elif job.processes == 1:
         _learn(job, job.device, say)
     else:
@@ -119,7 +121,7 @@ def _learn_on_ranks(job: Job, say: Callable[[str], None], ranks: Leader) -> None
     """Run a job in one process on each rank, as the first of them."""
     job = replace(job, targets=job.targets.absolute(), folder=job.folder.absolute())
     port = _free_port()
-    ranks.call(_take_part, job, port)
+    ranks.call(_take_part, job, port, job.published.fingerprint)
     try:
         _learn_here(job, _Seats.of(ranks.place, ranks.host, port), say, ranks.check)
     except LostRankError as error:
@@ -127,7 +129,7 @@ def _learn_on_ranks(job: Job, say: Callable[[str], None], ranks: Leader) -> None
     ranks.gathered()
 
 
-def _take_part(job: Job, port: int, first: Follower) -> None:
+def _take_part(job: Job, port: int, fingerprint: str, first: Follower) -> None:
     """Run a job in one process of this rank; the first rank calls this on all others.
 
     Raises:
@@ -138,7 +140,7 @@ def _take_part(job: Job, port: int, first: Follower) -> None:
     if not job.targets.exists():
         raise ValueError(f"{job.targets} is not there; all machines have to share the folder of runs")
     # Only once on each machine, because it reads all weights.
-    if place.local_rank == 0 and (not model.path.is_dir() or replace(model).fingerprint != model.fingerprint):
+    if place.local_rank == 0 and (not model.path.is_dir() or replace(model).fingerprint != fingerprint):
         raise ValueError(f"{model.path.absolute()} does not hold the files of {model.name} that rank 0 has there")
     _learn_here(job, _Seats.of(place, first.host, port), lambda _: None, first.check)
 
@@ -161,9 +163,11 @@ def _learn_here(job: Job, seats: _Seats, say: Callable[[str], None], check: Call
         said = f"process {seats.first + error.error_index} of {seats.processes}: {_KINDS.sub('', last)}"
         raise (LostRankError if any(word in last for word in _LOST) else ValueError)(said) from error
     finally:
-        _pass_on(lines, say)
-        for process in workers.processes:
-            process.kill()
+        try:
+            _pass_on(lines, say)
+        finally:
+            for process in workers.processes:
+                process.kill()
 
 
 def _pass_on(lines: Any, say: Callable[[str], None]) -> None:

@@ -19,7 +19,6 @@ import compress
 from compress.common.errors import UserError
 from compress.common.ranks import VARIABLES
 from compress.measure.record import Record
-from compress.methods.distill.checkpoints import read_curve
 from compress.methods.distill.method import Distill
 from compress.pipeline.recipe_file import read_recipe
 
@@ -174,35 +173,39 @@ def test_two_nodes_learn_what_one_process_does(recipe: Path, tmp_path: Path) -> 
         torch.testing.assert_close(second[name].float(), tensor.float(), atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_whichever_rank_is_killed_the_run_goes_on_to_the_same_bytes(
-    recipe: Path, tmp_path: Path, start: Callable[[Path, Path], Ranks]
+    recipe: Path, tmp_path: Path, start: Callable[[Path, Path], Ranks], victim: int
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert [code for code, _ in start(recipe, whole).ended()] == [0, 0]
-    for victim, step in ((1, 15), (0, 30)):
-        ranks = start(recipe, killed)
-        until_a_checkpoint(killed, ranks.processes[victim], step)
-        ranks.processes[victim].send_signal(signal.SIGKILL)
-        ended = ranks.ended()
-        assert ended[victim][0] == -signal.SIGKILL
-        code, said = ended[1 - victim]
-        assert code == 2
-        assert f"error: rank {1} of 2 on " in said
-        assert ("rank 0 is gone" if victim == 0 else "is gone; it was killed") in said
-        assert "continues at its last checkpoint" in said
-        assert not list(killed.glob("tiny-*"))
-    (curve,) = killed.glob(".tiny-*.partial/journal/step-1")
-    reached = len(read_curve(curve))
-    assert 2 <= reached < 4
-    ended = start(recipe, killed).ended()
-    assert [code for code, _ in ended] == [0, 0]
-    assert "step 30 of 60" not in ended[0][1]
-    assert weights_in(killed) == weights_in(whole)
-    ours, theirs = curve_of(record_in(killed)), curve_of(record_in(whole))
+    runs = tmp_path / "killed"
+    ranks = start(recipe, runs)
+    until_a_checkpoint(runs, ranks.processes[victim], 15)
+    ranks.processes[victim].send_signal(signal.SIGKILL)
+    ended = ranks.ended()
+    assert ended[victim][0] == -signal.SIGKILL
+    code, said = ended[1 - victim]
+    assert code == 2
+    assert "error: rank 1 of 2 on " in said
+    assert ("rank 0 is gone" if victim == 0 else "is gone; it was killed") in said
+    assert "continues at its last checkpoint" in said
+    assert not list(runs.glob("tiny-*"))
+    ended = start(recipe, runs).ended()
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "step 60 of 60" in ended[0][1]
+    assert "step 15 of 60" not in ended[0][1]  # it went on
+    # The same two processes, started by one and not killed.
+    whole = read_recipe(recipe)
+    steps = (whole.steps[0], whole.steps[1].model_copy(update={"processes": 2}))
+    compress.run(
+        whole.model_copy(update={"steps": steps}), output=tmp_path / "whole", device="cpu", compress_only=True, say=lambda _: None
+    )
+    assert weights_in(runs) == weights_in(tmp_path / "whole")
+    ours, theirs = (curve_of(record_in(folder)) for folder in (runs, tmp_path / "whole"))
     for key in ("step", "loss", "cosine"):
         assert [look[key] for look in ours] == [look[key] for look in theirs]
 
 
+@pytest.mark.slow  # Ray Train alone starts ten processes
 def test_two_workers_of_ray_train_share_a_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray.train.torch", reason="the extra `ray` is not installed")
     from ray.train import RunConfig, ScalingConfig
