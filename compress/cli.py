@@ -126,6 +126,7 @@ def run(
 
     checked = read_recipe(recipe)  # before anything heavy is imported
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None
+    from compress.common.ranks import Place
     from compress.pipeline.run import run as run_recipe
     from compress.reports.terminal import print_record
 
@@ -141,8 +142,10 @@ def run(
         compress_only=compress_only,
         wait=wait,
     )
-    print_record(record)
-    print(f"record: {runs / record.run}")
+    place = Place.own()
+    if place is None or place.rank == 0:
+        print_record(record)
+        print(f"record: {runs / record.run}")
     if not all(gate.kept for gate in record.gates):
         raise typer.Exit(1)
 

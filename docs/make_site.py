@@ -31,6 +31,7 @@ NAVIGATION = {
         "quantization",
         "pruning",
         "distillation",
+        "cluster",
         "static",
         "runtimes",
         "exports",

@@ -60,7 +60,7 @@ class Stopping:
     def _stop(self, number: int, _: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
-            raise Stopped
+            raise Stopped(number)
 
     def _watch(self, reading: int) -> None:
         """Wait for a signal; end the process if it is still there a while later."""

@@ -18,6 +18,14 @@ class UserError(Exception):
         super().__init__(self.message)
 
 
+class ElsewhereError(UserError):
+    """An error of another rank's, which ended this one too, with the same exit code."""
+
+    def __init__(self, message: str, hint: str, code: int) -> None:
+        super().__init__(message, hint)
+        self.code = code
+
+
 LONGEST_MESSAGE = 4_000
 """Characters. A message quotes what it is about, and a broken file may hold a value of megabytes."""
 

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 
 from compress.common.entry import DEFECT
-from compress.common.errors import UserError
+from compress.common.errors import ElsewhereError, UserError
 from compress.common.files import disk_error
 
 WRONG = 2
@@ -25,7 +25,8 @@ def told(error: BaseException) -> tuple[int, str]:
     """Return the exit code of an error, and the lines for standard error."""
     known = in_our_words(error)
     if known is not None:
-        return WRONG, f"error: {known.message}\n" + (f"{known.hint}\n" if known.hint else "")
+        code = known.code if isinstance(known, ElsewhereError) else WRONG
+        return code, f"error: {known.message}\n" + (f"{known.hint}\n" if known.hint else "")
     if hasattr(error, "show") and hasattr(error, "format_message"):  # typer's, about the command line
         shown = io.StringIO()
         error.show(file=shown)

@@ -19,6 +19,7 @@ from compress.models.shape import ModelShape
 if TYPE_CHECKING:
     from compress.calibration.inputs import Inputs
     from compress.calibration.sensitivity import Survey
+    from compress.common.ranks import Leader
     from compress.models.folder import ModelFolder
     from compress.models.network.segments import Parts
     from compress.models.opened import OpenModel
@@ -45,6 +46,8 @@ class Bench:
     """Returns all texts of the tasks that the result will be scored on, normalised by `compress.data.texts.same_text`."""
     report: Callable[[dict[str, Any]], None]
     """Puts results into the record, next to the step's config. It is called once each time the step is prepared."""
+    ranks: Leader | None = None
+    """The other ranks, on which a step that they share is called; None: this process is alone."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,14 @@ class Method(BaseModel):
 
     float32: ClassVar[bool] = False
     """Whether it makes weights that half precision would round anew. The calibration texts then run in float32."""
+
+    def shared_by(self, ranks: int) -> bool:
+        """Return whether several ranks share the step; all others are done by the first one, while the others wait.
+
+        Raises:
+            ValueError: it can be shared, but not by this many.
+        """
+        return False
 
     @property
     def surveys(self) -> bool:

@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from compress.common.files import naming, replacing, sync_folder, write_text_ato
 from compress.common.inputs import open_file
 from compress.common.journal import Journal
 from compress.common.locks import LOCK, locked
+from compress.common.ranks import Leader, Place
 from compress.data.texts import measure_texts, texts_to_calibrate
 from compress.layers.scheme import ActivationScheme
 from compress.measure.accuracy.own_task import resolved as in_folder
@@ -32,6 +33,7 @@ from compress.models.folder import ModelFolder
 from compress.models.random_weights import PREFIX as RANDOM
 from compress.models.source import check_original, find
 from compress.pipeline.apply import make_variant
+from compress.pipeline.cluster import run_among_ranks
 from compress.pipeline.commit import JOURNAL, KEPT_FOLDERS, begin, commit, discard, tidy
 from compress.pipeline.findings import RECIPE_FILE, VARIANT, Findings, assemble
 from compress.pipeline.measuring import Measurements, check_prompts
@@ -74,6 +76,8 @@ def run(
         wait: if another process works at the same run, wait until it is done; by default that is an error.
         say: called with a line as each step ends; by default the lines go to standard error.
 
+    Where torchrun or Ray Train started several ranks, each calls this and gets the same record; see `compress.pipeline.cluster`.
+
     Raises:
         UserError: an error that a user can fix; where possible it is raised before anything is computed.
     """
@@ -86,7 +90,24 @@ def run(
         resolved = _without_tasks(resolved, "fidelity", "speed")
     elif resolved.model.startswith(RANDOM) and tasks:
         raise UserError(f"model {resolved.model!r}: accuracy cannot be measured on random weights", "leave out --tasks")
-    return _Run(resolved, Path(output), device, say or partial(print, file=sys.stderr, flush=True)).finish(fresh, wait)
+    say = say or partial(print, file=sys.stderr, flush=True)
+    work = _Work(resolved, Path(output), device, fresh, wait)
+    place = Place.own()
+    return work.done(say) if place is None else run_among_ranks(place, resolved, Path(output), work.done, say)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A run that was asked for: by this process alone, or as the first of several ranks."""
+
+    recipe: Recipe
+    output: Path
+    device: str | None
+    fresh: bool
+    wait: bool
+
+    def done(self, say: Callable[[str], None], ranks: Leader | None = None) -> Record:
+        return _Run(self.recipe, self.output, self.device, say, ranks).finish(self.fresh, self.wait)
 
 
 def kept_record(recipe: Recipe, output: Path, device: str | None = None, source: ModelFolder | None = None) -> Record | None:
@@ -101,7 +122,7 @@ def kept_record(recipe: Recipe, output: Path, device: str | None = None, source:
     Raises:
         UserError: the run would be refused before anything is computed.
     """
-    return _Run(recipe, output, device, lambda _: None, source).kept()
+    return _Run(recipe, output, device, lambda _: None, source=source).kept()
 
 
 def _override(recipe: Recipe, model: str | None, data: Path | str | None, tasks: Sequence[str] | None, texts: str | None) -> Recipe:
@@ -132,9 +153,10 @@ class _Run:
         output: Path,
         device: str | None,
         say: Callable[[str], None],
+        ranks: Leader | None = None,
         source: ModelFolder | None = None,
     ) -> None:
-        self.output, self.say = output, say
+        self.output, self.say, self.ranks = output, say, ranks
         self.source = source or find(recipe.model)
         check_original(self.source)
         self.shape = self.source.shape_to_compress
@@ -266,6 +288,7 @@ class _Run:
             runtime=self.runtime,
             dtype=self.recipe.dtype,
             evaluated=self._evaluated,
+            ranks=self.ranks,
         )
         done = make_variant(self.source, self.shape, self.recipe.steps, target, self.journal, options)
         if self.runtime in GRAPH_RUNTIMES:

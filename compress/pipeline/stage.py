@@ -19,6 +19,7 @@ from compress.calibration.texts import CalibrationSource, CalibrationTexts
 from compress.common.errors import UserError
 from compress.common.files import replacing, sync_folder, sync_tree, write_text_atomic
 from compress.common.journal import Journal
+from compress.common.ranks import Leader
 from compress.layers.compressed import CompressedLayer
 from compress.layers.float_layers import has_onednn_linear
 from compress.layers.quantized_embedding import QuantizedEmbedding
@@ -55,6 +56,8 @@ class BuildOptions:
     """Dtype of the runtime's floating-point arithmetic; None: the runtime's default."""
     evaluated: Callable[[], frozenset[str]] = frozenset
     """Returns the texts that nothing may be trained on; see `Bench.evaluated`."""
+    ranks: Leader | None = None
+    """The other ranks, where the run was started with several."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,8 @@ def _decide(stage: Stage) -> _Decided:
     for number, step in enumerate(stage.steps):
         survey = Survey(model, partial(calibration_texts, model), place, compute)
         once, report = partial(_timed, journal, number), partial(reports.__setitem__, number)
-        bench = Bench(once, journal.folder / _decision(number), stage.published, options.say, options.evaluated, report)
+        own = journal.folder / _decision(number)
+        bench = Bench(once, own, stage.published, options.say, options.evaluated, report, options.ranks)
         try:
             step, model = step.prepare(model, survey, bench)
         except ValueError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,18 +40,29 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
 class Checkpoints:
     """The checkpoints of a training, always whole, even if the parameters are split among processes."""
 
-    def __init__(self, run: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, main: bool) -> None:
-        """`folder`: where they are kept; it is made if missing. `main`: whether this process is the one that writes them."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._run, self._optimizer, self._folder, self._main = run, optimizer, folder, main
+    def __init__(self, run: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, main: bool, processes: int = 1) -> None:
+        """Keep the checkpoints of a training.
 
-    def resume(self) -> list[dict[str, float]]:
+        Args:
+            run: what is trained.
+            optimizer: its optimizer.
+            folder: where they are kept; it is made if missing. All processes read it.
+            main: whether this process is the one that writes them.
+            processes: number of processes.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run, self._optimizer, self._folder, self._main, self._processes = run, optimizer, folder, main, processes
+
+    def resume(self, say: Callable[[str], None] = lambda _: None) -> list[dict[str, float]]:
         """Load the last checkpoint, if there is one, and return the curve up to it.
+
+        Args:
+            say: called with a line where another number of processes goes on: the steps are the same but for rounding.
 
         Raises:
             UserError: it is damaged.
         """
-        curve = read_curve(self._folder)
+        curve = self._curve()
         if not curve:
             return []
         path = self._path(int(curve[-1].get("step", 0)))
@@ -60,6 +71,10 @@ class Checkpoints:
             kept = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # torch raises errors of its zip reader, of its unpickler and of the file system
             raise UserError(f"{path}: the checkpoint cannot be read ({first_line(error)})", ANEW) from error
+        before = int(kept.get("processes", self._processes))
+        if before != self._processes:
+            said = f"up to step {int(curve[-1]['step']):,} the number of processes was {before}, now it is {self._processes}"
+            say(f"{said}: the same training, except for rounding")
         set_state_dict(self._run, self._optimizer, model_state_dict=kept["run"], optim_state_dict=kept["optimizer"], options=WHOLE)
         return curve
 
@@ -70,11 +85,18 @@ class Checkpoints:
             return
         path = self._path(int(curve[-1]["step"]))
         with replacing(path) as temporary:
-            torch.save({"run": run, "optimizer": optimizer}, temporary)
+            torch.save({"run": run, "optimizer": optimizer, "processes": self._processes}, temporary)
         write_text_atomic(self._folder / CURVE_FILE, "".join(json.dumps(look) + "\n" for look in curve))
         for other in self._folder.glob(f"{STATE}-*"):
             if other != path:
                 other.unlink()
+
+    def _curve(self) -> list[dict[str, float]]:
+        """Return the curve as the first process reads it: another machine may still see an older file."""
+        curves = [read_curve(self._folder) if self._main else []]
+        if self._processes > 1:
+            torch.distributed.broadcast_object_list(curves, src=0)
+        return curves[0]
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{STATE}-{step}.pt"

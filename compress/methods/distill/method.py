@@ -42,6 +42,20 @@ class Distill(DistillSettings):
 
     method: Literal["distill"] = "distill"
 
+    def shared_by(self, ranks: int) -> bool:
+        """Return that it can be: each rank has one process of the training, with its share of every batch.
+
+        Raises:
+            ValueError: `processes` is another number, or they cannot share a batch evenly.
+        """
+        if self.processes not in (None, ranks):
+            raise ValueError(f"`processes: {self.processes}`, and {ranks} ranks were started; leave it out, or start as many")
+        if self.batch < 2 * ranks:
+            raise ValueError(f"a batch of {self.batch} is too small for {ranks} ranks")
+        if self.batch % ranks:
+            raise ValueError(f"a batch of {self.batch} cannot be shared evenly by {ranks} ranks; make it a multiple")
+        return True
+
     def prepare(self, model: OpenModel, survey: Survey, bench: Bench) -> tuple[Self, OpenModel]:
         """Train the student, or find it trained, and return it.
 
@@ -183,7 +197,7 @@ class Distill(DistillSettings):
             folder=bench.folder,
             device=device,
         )
-        curve = learn(job, bench.say)
+        curve = learn(job, bench.say, bench.ranks)
         return {"curve": curve, "texts": len(taught.texts), "left_out": evaluated, "tokens": int(rows.lengths.sum())}
 
     def _check_tokens(self, student: OpenModel, bench: Bench) -> None:

@@ -74,8 +74,8 @@ class DistillSettings(Method):
     them is trained. `trained`: they are trained too, with their scales; the values underneath are rounded at every step
     (quantization-aware training)."""
     processes: int | None = Field(None, ge=1)
-    """Number of processes that share each batch, one per GPU if there are any; by default one per GPU, or one on a CPU. It changes
-    the time, not the result (except for rounding)."""
+    """Number of processes that share each batch, one per GPU if there are any; by default one per GPU, or one on a CPU, or one on
+    each rank that torchrun or Ray Train started. It changes the time, not the result (except for rounding)."""
     sharded: bool = False
     """Whether the processes split weights, gradients and optimizer state among themselves (FSDP), for a student that fits on no
     single GPU. Not for pruned or quantized layers, and not together with `hidden` or `lora`."""

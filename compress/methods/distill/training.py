@@ -71,8 +71,8 @@ def train(
         ValueError: the texts do not fill a batch.
     """
     trainer = _Trainer(network, data, settings, hidden, cpu)
-    checkpoints = Checkpoints(trainer.run, trainer.optimizer, folder, trainer.is_main)
-    curve = checkpoints.resume()
+    checkpoints = Checkpoints(trainer.run, trainer.optimizer, folder, trainer.is_main, trainer.processes)
+    curve = checkpoints.resume(say if trainer.is_main else lambda _: None)
     start = int(curve[-1]["step"]) if curve else 0
     began = time.perf_counter() - (curve[-1]["seconds"] if curve else 0.0)
     batches = batches_from(data.texts.lengths, settings, start * settings.accumulate)
@@ -164,6 +164,11 @@ class _Trainer:
         """Whether this is the first process."""
         return bool(self._accelerator.is_main_process)
 
+    @property
+    def processes(self) -> int:
+        """Number of processes."""
+        return self._share.processes
+
     def set_rate(self, share: float) -> None:
         """Set the learning rate to a share of the peak."""
         for group in self._accelerated.param_groups:
@@ -209,7 +214,8 @@ class _Trainer:
 
         Returns:
             `cosine` and the mean cosine. If the two have different widths and there is no map, `correlation` and Pearson's
-            correlation between the cosines of all pairs of texts.
+            correlation between the cosines of all pairs of texts. Every process gets the number of the first one: machines of two
+            kinds may round differently, and all have to stop at the same step.
         """
         texts, targets = self._data.held_out, self._data.held_out_targets
         order = np.argsort(texts.lengths, kind="stable")
@@ -219,9 +225,9 @@ class _Trainer:
                 found.append(self.run(*(tensor.to(self._device) for tensor in texts.batch(chosen)))[1].float().cpu())
         ours, theirs = (nn.functional.normalize(vectors, dim=1) for vectors in (torch.cat(found), torch.from_numpy(targets[order])))
         if ours.shape == theirs.shape:
-            return "cosine", float((ours * theirs).sum(dim=1).mean())
+            return "cosine", self._share.first(float((ours * theirs).sum(dim=1).mean()), self._device)
         pairs = torch.stack([(vectors @ vectors.t())[~torch.eye(len(vectors), dtype=torch.bool)] for vectors in (ours, theirs)])
-        return "correlation", float(torch.corrcoef(pairs)[0, 1])
+        return "correlation", self._share.first(float(torch.corrcoef(pairs)[0, 1]), self._device)
 
 
 def _with_map(network: nn.Module, data: TrainingData, settings: DistillSettings) -> _Run:
@@ -279,3 +285,11 @@ class _Share:
         torch.distributed.all_gather(parts, vectors.detach().contiguous())
         parts[self.process] = vectors
         return torch.cat(parts)
+
+    def first(self, number: float, device: torch.device) -> float:
+        """Return the number of the first process."""
+        if self.processes == 1:
+            return number
+        sent = torch.tensor(number, dtype=torch.float64, device=device)
+        torch.distributed.broadcast(sent, src=0)
+        return float(sent)

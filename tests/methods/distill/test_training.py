@@ -123,6 +123,19 @@ def test_a_training_that_was_killed_after_it_had_stopped_early_is_over(tmp_path:
     assert torch.equal(again.table.weight, stopped.table.weight)
 
 
+def test_another_number_of_processes_goes_on_and_says_so(tmp_path: Path) -> None:
+    run = Bag(0)
+    optimizer = torch.optim.AdamW(run.parameters())
+    curve = [{"step": 100, "loss": 0.1, "cosine": 0.9, "seconds": 1.0}]
+    Checkpoints(run, optimizer, tmp_path, main=True, processes=2).keep(curve)
+    said: list[str] = []
+    assert Checkpoints(run, optimizer, tmp_path, main=True).resume(said.append) == curve
+    assert said == ["up to step 100 the number of processes was 2, now it is 1: the same training, except for rounding"]
+    Checkpoints(run, optimizer, tmp_path, main=True).keep(curve)
+    Checkpoints(run, optimizer, tmp_path, main=True).resume(said.append)
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
