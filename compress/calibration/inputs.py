@@ -5,29 +5,43 @@ Padding never enters a statistic: padded rows are removed by the batch's mask be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from compress.calibration.statistics import S
+from compress.calibration.statistics import PS, S
 from compress.calibration.texts import CalibrationTexts
 from compress.models.network.pooling import head_of
-from compress.models.network.segments import Kind, Parts, Segment, replaced
+from compress.models.network.segments import Kind, Parts, Segment, module_in, replaced
 from compress.models.network.walk import Carry
 
 See = Callable[[str, torch.Tensor, torch.Tensor], None]
 """Called with the first of the layers that share an input, the input's rows, float [n, in], and the weight of each, float32 [n]."""
+SeeBoth = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Called like `See`, and with the rows that the unchanged model has in their place, float [n, in]."""
 
 
 class Inputs:
     """The calibration texts as they arrive at a segment."""
 
-    def __init__(self, carry: Carry, texts: CalibrationTexts, index: int, segment: Segment) -> None:
-        """`carry`: hidden states of the texts where the walk is; `index`: the segment's number."""
+    def __init__(
+        self, carry: Carry, texts: CalibrationTexts, index: int, segment: Segment, original: Original | None = None
+    ) -> None:
+        """Take a position of a walk.
+
+        Args:
+            carry: hidden states of the texts where the walk is.
+            texts: the texts.
+            index: the segment's number.
+            segment: the segment.
+            original: the segment and its inputs without the changes of the walk; None where no step asked for them.
+        """
         self._carry, self._texts, self._index, self._segment = carry, texts, index, segment
+        self.original = original
 
     def see(
         self, parts: Parts, layers: Mapping[str, nn.Module], receive: See, *, pooled_only: bool = False
@@ -48,24 +62,43 @@ class Inputs:
             ValueError: a layer is never called, or its input is not finite.
         """
         groups: dict[str, list[str]] = {}
-        calls = 0
-        for batch in range(len(self._texts.batches)):
-            caught: dict[str, list[torch.Tensor]] = {}
-            with ExitStack() as hooks:
-                for name, layer in layers.items():
-                    hooks.callback(layer.register_forward_pre_hook(_keeping(caught, name, calls)).remove)
-                with suppress(_AllSeen):
-                    self._run(parts, batch)
-            if not groups:
-                groups, calls = _grouped(caught), sum(map(len, caught.values()))
-                if missing := layers.keys() - caught.keys():
-                    raise ValueError(f"{sorted(missing)[0]} is never called when its segment runs")
+        caught_in = _Catcher(self.output, parts, layers)
+        for batch in range(self.batches):
+            caught = caught_in(batch)
+            groups = groups or _grouped(caught)
             for leader in groups:
                 for given in caught[leader]:
                     rows, counts = self._rows(given, batch, pooled_only)
-                    if not torch.isfinite(rows).all():
-                        raise ValueError(f"the input of {leader} on the calibration texts holds NaN or infinity")
+                    _check_finite(leader, rows)
                     receive(leader, rows, counts)
+        return {leader: tuple(names) for leader, names in groups.items()}
+
+    def see_both(
+        self, parts: Parts, layers: Mapping[str, nn.Module], receive: SeeBoth, *, pooled_only: bool = False
+    ) -> dict[str, tuple[str, ...]]:
+        """Run the segment, and the unchanged one with its own inputs, on all texts; see `see`, whose arguments it takes.
+
+        Raises:
+            ValueError: in addition, an earlier step changed the width of a layer's input.
+        """
+        assert self.original is not None, "a step that compares says so, and is then given the original"
+        groups: dict[str, list[str]] = {}
+        caught_in, exact_in = _Catcher(self.output, parts, layers), self.original.catcher(layers)
+        for batch in range(self.batches):
+            caught, exact = caught_in(batch), exact_in(batch)
+            groups = groups or _grouped(caught)
+            for leader in groups:
+                for given, wanted in zip(caught[leader], exact[leader], strict=True):
+                    if given.shape != wanted.shape:
+                        raise ValueError(
+                            f"the input of {leader} is {given.shape[-1]} wide, in the model that the step compares with "
+                            f"{wanted.shape[-1]}: an earlier step changed it"
+                        )
+                    rows, counts = self._rows(given, batch, pooled_only)
+                    others, _ = self._rows(wanted, batch, pooled_only)
+                    _check_finite(leader, rows)
+                    _check_finite(leader, others)
+                    receive(leader, rows, counts, others)
         return {leader: tuple(names) for leader, names in groups.items()}
 
     def gather(
@@ -85,11 +118,35 @@ class Inputs:
 
         return self.see(parts, layers, add, pooled_only=pooled_only), found
 
-    def sample(self, parts: Parts) -> torch.Tensor:
-        """Return the segment's output for the batch of the shortest texts: hidden states, or vectors if it is the head."""
-        return self._run(parts, len(self._texts.batches) - 1)
+    def gather_both(
+        self, parts: Parts, layers: Mapping[str, nn.Module], make: Callable[[int, torch.device], PS], *, pooled_only: bool = False
+    ) -> tuple[dict[str, tuple[str, ...]], dict[str, PS]]:
+        """Gather a statistic of each input and of the unchanged model's input in its place; see `gather`."""
+        found: dict[str, PS] = {}
 
-    def _run(self, parts: Parts, batch: int) -> torch.Tensor:
+        def add(leader: str, rows: torch.Tensor, counts: torch.Tensor, exact: torch.Tensor) -> None:
+            if leader not in found:
+                found[leader] = make(rows.shape[1], rows.device)
+            found[leader].add(rows, counts, exact)
+
+        return self.see_both(parts, layers, add, pooled_only=pooled_only), found
+
+    def groups(self, parts: Parts, layers: Mapping[str, nn.Module]) -> list[tuple[str, ...]]:
+        """Return the names of layers that share an input, in the order in which the segment calls them.
+
+        Raises:
+            ValueError: a layer is never called.
+        """
+        caught = _Catcher(self.output, parts, layers)(self.batches - 1)
+        return [tuple(names) for names in _grouped(caught).values()]
+
+    @property
+    def batches(self) -> int:
+        """Number of batches of texts."""
+        return len(self._texts.batches)
+
+    def output(self, parts: Parts, batch: int) -> torch.Tensor:
+        """Return the segment's output for a batch: hidden states [texts, length, width], or vectors if it is the head."""
         if self._segment.kind is not Kind.HEAD:
             return self._carry.through(self._index, parts, batch)
         network = self._carry.network
@@ -99,6 +156,15 @@ class Inputs:
         with replaced(network, parts):
             vectors: torch.Tensor = head_of(network)(hidden, *masks)
         return vectors
+
+    def tokens(self, parts: Parts, batch: int) -> torch.Tensor:
+        """Return a block's output for the tokens of a batch, without padding: [tokens, width]."""
+        hidden = self.output(parts, batch)
+        return hidden[torch.from_numpy(self._texts.batches[batch][1]).to(hidden.device).bool()]
+
+    def sample(self, parts: Parts) -> torch.Tensor:
+        """Return the segment's output for the batch of the shortest texts: hidden states, or vectors if it is the head."""
+        return self.output(parts, self.batches - 1)
 
     def _rows(self, given: torch.Tensor, batch: int, pooled_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of unmasked tokens [n, in] and their weights [n]; all rows of what is not of tokens.
@@ -118,6 +184,54 @@ class Inputs:
             counts = pooled / pooled.sum(dim=1, keepdim=True)
         chosen = counts > 0
         return given[chosen], counts[chosen]
+
+
+def _check_finite(leader: str, rows: torch.Tensor) -> None:
+    if not torch.isfinite(rows).all():
+        raise ValueError(f"the input of {leader} on the calibration texts holds NaN or infinity")
+
+
+@dataclass(frozen=True)
+class Original:
+    """A segment as a walk found it, and the calibration texts as the unchanged segments before it make them."""
+
+    parts: Parts
+    """The segment's modules, unchanged, in the dtype that calibration computes in."""
+    inputs: Inputs
+
+    def catcher(self, names: Iterable[str]) -> _Catcher:
+        """Return what catches the inputs of the unchanged layers of these names."""
+        return _Catcher(self.inputs.output, self.parts, {name: module_in(self.parts, name) for name in names})
+
+    def tokens(self, batch: int) -> torch.Tensor:
+        """Return the unchanged block's output for the tokens of a batch, without padding: [tokens, width]."""
+        return self.inputs.tokens(self.parts, batch)
+
+
+class _Catcher:
+    """Catches the inputs of layers while their segment runs on one batch after another."""
+
+    def __init__(self, run: Callable[[Parts, int], torch.Tensor], parts: Parts, layers: Mapping[str, nn.Module]) -> None:
+        """`run`: runs the segment's modules on a batch, given its number; `layers`: modules inside of them, by name."""
+        self._run, self._parts, self._layers = run, parts, layers
+        self._calls = 0
+
+    def __call__(self, batch: int) -> dict[str, list[torch.Tensor]]:
+        """Return the inputs of each layer, in the order of its calls.
+
+        Raises:
+            ValueError: a layer is never called.
+        """
+        caught: dict[str, list[torch.Tensor]] = {}
+        with ExitStack() as hooks:
+            for name, layer in self._layers.items():
+                hooks.callback(layer.register_forward_pre_hook(_keeping(caught, name, self._calls)).remove)
+            with suppress(_AllSeen):
+                self._run(self._parts, batch)
+        if missing := self._layers.keys() - caught.keys():
+            raise ValueError(f"{sorted(missing)[0]} is never called when its segment runs")
+        self._calls = sum(map(len, caught.values()))
+        return caught
 
 
 class _AllSeen(Exception):

@@ -21,6 +21,17 @@ class InputStatistic(Protocol):
 S = TypeVar("S", bound=InputStatistic)
 
 
+class PairStatistic(Protocol):
+    """A statistic that is gathered from rows and from what the unchanged model has in their place."""
+
+    def add(self, rows: torch.Tensor, counts: torch.Tensor, exact: torch.Tensor) -> None:
+        """Add rows [n, width] with the weight of each, float32 [n], and the unchanged model's rows [n, width]."""
+        ...
+
+
+PS = TypeVar("PS", bound=PairStatistic)
+
+
 class Hessian:
     """The second moment of a layer's inputs, `sum_t c_t x_t x_t^T / sum_t c_t`.
 
@@ -59,6 +70,45 @@ class Hessian:
         for start in range(0, len(columns), self.COLUMNS):
             stop = start + self.COLUMNS
             self._sum[start:stop, start:] += linear(columns[start:stop], columns[start:])
+
+
+class Drift:
+    """The second moment of a layer's inputs x, and how they differ from those of the unchanged model, z, on average over tokens.
+
+    The drift is `sum_t c_t (z_t - x_t) x_t^T / sum_t c_t`: the differences as far as the inputs explain them linearly.
+    """
+
+    ROWS = Hessian.ROWS
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._hessian = Hessian(width, device)
+        self._sum = torch.zeros(width, width, device=device)
+        self._count = 0.0
+        self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, rows: torch.Tensor, counts: torch.Tensor, exact: torch.Tensor) -> None:
+        """Add rows [n, width] with the weight of each, float32 [n], and the unchanged model's rows [n, width]."""
+        self._hessian.add(rows, counts)
+        self._count += float(counts.sum())
+        given, wanted = rows.float(), exact.float()
+        self._rows.append(((wanted - given) * counts[:, None], given))
+        if sum(len(differences) for differences, _ in self._rows) >= self.ROWS:
+            self._flush()
+
+    def moment(self) -> torch.Tensor:
+        """Return the second moment, as `Hessian.mean` does. No rows can be added after that."""
+        return self._hessian.mean()
+
+    def drift(self) -> torch.Tensor:
+        """Return the drift, float32 [width, width]. No rows can be added after that."""
+        if self._rows:
+            self._flush()
+        return self._sum.div_(self._count)
+
+    def _flush(self) -> None:
+        differences, given = (torch.cat(rows).t().contiguous() for rows in zip(*self._rows, strict=True))
+        self._rows = []
+        self._sum += linear(differences, given)
 
 
 class Moments:

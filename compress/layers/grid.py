@@ -119,11 +119,11 @@ def find_grid(
     scale = torch.empty(outputs, groups, device=weight.device)
     zero = torch.full((outputs, groups), float(2 ** (bits - 1)), device=weight.device)
     counts = torch.ones(inputs, device=weight.device) if importance is None else importance.float()
-    counts = _grouped(counts[None], size)
+    counts = in_groups(counts[None], size)
     for rows in row_chunks(weight):
-        grouped = _grouped(weight[rows].float(), size)
+        grouped = in_groups(weight[rows].float(), size)
         low, high = grouped.amin(dim=2).clamp_max_(0), grouped.amax(dim=2).clamp_min_(0)
-        found = _ends(low, high, bits, symmetric, group_size is not None)
+        found = span(low, high, bits, symmetric, group_size is not None)
         if search:
             found = _searched(grouped, low, high, bits, symmetric, group_size is not None, counts, found)
         scale[rows], zero[rows] = found
@@ -132,14 +132,17 @@ def find_grid(
     return Grid(bits, group_size, symmetric, scale, zero)
 
 
-def _grouped(x: torch.Tensor, size: int) -> torch.Tensor:
+def in_groups(x: torch.Tensor, size: int) -> torch.Tensor:
     """Reshape [rows, in] to [rows, groups, size], padded with zeros after the last input."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % size))
     return padded.view(len(x), -1, size)
 
 
-def _ends(low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool, half: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale and zero of grids that span `low` <= 0 to `high` >= 0."""
+def span(low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool, half: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and zero of grids that span `low` <= 0 to `high` >= 0, float32 [out, groups]; `half`: in half precision.
+
+    Gradients pass to the end that decides the scale; none pass the rounding of the zero.
+    """
     top, middle = 2**bits - 1, 2 ** (bits - 1)
     if symmetric:
         zero = torch.full_like(low, middle)
@@ -167,7 +170,7 @@ def _searched(
     least = torch.full_like(low, torch.inf)
     for step in range(SHRINK_STEPS):
         part = 1 - (1 - SHRINK_TO) * step / (SHRINK_STEPS - 1)
-        scale, zero = _ends(low * part, high * part, bits, symmetric, half)
+        scale, zero = span(low * part, high * part, bits, symmetric, half)
         wide, middle = scale[:, :, None], zero[:, :, None]
         error = (grouped / wide).round_().add_(middle).clamp_(bottom, top).sub_(middle).mul_(wide).sub_(grouped)
         error = error.square_().mul_(counts).sum(dim=2)

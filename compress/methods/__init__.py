@@ -17,6 +17,7 @@ METHODS = {
     "rotate": "compress.methods.rotate:Rotate",
     "rtn": "compress.methods.quantize.rtn:RTN",
     "gptq": "compress.methods.quantize.gptq:GPTQ",
+    "autoround": "compress.methods.quantize.autoround:AutoRound",
     "awq": "compress.methods.quantize.awq:AWQ",
     "smoothquant": "compress.methods.quantize.smoothquant:SmoothQuant",
     "fp8": "compress.methods.quantize.fp8:FP8",

@@ -157,6 +157,11 @@ class Method(BaseModel):
         """Whether `apply` needs the inputs of a segment on the calibration texts."""
         return False
 
+    @property
+    def compares(self) -> bool:
+        """Whether `apply` also needs each block, and its inputs, as they were before this walk: `Inputs.original`."""
+        return False
+
     def fits(self, shape: ModelShape) -> bool:
         """Whether the step can be applied to a model of this shape."""
         try:

@@ -69,10 +69,18 @@ class FeedbackMethod(LinearsMethod):
         pooled_only = self.weighting == "pooled"
         for names, hessian in self.statistics_of(parts, linears, inputs, Hessian, pooled_only=pooled_only):
             moment = hessian.mean()
-            try:
-                yield names, moment, factor(moment, self.damping, act_order)
-            except ValueError as error:
-                raise ValueError(f"{', '.join(names)}: {error}") from error
+            yield names, moment, self.factored(names, moment, act_order)
+
+    def factored(self, names: Sequence[str], moment: torch.Tensor, act_order: bool) -> Feedback:
+        """Return the factors of the second moment of some layers' common input.
+
+        Raises:
+            ValueError: it has no Cholesky factor even in float64; the message names the layers.
+        """
+        try:
+            return factor(moment, self.damping, act_order)
+        except ValueError as error:
+            raise ValueError(f"{', '.join(names)}: {error}") from error
 
 
 def moment_bytes(widths: Sequence[int]) -> int:
@@ -114,11 +122,42 @@ def factor(moment: torch.Tensor, damping: float, act_order: bool) -> Feedback:
     return Feedback(order, upper, pivots.square_(), added)
 
 
-def loss_of(errors: torch.Tensor, feedback: Feedback) -> torch.Tensor:
-    """Return the cost of errors [out, in] for each output channel, without the damping's share: float32 [out]."""
+def drift_correction(drift: torch.Tensor, feedback: Feedback) -> torch.Tensor:
+    """Return C, float32 [in, in], with which W + W C is the target of a layer W whose inputs have drifted.
+
+    The unchanged model's outputs are W z, the layer gets x. The least squares of |W z - V x|^2 give V = W + W S H^-1, with the
+    drift S = E[(z - x) x^T] and H = E[x x^T]; the damping in H pulls V to W. Since |W z - V x|^2 grows from there with the second
+    moment of x alone, rounding V with feedback solves column by column for what makes it least (GPTAQ: Li et al. 2025, arXiv
+    2504.02692, section 3; there a channel's drift is taken on by the channels after it, here by all).
+
+    Args:
+        drift: S, float32 [in, in]; see `compress.calibration.statistics.Drift`.
+        feedback: H's factors.
+    """
+    import torch
+
+    upper, order = feedback.upper, feedback.order
+    # C H = S with H = (U + I) D (U + I)^T
+    made = drift.index_select(0, order).index_select(1, order)
+    made = torch.linalg.solve_triangular(upper.t(), made, upper=False, left=False, unitriangular=True)
+    made = torch.linalg.solve_triangular(upper, made.div_(feedback.diagonal), upper=True, left=False, unitriangular=True)
+    correction = torch.empty_like(made)
+    correction[order[:, None], order] = made
+    return correction
+
+
+def loss_of(errors: torch.Tensor, feedback: Feedback, moved: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the cost of errors [out, in] for each output channel, without the damping's share: float32 [out].
+
+    Args:
+        errors: target minus new weight.
+        feedback: the second moment's factors.
+        moved: old weight minus new weight, [out, in], where the target is another one; damping pulls to the old weight.
+    """
     from compress.layers.float_layers import linear
 
     # sum_k D_k |E_k + sum_{j<k} E_j U_jk|^2, less damping * sum_k E_k^2
     ordered = errors[:, feedback.order]
     heard = linear(ordered, feedback.upper.t()).add_(ordered)
-    return heard.square_() @ feedback.diagonal - feedback.damping * ordered.square_().sum(dim=1)
+    far = ordered if moved is None else moved[:, feedback.order]
+    return heard.square_() @ feedback.diagonal - feedback.damping * far.square().sum(dim=1)

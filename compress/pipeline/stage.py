@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from compress.calibration.inputs import Inputs
+from compress.calibration.originals import Originals
 from compress.calibration.sensitivity import Survey
 from compress.calibration.texts import CalibrationSource, CalibrationTexts
 from compress.common.errors import UserError
@@ -183,6 +184,8 @@ class _SegmentWriter:
     texts: CalibrationTexts | None = field(init=False, default=None)
     carry: Carry | None = field(init=False, default=None)
     """Hidden states of the calibration texts, where a step calibrates."""
+    originals: Originals | None = field(init=False, default=None)
+    """The texts in the unchanged model, where a step compares with it."""
 
     def __post_init__(self) -> None:
         if any(step.calibrates for step in self.decided.steps):
@@ -190,6 +193,9 @@ class _SegmentWriter:
             assert options.calibration is not None, "a step calibrates"
             self.texts = options.calibration.batches(model.tokenizer, model.spec)
             self.carry = Carry(self.texts.batches, self.decided.place, self.stage.journal.folder / "texts")
+            if any(step.compares for step in self.decided.steps):
+                other = Carry(self.texts.batches, self.decided.place, self.stage.journal.folder / "original-texts")
+                self.originals = Originals(model.network, self.texts, self._load, other)
             options.say(f"calibrating on {len(options.calibration.texts)} texts, {self.texts.tokens:,} tokens")
 
     def visit(self, index: int, segment: Segment, parts: Parts) -> None:
@@ -199,7 +205,9 @@ class _SegmentWriter:
         inputs = None
         if self.carry is not None and self.texts is not None:
             cast(parts, self.decided.compute)
-            inputs = Inputs(self.carry, self.texts, index, segment) if segment.kind in (Kind.BLOCK, Kind.HEAD) else None
+            original = self.originals.at(index) if self.originals is not None and segment.kind is Kind.BLOCK else None
+            seen = segment.kind in (Kind.BLOCK, Kind.HEAD)
+            inputs = Inputs(self.carry, self.texts, index, segment, original) if seen else None
         quantized, seconds = self._apply(parts, inputs)
         tensors = _stored(parts, self.decided.stored | quantized, self.stage.source.name)
         dense = self.stage.options.runtime in GRAPH_RUNTIMES
@@ -208,6 +216,14 @@ class _SegmentWriter:
         self.stage.journal.put(_entry(index), {"segment": segment.name, "quantized": described, "seconds": seconds})
         if self.carry is not None:
             prepare_to_run(parts, self.decided.compute)
+
+    def _load(self, segment: Segment) -> Parts:
+        """Return a segment as the walk finds it, ready to run."""
+        parts = Streamed(self.decided.model.network, self.decided.model.weights).load(segment)
+        for module in parts.values():
+            module.to(self.decided.place)
+        cast(parts, self.decided.compute)
+        return parts
 
     def _apply(self, parts: Parts, inputs: Inputs | None) -> tuple[dict[str, QuantizedLayer], list[float]]:
         """Apply every step to a segment; return the layers they quantized, and the seconds that each step took."""

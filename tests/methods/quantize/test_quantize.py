@@ -32,6 +32,7 @@ METHODS: list[Method] = [
     RTN(activations="none", symmetric=False, **GROUPS),
     GPTQ(**GROUPS),
     GPTQ(weighting="pooled", **GROUPS),
+    GPTQ(drift=0.5, weighting="pooled", **GROUPS),
     AWQ(**GROUPS),
     AWQ(keep_factors=False, **GROUPS),
     SmoothQuant(),

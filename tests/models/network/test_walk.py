@@ -178,6 +178,8 @@ def segments_kept(folder: Path) -> Iterator[str]:
 KILLED_STEPS: dict[str, list[dict[str, object]]] = {
     "rtn": [{"method": "rtn"}],
     "gptq": [{"method": "gptq", "group_size": 16}],
+    "gptq against drift": [{"method": "gptq", "group_size": 16, "drift": 1.0}],
+    "autoround": [{"method": "autoround", "group_size": 16, "steps": 3}],
     "sparsegpt and gptq": [{"method": "sparsegpt", "pattern": "2:4"}, {"method": "gptq", "group_size": 16}],
     "depth and width": [{"method": "depth", "keep": 0.5}, {"method": "width", "heads": 0.5, "channels": 0.5}],
 }
