@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import onnxruntime
 
+from compress.common.errors import UserError
+from compress.layers.scheme import ActivationScheme
 from compress.models.embedder import Vectors
 from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Ids
-from compress.runtimes.contract import opening
+from compress.runtimes.contract import TORCH, opening
 from compress.runtimes.graph_embedder import GraphEmbedder, lowered, threads_and_streams
 
 NAME = "onnxruntime"  # in `compress.runtimes.contract`
@@ -33,6 +35,7 @@ class OnnxEmbedder(GraphEmbedder):
         options.log_severity_level = ERRORS_ONLY
         # By default onnxruntime also rounds the inputs of layers for which the variant quantizes only the weights.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", FLOAT32)
+        check_groups(folder)
         with opening(graph):
             self._session = onnxruntime.InferenceSession(
                 graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOWER_FUSIONS
@@ -47,6 +50,27 @@ class OnnxEmbedder(GraphEmbedder):
         """Run one batch; see `GraphEmbedder.run`."""
         vectors: Vectors = self._session.run(None, dict(zip(self._names, inputs, strict=True)))[0]
         return vectors
+
+
+def check_groups(folder: ModelFolder) -> None:
+    """See that onnxruntime rounds a variant's activations in groups on this CPU, where the variant says so.
+
+    Raises:
+        UserError: it has no such product here, and would leave them in floating point.
+    """
+    layers = folder.compressed.quantized.values()
+    sizes = {layer.group_size or 0 for layer in layers if layer.activations is ActivationScheme.DYNAMIC_PER_GROUP}
+    if not sizes:
+        return
+    from compress.runtimes.onnx_trial import multiplies_groups
+
+    for group_size in sorted(sizes):
+        if not multiplies_groups(group_size):
+            raise UserError(
+                f"{folder.path}: onnxruntime {onnxruntime.__version__} has no exact product of activations rounded in groups of "
+                f"{group_size} on this CPU",
+                f"runtime: {TORCH}",
+            )
 
 
 def open_variant(folder: ModelFolder, *, dtype: str | None = None, threads: int | None = None) -> OnnxEmbedder:

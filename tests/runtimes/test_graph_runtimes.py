@@ -29,9 +29,11 @@ from compress.methods.quantize.gptq import GPTQ
 from compress.methods.quantize.rtn import RTN
 from compress.methods.quantize.smoothquant import SmoothQuant
 from compress.models.files.variant import VariantInfo
-from compress.runtimes import contract
+from compress.runtimes import contract, onnx_trial
 from compress.runtimes.contract import GRAPH_RUNTIMES, RUNTIMES, TORCH, graph_file, pick_runtime
 from compress.runtimes.lower import lower
+from compress.runtimes.onnx_trial import multiplies_groups
+from compress.runtimes.torch_runtime import open_variant as open_torch
 
 BOTH = list(GRAPH_RUNTIMES)
 TEXTS = ["", "a", "one two", "the parcel never came, and nobody at the depot knew of it", "🙂 日本語", "rain by the evening"]
@@ -132,6 +134,43 @@ def test_quantized_activations_are_the_same_integers(make_model, tmp_path: Path,
     # A value that floating point moves across the middle between two integers is rounded to the other one.
     assert np.min(found) > 0.9995
     assert np.median(found) > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("kind", "symmetric"), [("bert", True), ("bert", False), ("mistral", False)], ids=["bert", "bert-zeros", "mistral-zeros"]
+)
+def test_activations_are_rounded_in_the_groups_of_the_weight(make_model, tmp_path: Path, kind: str, symmetric: bool) -> None:
+    """Without byte products too: two products of four bits by eight fit into sixteen."""
+    step = RTN(bits=4, group_size=16, symmetric=symmetric, activations="dynamic_per_group")
+    compress_to(make_model(kind), tmp_path / "variant", step)
+    ours = opened(tmp_path / "variant", "onnxruntime").encode(TEXTS)
+    theirs, unrounded = (open_torch(folder_of(tmp_path / "variant"), activations=rounds).encode(TEXTS) for rounds in (True, False))
+    # A value that lies between two integers may be rounded to the other one; that changes little.
+    assert np.abs(ours - theirs).max() < 0.1 * np.abs(unrounded - theirs).max()
+
+
+@pytest.mark.parametrize("group_size", sorted(RUNTIMES["onnxruntime"].grouped_sizes or ()))
+def test_onnxruntime_multiplies_rounded_groups_exactly(group_size: int) -> None:
+    assert multiplies_groups(group_size)
+
+
+def test_a_product_that_leaves_activations_as_they_are_is_refused(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `MatMulNBits` does at accuracy level 4 where it has no such kernel."""
+    compress_to(bert, tmp_path / "variant", RTN(bits=4, group_size=16, activations="dynamic_per_group"))
+    monkeypatch.setattr(onnx_trial, "INT8_LEVEL", 1)
+    multiplies_groups.cache_clear()
+    with pytest.raises(UserError, match=r"no exact product of activations rounded in groups of 16 on this CPU") as refused:
+        opened(tmp_path / "variant", "onnxruntime")
+    multiplies_groups.cache_clear()
+    assert refused.value.hint == "runtime: torch"
+
+
+def test_groups_that_do_not_divide_the_inputs_are_refused(bert: Path, tmp_path: Path) -> None:
+    compress_to(bert, tmp_path / "variant", RTN(bits=4, group_size=32, activations="dynamic_per_group"))
+    with pytest.raises(UserError, match="has 48 inputs in groups of 32; onnxruntime rounds only groups that divide the inputs"):
+        lower(folder_of(tmp_path / "variant"), "onnxruntime")
 
 
 @needs_byte_products
@@ -258,6 +297,11 @@ def test_auto_is_the_fastest_that_executes_the_variant_s_own_numbers(monkeypatch
     assert pick_runtime("auto", layer(**static)) == "openvino"
     assert pick_runtime("auto", layer(**dynamic)) == "onnxruntime"
     assert pick_runtime("auto", layer(bits=3)) == "torch"
+    grouped = {"bits": 4, "group_size": 64, "activations": ActivationScheme.DYNAMIC_PER_GROUP}
+    monkeypatch.setattr(contract, "multiplies_bytes_exactly", lambda: False)
+    assert pick_runtime("auto", layer(**grouped)) == "onnxruntime"
+    assert pick_runtime("auto", layer(**static)) == "torch"
+    monkeypatch.setattr(contract, "multiplies_bytes_exactly", lambda: True)
     assert pick_runtime("auto", layer(numbers=Numbers.FLOAT8)) == "torch"
     assert pick_runtime("auto", {}, dtype="bfloat16") == "openvino"
     assert pick_runtime("auto", layer(**static), device="cuda") == "torch"
@@ -273,6 +317,12 @@ def test_auto_is_the_fastest_that_executes_the_variant_s_own_numbers(monkeypatch
         ("onnxruntime", {"bits": 3, "group_size": 64}, {}, r"onnxruntime does not execute int3-g64 weights \(encoder\.layer\.0"),
         ("openvino", {"numbers": Numbers.NF4, "bits": 4}, {}, "openvino does not execute nf4 weights"),
         ("onnxruntime", {"bits": 4, "activations": ActivationScheme.STATIC_PER_TENSOR}, {}, "int4 weights with activations static"),
+        ("onnxruntime", {"group_size": 64, "activations": ActivationScheme.DYNAMIC_PER_GROUP}, {}, "int8-g64 weights with activations "
+         "dynamic_per_group"),
+        ("onnxruntime", {"bits": 4, "group_size": 48, "activations": ActivationScheme.DYNAMIC_PER_GROUP}, {}, "onnxruntime rounds "
+         r"activations in groups of 16, 32, 64, 128, 256, not of 48 \(encoder\.layer\.0"),
+        ("openvino", {"bits": 4, "group_size": 64, "activations": ActivationScheme.DYNAMIC_PER_GROUP}, {}, "int4-g64 weights with "
+         "activations dynamic_per_group"),
         ("openvino", {}, {"device": "cuda:0"}, "openvino runs on the CPU here, not on cuda:0"),
         ("onnxruntime", {}, {"dtype": "bfloat16"}, "onnxruntime does not compute in bfloat16"),
     ],

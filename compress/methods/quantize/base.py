@@ -193,6 +193,17 @@ class IntegerWeights(QuantizeLinears):
         return find_grid(weight, wanted.bits, wanted.group_size, wanted.symmetric, search=search, importance=importance)
 
 
+def check_groups(step: IntegerWeights) -> None:
+    """See that weights have groups, which activations with a scale per group share.
+
+    Raises:
+        ValueError: some have none.
+    """
+    sizes = [step.group_size, *(other.group_size for other in step.overrides.values() if "group_size" in other.model_fields_set)]
+    if None in sizes:
+        raise ValueError("`activations: dynamic_per_group` needs a `group_size`: activations are scaled in the weight's groups")
+
+
 def overridden(name: str, overrides: Mapping[str, Override]) -> dict[str, object]:
     """Return the settings of the overrides that match a name; later ones replace earlier ones."""
     found: dict[str, object] = {}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from compress.layers.scheme import ActivationScheme, QuantizedLayer
 from compress.methods.error_feedback import FeedbackMethod, loss_of
 from compress.methods.linear_layers import zeros_of
-from compress.methods.quantize.base import Bits, IntegerWeights
+from compress.methods.quantize.base import Bits, IntegerWeights, check_groups
 from compress.models.files.headers import TensorInfo
 
 if TYPE_CHECKING:
@@ -45,6 +46,19 @@ class GPTQ(FeedbackMethod, IntegerWeights):
     """Whether input channels are rounded in descending order of their mean square, so that the most important come first."""
     search: bool = True
     """Whether each scale minimises the squared error with inputs weighted by their mean square; otherwise it clips nothing."""
+    activations: Literal["none", "dynamic_per_group"] = "none"
+    """How the layer's input is quantized: not at all, or to int8 with one scale per token and group of inputs (the groups of the
+    weight), which lets a runtime multiply integers."""
+
+    @model_validator(mode="after")
+    def _scaled_activations_have_groups(self) -> Self:
+        if self.activations == "dynamic_per_group":
+            check_groups(self)
+        return self
+
+    def numbers_of(self, name: str) -> QuantizedLayer:
+        """Return the layer's precision, with the step's activations."""
+        return super().numbers_of(name).model_copy(update={"activations": ActivationScheme(self.activations)})
 
     def work_flops(self, linears: list[TensorInfo]) -> float:
         """Return the operations of Cholesky factors and feedback; layers that share an input are counted as if they did not."""
@@ -63,7 +77,7 @@ class GPTQ(FeedbackMethod, IntegerWeights):
                 weight = linears[name].weight.detach().float()
                 grid = self.grid_of(name, weight, search=self.search, importance=moment.diagonal())
                 integers = round_with_feedback(weight, grid, feedback, zeros_of(weight))
-                yield name, QuantizedLinear.from_integers(integers, grid, linears[name].bias)
+                yield name, QuantizedLinear.from_integers(integers, grid, linears[name].bias, ActivationScheme(self.activations))
 
 
 def round_with_feedback(weight: torch.Tensor, grid: Grid, feedback: Feedback, gone: torch.Tensor | None = None) -> torch.Tensor:

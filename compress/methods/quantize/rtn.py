@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import model_validator
 
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
-from compress.methods.quantize.base import IntegerWeights
+from compress.methods.quantize.base import IntegerWeights, check_groups
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,17 +26,23 @@ class RTN(IntegerWeights):
     """
 
     method: Literal["rtn"] = "rtn"
-    activations: Literal["none", "dynamic_per_tensor", "dynamic_per_token"] = "dynamic_per_token"
+    activations: Literal["none", "dynamic_per_tensor", "dynamic_per_token", "dynamic_per_group"] = "dynamic_per_token"
     """How the layer's input is quantized: not at all (only weights are quantized: smaller, not faster), or to int8 with one scale
-    per tensor or per token."""
+    per tensor, per token, or per token and group of inputs (the groups of the weight)."""
     search: bool = False
     """Whether each scale minimises the squared error of the weights; otherwise it is the smallest that clips no weight."""
 
     @model_validator(mode="after")
     def _integer_products_have_one_scale_a_channel(self) -> Self:
+        if self.activations == "dynamic_per_group":
+            check_groups(self)
+            return self
         others = any(other.group_size or other.symmetric is False for other in self.overrides.values())
         if self.activations != "none" and (self.group_size or not self.symmetric or others):
-            raise ValueError("groups and zeros go with `activations: none`; integer products have one scale per output channel")
+            raise ValueError(
+                "groups and zeros go with `activations: none` or `dynamic_per_group`; other integer products have one scale per "
+                "output channel"
+            )
         return self
 
     def numbers_of(self, name: str) -> QuantizedLayer:
