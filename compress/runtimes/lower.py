@@ -23,12 +23,11 @@ from transformers import PreTrainedModel
 from compress.common.errors import UserError
 from compress.common.files import replacing
 from compress.layers.compressed import CompressedLayer
-from compress.layers.scheme import ActivationScheme
 from compress.models.files.headers import MASK, StoredTensor
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import TracedNetwork, backbone_of
 from compress.models.opened import empty_model
-from compress.runtimes.contract import GRAPH_RUNTIMES, OPSET, RUNTIMES, TORCH, graph_file, graph_inputs, runtime_named
+from compress.runtimes.contract import GRAPH_RUNTIMES, OPSET, RUNTIMES, graph_file, graph_inputs, runtime_named
 from compress.runtimes.lowered_layers import FOUR_BITS, TracedLinear, TracedTable, traced, translations
 
 # The batch that is traced; its sizes are left free in the graph. Not 1, which tracing takes for a constant.
@@ -64,7 +63,8 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
         assert isinstance(module, CompressedLayer)
         stand_in = traced(module)
         if layer.bits == 4:
-            _check_four_bits(f"{folder.path}: {name}", stand_in, runtime)
+            group_size = layer.group_size if isinstance(stand_in, TracedLinear) else None  # of a table, rows are scaled one by one
+            _check_four_bits(f"{folder.path}: {name}", stand_in.width, group_size, runtime)
         network.set_submodule(name, stand_in)
     unread = _without_values(network)
     # Plain products and a softmax: both runtimes find attention in them and fuse it.
@@ -95,23 +95,15 @@ def lower(folder: ModelFolder, runtime: str) -> Path:
     return path
 
 
-def _check_four_bits(place: str, layer: TracedLinear | TracedTable, runtime: str) -> None:
-    """See that a runtime takes four-bit rows of a layer's width.
+def _check_four_bits(place: str, width: int, group_size: int | None, runtime: str) -> None:
+    """See that a runtime takes four-bit rows of this width.
 
     Raises:
         UserError: it does not.
     """
-    width = layer.width
-    group_size = layer.layer.group_size if isinstance(layer, TracedLinear) else None  # of a table, rows are scaled one by one
-    uneven = bool(group_size) and width % (group_size or 1) != 0
     if width % 2:
         raise UserError(f"{place} has rows of {width} four-bit integers; graphs take only even rows")
-    if uneven and layer.layer.activations is ActivationScheme.DYNAMIC_PER_GROUP:
-        raise UserError(
-            f"{place} has {width} inputs in groups of {group_size}; {runtime} rounds only groups that divide the inputs",
-            f"another group_size, or runtime: {TORCH}",
-        )
-    if not runtime_named(runtime).uneven_groups and uneven and width > (group_size or 0):
+    if not runtime_named(runtime).uneven_groups and group_size and width > group_size and width % group_size:
         others = " or ".join(name for name in GRAPH_RUNTIMES if RUNTIMES[name].uneven_groups)
         raise UserError(
             f"{place} has {width} four-bit inputs in groups of {group_size}; {runtime} takes only groups that divide the inputs",

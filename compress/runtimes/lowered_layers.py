@@ -160,10 +160,14 @@ def onnxruntime_linear(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, in
 def _matmul_nbits(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, how: tuple[int, int]) -> Any:
     """Multiply by four-bit weights in groups: our rows, their groups and their zeros lie in memory as that operator wants them.
 
-    `how`: the size of the groups, which divides the inputs, and the operator's accuracy level.
+    `how`: the size of the groups, and the operator's accuracy level. A last group that is smaller is filled up; the operator fills
+    activations up with zeros.
     """
     inputs, outputs, (group, level) = x.shape[-1], weight.shape[0], how
-    blocks = op.Reshape(weight, _constant(np.array([outputs, inputs // group, group // 2])))
+    missing = -inputs % group
+    if missing:
+        weight = op.Pad(weight, _constant(np.array([0, 0, 0, missing // 2])))
+    blocks = op.Reshape(weight, _constant(np.array([outputs, (inputs + missing) // group, group // 2])))
     flat = _constant(np.array([-1]))
     steps = op.Reshape(op.Cast(scale, to=onnx.TensorProto.FLOAT), flat)
     zeros = None if zero is None else op.Reshape(zero, flat)
