@@ -31,6 +31,21 @@ def quantize_symmetric(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (x.float() / scale).round_().clamp_(-QMAX - 1, QMAX).to(torch.int8)
 
 
+def round_groups(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Round each group of inputs of each token to int8 with a scale of its own, and return the values: [..., in] in x's dtype.
+
+    The scale takes the group's largest magnitude to 127; ties go to even. In float32 these are the values that onnxruntime's
+    `MatMulNBits` multiplies at accuracy level 4: it multiplies by the reciprocal of the scale, and so do we. The last group is
+    smaller where the inputs are not a multiple of the group size.
+    """
+    inputs = x.shape[-1]
+    groups = torch.nn.functional.pad(x.float(), (0, -inputs % group_size)).view(*x.shape[:-1], -(-inputs // group_size), group_size)
+    largest = groups.abs().amax(dim=-1, keepdim=True)
+    reciprocal = (QMAX / largest).clamp_max_(torch.finfo(torch.float32).max)  # finite where a group is zero, and stays zero
+    values: torch.Tensor = (groups * reciprocal).round_().mul_(largest / QMAX)
+    return values.flatten(-2)[..., :inputs].to(x.dtype)
+
+
 class QuantizedLinear(CompressedLinear):
     """`y = x W^T + b` with W in integers of 2 to 8 bits and x quantized by a scheme.
 
@@ -70,8 +85,8 @@ class QuantizedLinear(CompressedLinear):
 
         Raises:
             ValueError: the dtype or shape of the weight does not match the layer's bits; a buffer that the scheme or the grid needs
-                is missing, or one is given that it does not use; activations are quantized and the weight has groups or zeros,
-                which no integer product allows.
+                is missing, or one is given that it does not use; activations have one scale per token or tensor and the weight has
+                groups or zeros, which no integer product allows; activations have one scale per group and the weight has none.
         """
         super().__init__()
         width, dtype = stored_weight(layer, in_features)
@@ -85,9 +100,11 @@ class QuantizedLinear(CompressedLinear):
             raise ValueError(f"zeros belong to grids that are not symmetric; symmetric is {layer.symmetric}")
         if (input_factor is not None) != layer.input_factor:
             raise ValueError(f"an input factor belongs to input_factor; it is {layer.input_factor}")
-        if layer.activations is not ActivationScheme.NONE and (layer.group_size or not layer.symmetric):
-            raise ValueError("quantized activations need symmetric weights with one scale per output channel")
+        if layer.activations is ActivationScheme.DYNAMIC_PER_GROUP and not layer.group_size:
+            raise ValueError("activations with a scale per group need weights with a group size")
         self.layer = layer
+        if self.multiplies_integers and (layer.group_size or not layer.symmetric):
+            raise ValueError("quantized activations need symmetric weights with one scale per output channel")
         self.in_features, self.out_features = in_features, weight.shape[0]
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
@@ -103,6 +120,11 @@ class QuantizedLinear(CompressedLinear):
     def scheme(self) -> ActivationScheme:
         """How activations are quantized."""
         return self.layer.activations
+
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether both operands of its product are integers; otherwise the values of rounded ones are multiplied."""
+        return self.layer.activations not in (ActivationScheme.NONE, ActivationScheme.DYNAMIC_PER_GROUP)
 
     @classmethod
     def from_integers(
@@ -176,23 +198,23 @@ class QuantizedLinear(CompressedLinear):
         """Pack the weight for the kernel of its device and drop the plain copy; a second call does nothing."""
         if self.weight is None:
             return
-        if self.scheme is not ActivationScheme.NONE:
+        if self.multiplies_integers:
             self._packed = self._matmul()
             self.weight = None
         elif self._stored_for_kernels is None:
             self._stored_for_kernels = self._packed_weight()
 
     def unpacked_bytes(self, dtype: torch.dtype) -> int:
-        """Return the bytes of the values, where only weights are quantized."""
-        return self.out_features * self.in_features * dtype.itemsize if self.scheme is ActivationScheme.NONE else 0
+        """Return the bytes of the values, where the product is one of values."""
+        return 0 if self.multiplies_integers else self.out_features * self.in_features * dtype.itemsize
 
     @torch.no_grad()
     def unpack(self, dtype: torch.dtype) -> None:
-        """Keep the values in `dtype`, where only weights are quantized; a second call does nothing.
+        """Keep the values in `dtype`, where the product is one of values; a second call does nothing.
 
         The stored weight is dropped where no kernel multiplies it as it is. Results stay the same, bit for bit.
         """
-        if self.scheme is not ActivationScheme.NONE or self._values is not None:
+        if self.multiplies_integers or self._values is not None:
             return
         # As the calls unpack it: `OneDnnLinear` would pack it for a kernel that adds in another order.
         self._values = self.dequantized(dtype)
@@ -203,6 +225,7 @@ class QuantizedLinear(CompressedLinear):
         """Return the packed layer itself; where only weights are quantized, a plain layer with their values."""
         if self.scheme is not ActivationScheme.NONE:
             self.pack()
+            self.unpack(dtype)
             return self
         plain = self.plain().to(dtype).requires_grad_(False)
         return OneDnnLinear(plain, dtype) if plain.weight.device.type == "cpu" and has_onednn_linear(dtype) else plain
@@ -210,10 +233,13 @@ class QuantizedLinear(CompressedLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out] in the dtype of `x`."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.scheme is ActivationScheme.NONE:
+        if not self.multiplies_integers:
             if self.input_factor is not None:
                 x = x / self.input_factor.to(x.dtype)
-            return self._weight_only(x, bias)
+            if self.scheme is ActivationScheme.DYNAMIC_PER_GROUP:
+                assert self.layer.group_size is not None
+                x = round_groups(x, self.layer.group_size)
+            return self._values_product(x, bias)
         if self.takes is not None and (kernels := row_kernels(x.device.type)) is not None and self.in_features <= kernels.WIDEST:
             return self.multiply(rounded_input(x, self.takes, kernels), x.dtype).view(*x.shape[:-1], self.out_features)
         rows = x.reshape(-1, self.in_features)
@@ -236,7 +262,7 @@ class QuantizedLinear(CompressedLinear):
         bias = None if self.bias is None else self.bias.to(dtype)
         return (self._packed or self._matmul()).scaled(rounded.values, rounded.scale, bias, dtype)
 
-    def _weight_only(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _values_product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply a floating-point input: few tokens with the packed weight, where a kernel reads it, many with its values."""
         kernels = weight_kernels(x.device.type) if self.layer.bits in (4, 8) else None
         rows = x.reshape(-1, self.in_features)

@@ -9,14 +9,16 @@ class ActivationScheme(StrEnum):
     """How the input of a quantized layer becomes 8-bit numbers at run time.
 
     A variant stores its weights and a scheme per layer; a runtime declares the schemes that it executes. `NONE` leaves activations
-    in floating point (weight-only quantization). The dynamic schemes use the absolute maximum of a row or of the whole tensor at
-    run time; the static scheme uses a scale from calibration.
+    in floating point (weight-only quantization). The dynamic schemes use the absolute maximum of a row, of the whole tensor, or of
+    a row's group of inputs at run time; the static scheme uses a scale from calibration.
     """
 
     NONE = "none"
     STATIC_PER_TENSOR = "static_per_tensor"
     DYNAMIC_PER_TENSOR = "dynamic_per_tensor"
     DYNAMIC_PER_TOKEN = "dynamic_per_token"
+    DYNAMIC_PER_GROUP = "dynamic_per_group"
+    """One scale per token and group of inputs; the groups are those of the weight."""
 
 
 class Numbers(StrEnum):

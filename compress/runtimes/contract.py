@@ -37,6 +37,10 @@ MOST_PACKED_TOKENS, LEAST_PACKED_TOKENS = 32_768, 1_024
 PACKED_SHARE = 0.5
 """Share of a card's free memory that a packed batch may take up."""
 
+# Of the graphs that runtimes execute: version of the operators, and accuracy levels of `MatMulNBits`. Activations stay in float32,
+# or become int8 with one scale per token and group of inputs.
+OPSET, FLOAT32_LEVEL, INT8_LEVEL = 21, 1, 4
+
 PACKED, PADDED = "packed", "padded"
 Batching = Literal["auto", "packed", "padded"]
 """How texts share a batch: end to end, or padded to one length. `auto` packs on a CUDA card where the network can be packed."""
@@ -86,9 +90,13 @@ class Runtime:
     schemes: frozenset[ActivationScheme]
     """Activation schemes that it executes."""
     product_bits: frozenset[int]
-    """Bits of the weights that it multiplies with quantized activations."""
+    """Bits of the weights that it multiplies with quantized activations that have one scale per token or tensor."""
     dtypes: frozenset[str]
     """Dtypes of the floating-point arithmetic on a CPU; of a runtime for cards alone, on a card."""
+    grouped_bits: frozenset[int] = frozenset()
+    """Bits of the weights that it multiplies with activations that have one scale per group of inputs."""
+    grouped_sizes: frozenset[int] | None = None
+    """Sizes of the groups in such products; None: any."""
     linear: str | None = None
     """For a runtime that executes a graph: `module:function` that writes a quantized linear layer into the graph, see
     `compress.runtimes.lowered_layers`. None: the runtime needs no graph."""
@@ -97,7 +105,8 @@ class Runtime:
     cuda_only: bool = False
     """Whether it runs on a CUDA card only; it then runs in torch, and its opener also takes `device` and `batching`."""
     byte_products: bool = False
-    """Whether products of quantized activations need byte instructions that do not overflow (`BYTE_PRODUCTS`)."""
+    """Whether products of quantized activations with eight-bit weights need byte instructions that do not overflow
+    (`BYTE_PRODUCTS`). Those of four-bit weights never do: two of at most 15 x 127 fit into 16 bits."""
     uneven_groups: bool = True
     """Whether the last group of four-bit weights may be smaller than the others."""
     static_only: bool = False
@@ -107,7 +116,8 @@ class Runtime:
 
     def overflows(self, layer: QuantizedLayer) -> bool:
         """Whether products of a layer would overflow on this machine."""
-        return self.byte_products and layer.activations is not ActivationScheme.NONE and not multiplies_bytes_exactly()
+        bytes_by_bytes = layer.activations is not ActivationScheme.NONE and layer.bits == 8
+        return self.byte_products and bytes_by_bytes and not multiplies_bytes_exactly()
 
     @property
     def is_installed(self) -> bool:
@@ -125,9 +135,13 @@ class Runtime:
         """
         if layer.numbers not in self.numbers or layer.bits not in self.bits:
             return f"{self.name} does not execute {layer.name} weights ({name})"
-        quantized = layer.activations is not ActivationScheme.NONE
-        if layer.activations not in self.schemes or (quantized and layer.bits not in self.product_bits):
+        grouped = layer.activations is ActivationScheme.DYNAMIC_PER_GROUP
+        bits = self.bits if layer.activations is ActivationScheme.NONE else self.grouped_bits if grouped else self.product_bits
+        if layer.activations not in self.schemes or layer.bits not in bits:
             return f"{self.name} does not execute {layer.name} weights with activations {layer.activations} ({name})"
+        if grouped and self.grouped_sizes is not None and layer.group_size not in self.grouped_sizes:
+            sizes = ", ".join(map(str, sorted(self.grouped_sizes)))
+            return f"{self.name} rounds activations in groups of {sizes}, not of {layer.group_size} ({name})"
         if width is None or self.linear is None or layer.bits != 4:
             return None
         if width % 2:
@@ -140,7 +154,11 @@ class Runtime:
 
 
 _STATIC = frozenset({ActivationScheme.NONE, ActivationScheme.STATIC_PER_TENSOR})
-_ALL_SCHEMES = _STATIC | {ActivationScheme.DYNAMIC_PER_TENSOR, ActivationScheme.DYNAMIC_PER_TOKEN}
+_ALL_SCHEMES = _STATIC | {
+    ActivationScheme.DYNAMIC_PER_TENSOR,
+    ActivationScheme.DYNAMIC_PER_TOKEN,
+    ActivationScheme.DYNAMIC_PER_GROUP,
+}
 RUNTIMES: Mapping[str, Runtime] = {
     runtime.name: runtime
     for runtime in (
@@ -182,6 +200,8 @@ RUNTIMES: Mapping[str, Runtime] = {
             bits=frozenset({4, 8}),
             schemes=_ALL_SCHEMES,
             product_bits=frozenset({8}),
+            grouped_bits=frozenset({4}),
+            grouped_sizes=frozenset({16, 32, 64, 128, 256}),
             dtypes=frozenset({"float32"}),
             linear="compress.runtimes.lowered_layers:onnxruntime_linear",
             cpu_only=True,
@@ -196,6 +216,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             bits=frozenset(range(2, 9)),
             schemes=_ALL_SCHEMES,
             product_bits=frozenset(range(2, 9)),
+            grouped_bits=frozenset(range(2, 9)),
             dtypes=frozenset({"float32", "float16", "bfloat16"}),
             checkpoints=True,
         ),

@@ -30,8 +30,8 @@ from compress.models.files.variant import WEIGHTS_FILE
 from compress.models.folder import ModelFolder
 from compress.models.network.pooling import TracedNetwork, backbone_of
 from compress.models.opened import empty_model
-from compress.runtimes.contract import GRAPH_RUNTIMES, graph_file, graph_inputs, runtime_named
-from compress.runtimes.lowered_layers import FOUR_BITS, OPSET, TracedLinear, TracedTable, traced, translations
+from compress.runtimes.contract import GRAPH_RUNTIMES, OPSET, graph_file, graph_inputs, runtime_named
+from compress.runtimes.lowered_layers import FOUR_BITS, TracedLinear, TracedTable, traced, translations
 
 # The batch that is traced; its sizes are left free in the graph. Not 1, which tracing takes for a constant.
 TRACED_TEXTS, TRACED_TOKENS = 2, 5

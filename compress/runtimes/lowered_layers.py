@@ -25,9 +25,8 @@ from compress.layers.grid import SMALLEST_SCALE
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.quantized_linear import QMAX, QuantizedLinear
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
-from compress.runtimes.contract import GRAPH_RUNTIMES, runtime_named
+from compress.runtimes.contract import FLOAT32_LEVEL, GRAPH_RUNTIMES, INT8_LEVEL, runtime_named
 
-OPSET = 21
 op: Any = opset21  # its own annotations are for graphs written by hand, where every value has a declared type
 # Of quantized activations as both runtimes hold them: unsigned, which VNNI multiplies with signed weights, shifted by this.
 ACTIVATION_ZERO = 128
@@ -136,10 +135,12 @@ def openvino_linear(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, input
 def onnxruntime_linear(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, input_scale: Any, factor: Any, layer: str) -> Any:
     """Multiply integers by the operator that onnxruntime's own quantizer fuses to, or four-bit weights by `MatMulNBits`."""
     inputs, x, stored = x.shape[-1], _divided(x, factor), QuantizedLayer.model_validate_json(layer)
+    group = stored.group_size or 0
+    if stored.activations is ActivationScheme.DYNAMIC_PER_GROUP:
+        return _matmul_nbits(x, weight, scale, zero, bias, (group, INT8_LEVEL))
     if stored.activations is ActivationScheme.NONE:
-        group = stored.group_size or 0
         if stored.bits == 4 and group >= 16 and group & (group - 1) == 0 and inputs % group == 0:
-            return _matmul_nbits(x, weight, scale, zero, bias, group, inputs)
+            return _matmul_nbits(x, weight, scale, zero, bias, (group, FLOAT32_LEVEL))
         return _plus(op.MatMul(x, _dequantized(weight, scale, zero, stored, inputs)), bias)
     transposed, middle = op.Transpose(weight, perm=[1, 0]), _constant(np.uint8(ACTIVATION_ZERO))
     if stored.activations is ActivationScheme.DYNAMIC_PER_TOKEN:
@@ -156,14 +157,21 @@ def onnxruntime_linear(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, in
     return MATMUL_INTEGER_TO_FLOAT(op.QuantizeLinear(x, step, middle), transposed, step, scale, middle, None, bias)
 
 
-def _matmul_nbits(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, group: int, inputs: int) -> Any:
-    """Multiply by four-bit weights in groups: our rows, their groups and their zeros lie in memory as that operator wants them."""
-    outputs = weight.shape[0]
-    blocks = op.Reshape(weight, _constant(np.array([outputs, inputs // group, group // 2])))
+def _matmul_nbits(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, how: tuple[int, int]) -> Any:
+    """Multiply by four-bit weights in groups: our rows, their groups and their zeros lie in memory as that operator wants them.
+
+    `how`: the size of the groups, and the operator's accuracy level. A last group that is smaller is filled up; the operator fills
+    activations up with zeros.
+    """
+    inputs, outputs, (group, level) = x.shape[-1], weight.shape[0], how
+    missing = -inputs % group
+    if missing:
+        weight = op.Pad(weight, _constant(np.array([0, 0, 0, missing // 2])))
+    blocks = op.Reshape(weight, _constant(np.array([outputs, (inputs + missing) // group, group // 2])))
     flat = _constant(np.array([-1]))
     steps = op.Reshape(op.Cast(scale, to=onnx.TensorProto.FLOAT), flat)
     zeros = None if zero is None else op.Reshape(zero, flat)
-    return MATMUL_NBITS(x, blocks, steps, zeros, None, bias, K=inputs, N=outputs, bits=4, block_size=group)
+    return MATMUL_NBITS(x, blocks, steps, zeros, None, bias, K=inputs, N=outputs, bits=4, block_size=group, accuracy_level=level)
 
 
 def _table(ids: Any, weight: Any, scale: Any, bits: int, group: int, width: int) -> Any:
@@ -260,6 +268,8 @@ def _option(parameter: str) -> OpSchema.FormalParameterOption:
 
 CONTRIBUTED = "com.microsoft"
 MATMUL_INTEGER_TO_FLOAT = _operator(CONTRIBUTED, "MatMulIntegerToFloat", "A B a_scale b_scale a_zero_point? b_zero_point? bias?")
-MATMUL_NBITS = _operator(CONTRIBUTED, "MatMulNBits", "A B scales zero_points? g_idx? bias?", ("K", "N", "bits", "block_size"))
+MATMUL_NBITS = _operator(
+    CONTRIBUTED, "MatMulNBits", "A B scales zero_points? g_idx? bias?", ("K", "N", "bits", "block_size", "accuracy_level")
+)
 # Says that bytes are pairs of four-bit integers; `lower` takes it away again and gives the weight that type.
 FOUR_BITS = _operator("compress", "FourBits", "packed")

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from compress.common.errors import UserError
+from compress.layers.scheme import ActivationScheme
 from compress.models.embedder import Vectors
 from compress.models.folder import ModelFolder
 from compress.models.text.tokens import Ids
-from compress.runtimes.contract import opening
+from compress.runtimes.contract import TORCH, opening
 from compress.runtimes.graph_embedder import GraphEmbedder, lowered, threads_and_streams
 
 NAME = "onnxruntime"  # in `compress.runtimes.contract`
@@ -30,6 +32,7 @@ class OnnxEmbedder(GraphEmbedder):
         """Open a variant's folder; see `open_variant`."""
         graph = lowered(folder, NAME, dtype)
         threads, streams = threads_and_streams(folder, threads)
+        check_groups(folder)
         self._session = _session(graph, threads // streams)
         self._names = [given.name for given in self._session.get_inputs()]
         super().__init__(folder, threads, streams)
@@ -64,6 +67,27 @@ def open_graph(graph: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
         return made
 
     return run
+
+
+def check_groups(folder: ModelFolder) -> None:
+    """See that onnxruntime rounds a variant's activations in groups on this CPU, where the variant says so.
+
+    Raises:
+        UserError: it has no such product here, and would leave them in floating point.
+    """
+    layers = folder.compressed.quantized.values()
+    sizes = {layer.group_size or 0 for layer in layers if layer.activations is ActivationScheme.DYNAMIC_PER_GROUP}
+    if not sizes:
+        return
+    from compress.runtimes.onnx_trial import multiplies_groups
+
+    for group_size in sorted(sizes):
+        if not multiplies_groups(group_size):
+            raise UserError(
+                f"{folder.path}: onnxruntime {onnxruntime.__version__} has no exact product of activations rounded in groups of "
+                f"{group_size} on this CPU",
+                f"runtime: {TORCH}",
+            )
 
 
 def open_variant(folder: ModelFolder, *, dtype: str | None = None, threads: int | None = None) -> OnnxEmbedder:

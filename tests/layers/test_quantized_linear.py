@@ -9,7 +9,7 @@ from torch import nn
 from compress.layers.float_layers import CastEmbedding, OneDnnLinear
 from compress.layers.grid import find_grid
 from compress.layers.int8_matmul import IntMmMatmul, OneDnnMatmul, OneDnnSplitMatmul, int8_matmul, is_exact
-from compress.layers.quantized_linear import QMAX, QuantizedLinear, quantize_symmetric
+from compress.layers.quantized_linear import QMAX, QuantizedLinear, quantize_symmetric, round_groups
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
 
 # A CPU without VNNI saturates in `OneDnnMatmul`; that it is not chosen there is what `is_exact` is for.
@@ -197,3 +197,52 @@ def test_layers_that_multiply_integers_have_nothing_to_unpack() -> None:
     assert layer.unpacked_bytes(torch.float32) == 0
     assert layer.weight is not None
     assert torch.equal(layer(x), expected)
+
+
+PER_GROUP = ActivationScheme.DYNAMIC_PER_GROUP
+
+
+def test_groups_round_to_a_scale_of_their_own() -> None:
+    x = torch.tensor(
+        [[127.0, 0.5, 1.5, -2.5, 0.0, 0.0, 0.0, 0.0, 254.0, 1.0], [-1.27, 0.0, 0.004, 0.006, 1e-42, 0, 0, 0, 3.0, 1.0]]
+    )
+    rounded = round_groups(x, 4)  # the last group has two inputs
+    expected = [[127, 0, 2, -2, 0, 0, 0, 0, 254, 0], [-1.27, 0, 0, 0.01, 0, 0, 0, 0, 3.0, 42 * 3 / 127]]
+    torch.testing.assert_close(rounded, torch.tensor(expected), rtol=1e-6, atol=1e-41)
+    assert round_groups(x.bfloat16(), 4).dtype == torch.bfloat16
+    assert round_groups(x[:0], 4).shape == (0, 10)
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "inputs"), [(4, True, 64), (4, False, 64), (8, True, 64), (3, False, 56)])
+def test_activations_by_group_multiply_the_integers_of_both(bits: int, symmetric: bool, inputs: int) -> None:
+    """The known answer: sums of integers for each group, scaled by the group's two scales, in float64."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(inputs, 24), 3 * torch.randn(2, 9, inputs)
+    layer = QuantizedLinear.from_float(linear, PER_GROUP, bits, group_size=16, symmetric=symmetric)
+    expected = linear.bias.detach().double().repeat(2, 9, 1)
+    for group, start in enumerate(range(0, inputs, 16)):
+        own = x[..., start : start + 16]
+        step = own.abs().amax(dim=-1, keepdim=True)
+        integers = torch.round(own * (QMAX / step)).double()
+        weight = layer.integers()[:, start : start + 16].double() - layer.zeros()[:, group, None].double()
+        expected += (integers @ weight.t()) * (step / QMAX).double() * layer.weight_scale[:, group].double()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+    assert (x @ layer.dequantized().t() + linear.bias - layer(x)).abs().max() > 1e-3  # what it is without the rounding
+
+
+def test_activations_by_group_are_rounded_however_the_layer_is_held() -> None:
+    torch.manual_seed(0)
+    layers = [QuantizedLinear.from_float(nn.Linear(64, 24), PER_GROUP, 4, group_size=32) for _ in range(2)]
+    x = torch.randn(5, 64)
+    expected = [layer(x) for layer in layers]
+    assert layers[0].unpacked_bytes(torch.float32) == 64 * 24 * 4
+    layers[0].pack()
+    layers[0].unpack(torch.float32)
+    held = layers[1].held(torch.float32)
+    assert torch.equal(layers[0](x), expected[0])
+    assert torch.equal(held(x), expected[1])
+
+
+def test_activations_by_group_need_a_group() -> None:
+    with pytest.raises(ValueError, match="activations with a scale per group need weights with a group size"):
+        QuantizedLinear.from_float(nn.Linear(32, 8), PER_GROUP, 4)

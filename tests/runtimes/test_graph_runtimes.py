@@ -33,9 +33,11 @@ from compress.methods.quantize.smoothquant import SmoothQuant
 from compress.models.files.variant import VariantInfo
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe import Measure, Recipe
-from compress.runtimes import contract
+from compress.runtimes import contract, onnx_trial
 from compress.runtimes.contract import GRAPH_RUNTIMES, RUNTIMES, TORCH, graph_file, pick_runtime
 from compress.runtimes.lower import lower
+from compress.runtimes.onnx_trial import multiplies_groups
+from compress.runtimes.torch_runtime import open_variant as open_torch
 
 BOTH = list(GRAPH_RUNTIMES)
 TEXTS = ["", "a", "one two", "the parcel never came, and nobody at the depot knew of it", "🙂 日本語", "rain by the evening"]
@@ -188,6 +190,41 @@ def test_a_mixture_that_a_runtime_does_not_execute_is_refused_before_it_is_made(
         assert "onnxruntime" in refused.value.hint
 
 
+@pytest.mark.parametrize(
+    ("kind", "group_size", "symmetric"),
+    [("bert", 16, True), ("bert", 32, False), ("mistral", 16, False)],
+    ids=["bert", "bert-zeros-ragged", "mistral-zeros"],
+)
+def test_activations_are_rounded_in_the_groups_of_the_weight(
+    make_model, tmp_path: Path, kind: str, group_size: int, symmetric: bool
+) -> None:
+    """Without byte products too: two products of four bits by eight fit into sixteen."""
+    step = RTN(bits=4, group_size=group_size, symmetric=symmetric, activations="dynamic_per_group")
+    compress_to(make_model(kind), tmp_path / "variant", step)
+    ours = opened(tmp_path / "variant", "onnxruntime").encode(TEXTS)
+    theirs, unrounded = (open_torch(folder_of(tmp_path / "variant"), activations=rounds).encode(TEXTS) for rounds in (True, False))
+    # A value that lies between two integers may be rounded to the other one; that changes little.
+    assert np.abs(ours - theirs).max() < 0.1 * np.abs(unrounded - theirs).max()
+
+
+@pytest.mark.parametrize("group_size", sorted(RUNTIMES["onnxruntime"].grouped_sizes or ()))
+def test_onnxruntime_multiplies_rounded_groups_exactly(group_size: int) -> None:
+    assert multiplies_groups(group_size)
+
+
+def test_a_product_that_leaves_activations_as_they_are_is_refused(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `MatMulNBits` does at accuracy level 4 where it has no such kernel."""
+    compress_to(bert, tmp_path / "variant", RTN(bits=4, group_size=16, activations="dynamic_per_group"))
+    monkeypatch.setattr(onnx_trial, "INT8_LEVEL", 1)
+    multiplies_groups.cache_clear()
+    with pytest.raises(UserError, match=r"no exact product of activations rounded in groups of 16 on this CPU") as refused:
+        opened(tmp_path / "variant", "onnxruntime")
+    multiplies_groups.cache_clear()
+    assert refused.value.hint == "runtime: torch"
+
+
 @needs_byte_products
 def test_minilm_s_int8_vectors_agree_as_far_as_rounding_lets_them(minilm: Path, tmp_path: Path) -> None:
     """Through six blocks of static int8, changes of a hundred-thousandth grow: torch is as far from itself as runtimes are from it."""
@@ -312,6 +349,11 @@ def test_auto_is_the_fastest_that_executes_the_variant_s_own_numbers(monkeypatch
     assert pick_runtime("auto", layer(**static)) == "openvino"
     assert pick_runtime("auto", layer(**dynamic)) == "onnxruntime"
     assert pick_runtime("auto", layer(bits=3)) == "torch"
+    grouped = {"bits": 4, "group_size": 64, "activations": ActivationScheme.DYNAMIC_PER_GROUP}
+    monkeypatch.setattr(contract, "multiplies_bytes_exactly", lambda: False)
+    assert pick_runtime("auto", layer(**grouped)) == "onnxruntime"
+    assert pick_runtime("auto", layer(**static)) == "torch"
+    monkeypatch.setattr(contract, "multiplies_bytes_exactly", lambda: True)
     assert pick_runtime("auto", layer(numbers=Numbers.FLOAT8)) == "torch"
     assert pick_runtime("auto", {}, dtype="bfloat16") == "openvino"
     assert pick_runtime("auto", layer(**static), device="cuda") == "torch"
@@ -327,6 +369,12 @@ def test_auto_is_the_fastest_that_executes_the_variant_s_own_numbers(monkeypatch
         ("onnxruntime", {"bits": 3, "group_size": 64}, {}, r"onnxruntime does not execute int3-g64 weights \(encoder\.layer\.0"),
         ("openvino", {"numbers": Numbers.NF4, "bits": 4}, {}, "openvino does not execute nf4 weights"),
         ("onnxruntime", {"bits": 4, "activations": ActivationScheme.STATIC_PER_TENSOR}, {}, "int4 weights with activations static"),
+        ("onnxruntime", {"group_size": 64, "activations": ActivationScheme.DYNAMIC_PER_GROUP}, {}, "int8-g64 weights with activations "
+         "dynamic_per_group"),
+        ("onnxruntime", {"bits": 4, "group_size": 48, "activations": ActivationScheme.DYNAMIC_PER_GROUP}, {}, "onnxruntime rounds "
+         r"activations in groups of 16, 32, 64, 128, 256, not of 48 \(encoder\.layer\.0"),
+        ("openvino", {"bits": 4, "group_size": 64, "activations": ActivationScheme.DYNAMIC_PER_GROUP}, {}, "int4-g64 weights with "
+         "activations dynamic_per_group"),
         ("openvino", {}, {"device": "cuda:0"}, "openvino runs on the CPU here, not on cuda:0"),
         ("onnxruntime", {}, {"dtype": "bfloat16"}, "onnxruntime does not compute in bfloat16"),
     ],

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Bits = Literal[2, 3, 4, 5, 6, 8]
 NULLS = frozenset({"group_size"})
 """Keys of an override for which null is a value: one scale per output channel."""
+NEED_GROUPS = "`activations: dynamic_per_group` needs a `group_size`: activations are scaled in the weight's groups"
 
 
 class QuantizeLinears(LinearsMethod):
@@ -176,3 +177,14 @@ class IntegerWeights(QuantizeLinears):
 
         wanted = self.numbers_of(name)
         return find_grid(weight, wanted.bits, wanted.group_size, wanted.symmetric, search=search, importance=importance)
+
+
+def check_groups(step: IntegerWeights) -> None:
+    """See that weights have groups, which activations with a scale per group share.
+
+    Raises:
+        ValueError: some have none.
+    """
+    sizes = [step.group_size, *(other.group_size for other in step.overrides.values() if "group_size" in other.model_fields_set)]
+    if None in sizes:
+        raise ValueError(NEED_GROUPS)

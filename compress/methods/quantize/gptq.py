@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
+from compress.layers.scheme import ActivationScheme, QuantizedLayer
 from compress.methods.base import Estimate
 from compress.methods.error_feedback import FeedbackMethod, loss_of
 from compress.methods.linear_layers import zeros_of
-from compress.methods.quantize.base import Bits, IntegerWeights
+from compress.methods.quantize.base import Bits, IntegerWeights, check_groups
 from compress.models.files.headers import TensorInfo
 from compress.models.shape import ModelShape
 
@@ -51,6 +52,19 @@ class GPTQ(FeedbackMethod, IntegerWeights):
     """Whether input channels are rounded in descending order of their mean square, so that the most important come first."""
     search: bool = True
     """Whether each scale minimises the squared error with inputs weighted by their mean square; otherwise it clips nothing."""
+    activations: Literal["none", "dynamic_per_group"] = "none"
+    """How the layer's input is quantized: not at all, or to int8 with one scale per token and group of inputs (the groups of the
+    weight), which lets a runtime multiply integers."""
+
+    @model_validator(mode="after")
+    def _scaled_activations_have_groups(self) -> Self:
+        if self.activations == "dynamic_per_group":
+            check_groups(self)
+        return self
+
+    def numbers_of(self, name: str) -> QuantizedLayer:
+        """Return the layer's precision, with the step's activations."""
+        return super().numbers_of(name).model_copy(update={"activations": ActivationScheme(self.activations)})
 
     drift: float = Field(0.0, ge=0, le=1)
     """How much of the drift of its inputs a layer makes up for: 0 is GPTQ, with 1 its outputs are fitted to those that it has in
@@ -99,7 +113,7 @@ class GPTQ(FeedbackMethod, IntegerWeights):
                 target = weight if correction is None else torch.addmm(weight, weight, correction, alpha=self.drift)
                 grid = self.grid_of(name, target, search=self.search, importance=moment.diagonal())
                 integers = round_with_feedback(weight, grid, feedback, zeros_of(weight), target)
-                yield name, QuantizedLinear.from_integers(integers, grid, linears[name].bias)
+                yield name, QuantizedLinear.from_integers(integers, grid, linears[name].bias, ActivationScheme(self.activations))
 
     def _statistics(
         self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from compress.layers.scheme import ActivationScheme, QuantizedLayer
 from compress.methods.base import overridden
-from compress.methods.quantize.base import NULLS, IntegerWeights, Override
+from compress.methods.quantize.base import NEED_GROUPS, NULLS, IntegerWeights, Override, check_groups
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from compress.layers.compressed import CompressedLayer
     from compress.models.network.segments import Parts
 
-Activations = Literal["none", "dynamic_per_tensor", "dynamic_per_token"]
-ONE_SCALE = "groups and zeros go with `activations: none`; integer products have one scale per output channel"
+Activations = Literal["none", "dynamic_per_tensor", "dynamic_per_token", "dynamic_per_group"]
+ONE_SCALE = (
+    "groups and zeros go with `activations: none` or `dynamic_per_group`; other integer products have one scale per output channel"
+)
 
 
 class LayerOverride(Override):
@@ -39,7 +41,7 @@ class RTN(IntegerWeights):
     method: Literal["rtn"] = "rtn"
     activations: Activations = "dynamic_per_token"
     """How the layer's input is quantized: not at all (only weights are quantized: smaller, not faster), or to int8 with one scale
-    per tensor or per token."""
+    per tensor, per token, or per token and group of inputs (the groups of the weight)."""
     search: bool = False
     """Whether each scale minimises the squared error of the weights; otherwise it is the smallest that clips no weight."""
     overrides: dict[str, LayerOverride] = Field(default={})  # type: ignore[assignment]  # says what its layers may say, and more
@@ -50,6 +52,9 @@ class RTN(IntegerWeights):
     def _integer_products_have_one_scale_a_channel(self) -> Self:
         if any(other.activations is not None for other in self.overrides.values()):
             return self  # which layer gets what is known when their names are: see `numbers_of`
+        if self.activations == "dynamic_per_group":
+            check_groups(self)
+            return self
         others = any(other.group_size or other.symmetric is False for other in self.overrides.values())
         if self.activations != "none" and (self.group_size or not self.symmetric or others):
             raise ValueError(ONE_SCALE)
@@ -59,11 +64,14 @@ class RTN(IntegerWeights):
         """Return the step's own precision and activations, changed by the overrides that match the layer's name.
 
         Raises:
-            ValueError: the layer would have groups or zeros, and quantized activations.
+            ValueError: the layer would have groups or zeros that its quantized activations do not go with, or no groups for them.
         """
         settings = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric, "activations": self.activations}
         layer = QuantizedLayer(**settings | overridden(name, self.overrides, NULLS))
-        if layer.activations is not ActivationScheme.NONE and (layer.group_size or not layer.symmetric):
+        if layer.activations is ActivationScheme.DYNAMIC_PER_GROUP:
+            if not layer.group_size:
+                raise ValueError(f"{name}: {NEED_GROUPS}")
+        elif layer.activations is not ActivationScheme.NONE and (layer.group_size or not layer.symmetric):
             raise ValueError(f"{name}: {ONE_SCALE}")
         return layer
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests_support import apply_in_memory, folder_of
+from pydantic import ValidationError
+from tests_support import apply_in_memory, compress_to, folder_of, network_of
 
-from compress.layers.quantized_linear import QuantizedLinear
+from compress.layers.quantized_linear import QuantizedLinear, round_groups
+from compress.methods.quantize.gptq import GPTQ
 from compress.methods.quantize.rtn import RTN
 from compress.models.network.build import load_network
 
@@ -69,3 +71,27 @@ def test_zero_and_constant_channels() -> None:
     layer = block.layers[0]["dense"]
     assert layer.weight.tolist() == [[0, 0, 0, 0], [127] * 4, [13, 0, -127, 0]]
     assert torch.isfinite(layer(torch.eye(4))).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"group_size": None}, {"group_size": 16, "overrides": {"*.output.dense": {"group_size": None}}}],
+    ids=["step", "override"],
+)
+@pytest.mark.parametrize("method", [RTN, GPTQ])
+def test_activations_by_group_are_scaled_in_the_groups_of_the_weight(method: type[RTN] | type[GPTQ], settings: dict) -> None:
+    with pytest.raises(ValidationError, match="`activations: dynamic_per_group` needs a `group_size`"):
+        method(bits=4, activations="dynamic_per_group", **settings)
+
+
+@pytest.mark.parametrize("step", [RTN(bits=4, group_size=16, activations="dynamic_per_group"), GPTQ(group_size=16, activations="dynamic_per_group")],
+                         ids=["rtn", "gptq"])  # fmt: skip
+def test_activations_by_group_are_stored_and_loaded(bert: Path, tmp_path: Path, step: RTN | GPTQ) -> None:
+    compress_to(bert, tmp_path / "variant", step)
+    info = folder_of(tmp_path / "variant").compressed
+    assert {(layer.name, layer.activations) for layer in info.quantized.values()} == {("int4-g16", "dynamic_per_group")}
+    assert step.estimate(folder_of(bert).shape).quantized == info.quantized
+    layer = network_of(tmp_path / "variant").get_submodule("encoder.layer.0.output.dense")
+    x = torch.randn(3, layer.in_features)
+    assert (layer(x) - layer.plain()(x)).abs().max() > 1e-4  # its input is rounded
+    torch.testing.assert_close(layer(x), layer.plain()(round_groups(x, 16)), rtol=1e-5, atol=1e-5)
