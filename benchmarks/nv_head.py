@@ -7,6 +7,7 @@ python benchmarks/nv_head.py --layers 2 --rounds 5
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from statistics import median
 
@@ -27,12 +28,9 @@ LENGTHS = (16, 64, 256)
 
 def folded_twin(network: NVEmbedNetwork) -> NVEmbedNetwork:
     """Return a network with the same backbone and the head folded."""
-    twin = NVEmbedNetwork.__new__(NVEmbedNetwork)
-    nn.Module.__init__(twin)
-    twin.config, twin.normalize = network.config, network.normalize
-    twin.after, twin.dimensions = network.after, network.dimensions
-    twin.embedding_model = network.embedding_model
     assert isinstance(network.latent_attention_model, LatentAttention)
+    twin = copy.copy(network)
+    twin._modules = dict(network._modules)  # a shallow copy shares the table of its modules
     twin.latent_attention_model = fold(network.latent_attention_model)
     return twin
 
