@@ -123,8 +123,9 @@ class VariantInfo(BaseModel):
     def write(self, folder: Path) -> None:
         """Write `variant.json`."""
         # A variant that needs none of these keys stays readable by versions that do not know them.
-        unneeded: dict[str, Any] = {key: not getattr(self, key) for key in ("aligned_to", "blocks")}
-        unneeded["spec"] = {"rotated": not self.spec.rotated}
+        unneeded: dict[str, Any] = {key: True for key in ("aligned_to", "blocks") if not getattr(self, key)}
+        if not self.spec.rotated:
+            unneeded["spec"] = {"rotated"}
         text = json.dumps(self.model_dump(mode="json", exclude=unneeded), indent=1, ensure_ascii=False)
         write_text_atomic(folder / VARIANT_FILE, text + "\n")
 
