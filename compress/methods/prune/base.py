@@ -74,7 +74,8 @@ class PruneWeights(LinearsMethod):
 
     @model_validator(mode="after")
     def _a_pattern_has_its_own_share(self) -> Self:
-        for one in (self, *self.overrides.values()):
+        kinds: list[PruneWeights | SparsityOverride] = [self, *self.overrides.values()]
+        for one in kinds:
             if one.pattern in GROUPS and one.sparsity not in (None, 0.5):
                 raise ValueError(f"`pattern: {one.pattern}` takes half of the weights; leave `sparsity` out")
         return self
