@@ -159,7 +159,7 @@ class _Search:
             finally:
                 self.maker.forget({})
 
-        kept: dict[str, dict[str, float]] = self.journal.once("times", measured)["ms"]
+        kept: dict[str, dict[str, float]] = self.journal.once("milliseconds", measured)["ms"]
         return kept
 
     def limits(self) -> dict[str, float]:

@@ -74,7 +74,7 @@ def test_sparsities_go_by_layer(bert: Path, tmp_path: Path, kind: type[Magnitude
     estimated = step.estimate(folder_of(bert).shape)
     stored = sum(info.bytes for info in folder_of(tmp_path / "variant").headers.values())
     assert stored == pytest.approx(estimated.after.bytes, rel=5e-3)
-    assert "2:4 of them or 25 % or 75 %" in estimated.note
+    assert "25 % or 2:4 of them or 75 % set to zero" in estimated.note
     assert folder_of(tmp_path / "variant").compressed.weights == "float16 25%/75% zeros 2:4"
     with pytest.raises(ValueError, match="takes half of the weights"):
         kind(overrides={"*.value": {"pattern": "2:4"}, "*.layer.0.*": {"sparsity": 0.3}}).estimate(folder_of(bert).shape)
