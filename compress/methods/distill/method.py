@@ -140,13 +140,15 @@ class Distill(DistillSettings):
         import torch
 
         from compress.methods.distill.static_table import principal_axes, strings_of
-        from compress.models.text.tokens import open_tokenizer
+        from compress.models.text.tokens import open_tokenizer, unknown_token
 
         counts = student.write(folder, teacher.source.tokenizer, texts)
         axes = principal_axes(teacher.vectors(self._drawn(texts)[1].first(AXES_TEXTS)), student.width)
         save_array(folder / AXES_FILE, axes)
-        vectors = teacher.embedder.encode(strings_of(open_tokenizer(folder)), "")
-        return {name: torch.from_numpy(array) for name, array in student.initial_weights(vectors, axes, counts).items()}
+        tokenizer = open_tokenizer(folder)
+        vectors = teacher.embedder.encode(strings_of(tokenizer), "")
+        made = student.initial_weights(vectors, axes, counts, unknown_token(tokenizer))
+        return {name: torch.from_numpy(array) for name, array in made.items()}
 
     def _drawn(self, texts: Sequence[str]) -> tuple[Lessons, Lessons]:
         """Draw the texts of the training, each with its prompts; return the held-out ones and those to train on."""

@@ -12,11 +12,13 @@ from compress.common.files import write_json
 from compress.models.embedder import Vectors
 from compress.models.files.headers import TensorInfo
 from compress.models.shape import ModelShape
-from compress.models.text.static import MODEL2VEC, TABLE, TOKEN_WEIGHTS, StaticConfig
+from compress.models.text.sentence_transformers import STATIC
+from compress.models.text.static import TABLE, TOKEN_WEIGHTS, StaticConfig
 from compress.models.text.tokens import Ids, TextTokenizer
 from compress.models.text.vocabulary import kept_tokens, with_tokens
 
-CONFIG_FILE, TOKENIZER_FILE, AXES_FILE = "config.json", "tokenizer.json", "axes.npy"
+TOKENIZER_FILE, AXES_FILE = "tokenizer.json", "axes.npy"
+MODULES_PACKAGE = "sentence_transformers.models"
 
 
 class StaticStudent(BaseModel):
@@ -56,7 +58,7 @@ class StaticStudent(BaseModel):
         return ModelShape(teacher.name, tensors, config.as_json(), vector_width=self.width)
 
     def write(self, folder: Path, tokenizer: TextTokenizer, texts: Sequence[str]) -> Ids:
-        """Write config and tokenizer: a folder that lacks only the weights.
+        """Write the list of modules and the tokenizer: a folder that lacks only the weights.
 
         Args:
             folder: the folder; it is made.
@@ -80,19 +82,30 @@ class StaticStudent(BaseModel):
             definition = with_words(definition, frequent_words(definition, texts, self.words))
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / TOKENIZER_FILE, definition)
-        # model2vec's layout, because it leaves unknown tokens out of a text; nothing is cut.
-        config = {"model_type": MODEL2VEC, "architectures": ["StaticModel"], "hidden_dim": self.width}
-        write_json(folder / CONFIG_FILE, {**config, "normalize": True, "max_length": None})
+        # sentence-transformers' layout, which every runtime and export takes; nothing is cut.
+        kinds = {"": STATIC, "1_Normalize": "Normalize"}
+        modules = [
+            {"idx": number, "name": str(number), "path": path, "type": f"{MODULES_PACKAGE}.{kind}"}
+            for number, (path, kind) in enumerate(kinds.items())
+        ]
+        write_json(folder / "modules.json", modules)
         return counted(definition, texts)
 
-    def initial_weights(self, vectors: Vectors, axes: Vectors, counts: Ids) -> dict[str, Vectors]:
-        """Return the table and the factors to begin with, float32, by their names in model2vec's layout.
+    def initial_weights(self, vectors: Vectors, axes: Vectors, counts: Ids, unknown: int | None) -> dict[str, Vectors]:
+        """Return the table and the factors to begin with, float32, by their names in the file.
+
+        The unknown token has neither vector nor factor. Both gradients are then zero, so it stays without: it adds nothing to a
+        text, and model2vec, which leaves it out, gives the same vectors.
 
         Args:
             vectors: the teacher's vectors of the tokens' strings, float32 [tokens, any].
             axes: float32 [any, width], from `principal_axes`.
             counts: how often each token occurs in the texts, int64 [tokens].
+            unknown: id of the unknown token; None: there is none.
         """
         from compress.methods.distill.static_table import reduced, sif_factors
 
-        return {"embeddings": reduced(vectors, axes), "weights": sif_factors(counts, self.sif)}
+        table, factors = reduced(vectors, axes), sif_factors(counts, self.sif)
+        if unknown is not None:
+            table[unknown], factors[unknown] = 0, 0
+        return {"embedding.weight": table, "weights": factors}

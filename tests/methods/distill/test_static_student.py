@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 import compress
 from compress.common.errors import UserError
 from compress.data.texts import suite_texts
+from compress.export.static_table import write_model2vec, write_sentence_transformers
 from compress.methods.distill import method as distill_method
 from compress.methods.distill.checkpoints import Checkpoints
 from compress.methods.distill.method import Distill
@@ -31,6 +32,7 @@ from compress.models.files.variant import VariantInfo
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe_file import parse_recipe
 from compress.pipeline.run import run
+from compress.runtimes.lower import lower
 
 SMALL = {"architecture": "static", "width": 16}
 
@@ -141,9 +143,18 @@ def test_a_recipe_ends_in_a_table_that_runs_without_torch(bert: Path, texts: Pat
     record = run(recipe, model=str(bert), output=tmp_path / "results", device="cpu")
     variant = tmp_path / "results" / record.run / "variant"
     info = VariantInfo.read(variant)
-    assert (info.runtime, info.spec.skip_unknown, info.spec.normalize) == ("numpy", True, True)
+    assert (info.runtime, info.spec.normalize) == ("numpy", True)
     assert folder_of(variant).is_static
     assert folder_of(variant).dimension == 16
+    odd, same = ["rain by the evening 🙂", "the parcel", ""], ["rain by the evening", "the parcel", ""]
+    ours = compress.load(str(variant)).encode(odd)
+    np.testing.assert_allclose(ours, compress.load(str(variant)).encode(same), atol=1e-6)  # the unknown token adds nothing
+    lower(folder_of(variant), "onnxruntime")
+    np.testing.assert_allclose(compress.load(str(variant), runtime="onnxruntime").encode(odd), ours, atol=2e-6)
+    for number, write in enumerate((write_model2vec, write_sentence_transformers)):
+        (tmp_path / str(number)).mkdir()
+        write(folder_of(variant), tmp_path / str(number))
+        np.testing.assert_allclose(compress.load(str(tmp_path / str(number))).encode(odd), ours, atol=1e-6)
     with pytest.raises(UserError, match="which has no blocks"):
         make_plan(parse_recipe({"steps": [steps[0], {"method": "rtn"}]}), folder_of(bert).shape, tmp_path)
 
