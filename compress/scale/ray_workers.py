@@ -13,6 +13,7 @@ import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from compress.common.errors import UserError, first_line
@@ -86,9 +87,7 @@ def connected(options: RayOptions) -> Iterator[Any]:
 @contextmanager
 def _started(ray: Any, options: RayOptions) -> Iterator[None]:
     """Start a Ray on this machine for the block. Its files go to a folder of its own, and its token to nobody but its processes."""
-    # Without it, Ray 2.59 and later make a token and leave it in the user's home.
-    token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with _set(token), tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+    with _set({"RAY_AUTH_TOKEN": _token()}), tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         try:
             cores = options.workers * options.cpus
             ray.init(address="local", num_cpus=cores, include_dashboard=False, _temp_dir=folder, **QUIET)
@@ -98,6 +97,15 @@ def _started(ray: Any, options: RayOptions) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@cache
+def _token() -> str:
+    """The token of all Rays that this process starts; Ray reads it once in a process, so that a second one's would be refused.
+
+    Without one, Ray 2.59 and later make a token and leave it in the user's home.
+    """
+    return secrets.token_hex(32)
 
 
 @contextmanager

@@ -161,3 +161,17 @@ list(map_units(int, [1], RayOptions("127.0.0.1:1")))
 def test_a_ray_that_is_not_there_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=False)
     assert "--ray 127.0.0.1:1: no connection ([Errno 111] Connection refused)" in done.stderr
+
+
+TWICE = """
+from compress.scale.ray_workers import connected
+from compress.scale.units import RayOptions
+for _ in range(2):
+    with connected(RayOptions(workers=1)) as ray:
+        print(ray.get(ray.remote(lambda: 7).remote()))
+"""
+
+
+def test_a_process_may_start_ray_again() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["7", "7"], done.stderr

@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_refused(bert: Path, nv_embed: Path, texts: Path, t
 
 
 def test_integers_of_a_table_are_trained(bert: Path, texts: Path, tmp_path: Path) -> None:
-    first, few = step_on(texts, student={"width": 48}), Embeddings(bits=3, group_size=8)
+    first, few = step_on(texts, student={"width": 48}), Embeddings(bits=2, group_size=8)
     heal = first.model_copy(update={"student": None, "integers": "trained", "steps": 60})
     compress_to(bert, tmp_path / "rounded", first, few)
     compress_to(bert, tmp_path / "healed", first, few, heal)
