@@ -20,7 +20,7 @@ from pathlib import Path
 from measured import RESULTS, ROOT, StaleError, sentence, with_links
 
 from compress.common.memory import gigabytes
-from compress.measure.record import RECORD_FILE, Record, Row, TaskRow
+from compress.measure.record import RECORD_FILE, Record, Row, Step, TaskRow
 from compress.methods.base import Method
 from compress.pipeline.recipe import Recipe
 from compress.pipeline.recipe_file import parse_recipe, read_recipe
@@ -39,6 +39,7 @@ Each dot is a record of the same model, tasks, machine and packages. Blue is thi
 For dark ones, no other record keeps as much, is as small and as fast, and is better in one of these. Dashed lines are the unchanged
 model: {baseline} for speed, half precision for size."""
 
+MEMORY = "Records do not say how much memory that took; `compress plan` estimates it."
 INDEX = """\
 # Recipes, one by one: what does each do, and what did it cost?
 
@@ -218,12 +219,22 @@ def speed(rows: Sequence[Row]) -> str | None:
     return table(("", "runtime", "texts/s", *over, "p50 ms", "p99 ms", "peak memory", "file"), written) if written else None
 
 
-def took(record: Record) -> str:
+def seconds_of(step: Step) -> float:
+    """Return how long a step took. A training that was continued says so in its curve, which counts the parts before as well."""
+    return max([step.seconds, *(point["seconds"] for point in step.found.get("curve", ()))])
+
+
+def total(record: Record) -> str:
+    """Write how long all steps took."""
+    return duration(sum(map(seconds_of, record.steps))) if record.steps else ""
+
+
+def took(record: Record) -> list[str]:
     """Write which steps made the variant, what each did and how long it took."""
     if not record.steps:
-        return "Nothing was computed to make it: the recipe has no steps."
-    rows = [[f"`{step.config['method']}`", duration(step.seconds), step.note] for step in record.steps]
-    return table(("step", "time", "what it did"), rows)
+        return ["Nothing was computed to make it: the recipe has no steps."]
+    rows = [[f"`{step.config['method']}`", duration(seconds_of(step)), step.note] for step in record.steps]
+    return [table(("step", "time", "what it did"), rows), MEMORY]
 
 
 def measured_by(found: Found, recipe: Recipe) -> str:
@@ -243,7 +254,7 @@ def details(found: Found, recipe: Recipe) -> list[str]:
     timed = speed(found.record.rows)
     if timed is not None:
         parts += ["### Speed and memory", f"Timed on {found.record.measured_on}.", timed]
-    return [*parts, "### What making it took", took(found.record)]
+    return [*parts, "### What making it took", *took(found.record)]
 
 
 # Pages
@@ -287,11 +298,6 @@ def page(path: Path, names: Sequence[str], records: Records) -> dict[str, str]:
         "[All recipes](index.md). Words from the recipe and its methods, numbers from the records: `python docs/gallery.py`."
     )
     return {f"{name}.md": "\n\n".join(parts) + "\n", **files}
-
-
-def total(record: Record) -> str:
-    """Write how long all steps took."""
-    return duration(sum(step.seconds for step in record.steps)) if record.steps else ""
 
 
 def index(paths: Sequence[Path], records: Records) -> str:

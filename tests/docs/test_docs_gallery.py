@@ -131,6 +131,12 @@ def test_settings_that_a_record_does_not_share_with_the_file_are_named(results: 
     assert "Settings other" not in files["int8.md"]
 
 
+def test_a_training_that_was_continued_counts_as_a_whole(results: Path, recipes: Path) -> None:
+    page = gallery.gallery(recipes, results)["slim.md"]
+    assert "| `distill` | 32.9 min |" in page  # 1,976 seconds by its curve, 428 of them in the last part
+    assert "| `smoothquant` | 2.9 s |" in page
+
+
 def test_a_picture_has_every_comparable_run_and_the_interval(results: Path, recipes: Path) -> None:
     files = gallery.gallery(recipes, results)
     drawn = ElementTree.fromstring(files["slim-speed.svg"])
