@@ -30,15 +30,15 @@ from compress.reports.plot import Point
 from compress.reports.standing import Standing, standing_svg
 
 RECIPES, GALLERY = ROOT / "recipes", ROOT / "docs" / "recipes"
-NUMBER = re.compile(r"|[+-]?[\d.,]+(x| %| [KMG]B| s| min| h)?|[+-]?[\d.,]+ to [+-]?[\d.,]+")
+NO_BREAK = "\u00a0"
+NUMBER = re.compile(rf"|[+-]?[\d.,]+(x|[ {NO_BREAK}](%|[KMG]B|s|min|h))?|[+-]?[\d.,]+[ {NO_BREAK}]to[ {NO_BREAK}][+-]?[\d.,]+")
 """A cell that is aligned to the right."""
-KEPT = ("kept", "95 % interval", "verdict", "cosine", "file", "of half", "faster", "p50 ms", "peak memory")
+KEPT = ("kept", "95 % interval", "file", "of half", "faster")
 """Columns of the first table, as `compress compare` names them."""
 CAPTION = """\
 Each dot is a record of the same model, tasks, machine and packages. Blue is this recipe, with the 95 % interval of what it keeps.
 For dark ones, no other record keeps as much, is as small and as fast, and is better in one of these. Dashed lines are the unchanged
 model: {baseline} for speed, half precision for size."""
-
 MEMORY = "Records do not say how much memory that took; `compress plan` estimates it."
 INDEX = """\
 # Recipes, one by one: what does each do, and what did it cost?
@@ -67,7 +67,7 @@ class Found:
     record: Record
     folder: str
     first: bool
-    """Whether the group is the first of its model."""
+    """Whether the group is the first of its model that has the recipe."""
 
     @property
     def title(self) -> str:
@@ -175,9 +175,15 @@ def pictured(name: str, runs: Sequence[Found], files: Mapping[str, str]) -> str:
 # Tables of a run
 
 
+def unbroken(number: str) -> str:
+    """Return a number or an interval such that no line ends inside it."""
+    return number.replace(" ", NO_BREAK)
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Write a Markdown table in which no text is taken for markup of the table; columns of numbers are aligned to the right."""
     rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    rows = [[unbroken(cell) if NUMBER.fullmatch(cell) else cell for cell in row] for row in rows]
     rule = ["---:" if all(NUMBER.fullmatch(row[i]) for row in rows) else "---" for i in range(len(headings))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows))
 
@@ -248,9 +254,14 @@ def measured_by(found: Found, recipe: Recipe) -> str:
 
 def details(found: Found, recipe: Recipe) -> list[str]:
     """Write everything on one run."""
-    parts = [f"## {found.title}", measured_by(found, recipe)]
+    parts = [f"## {found.title}", measured_by(found, recipe), sentence(found.record.verdict)]
     if found.record.tasks:
         parts += ["### Scores", scores(found.record.tasks)]
+    if found.record.fidelity is not None:
+        near = found.record.fidelity
+        cosine = f"mean cosine {near.cosine_mean:.4f}, lowest {near.cosine_min:.4f}"
+        same = f"{unbroken(f'{100 * near.overlap_at_10:.1f} %')} of each text's ten nearest neighbours are the same"
+        parts.append(f"Vectors against the unchanged model's, on {near.texts} texts: {cosine}; {same}.")
     timed = speed(found.record.rows)
     if timed is not None:
         parts += ["### Speed and memory", f"Timed on {found.record.measured_on}.", timed]
@@ -262,10 +273,9 @@ def details(found: Found, recipe: Recipe) -> list[str]:
 
 def sentences(recipe: Recipe) -> list[str]:
     """Say what a recipe does: in its own words, then each step in those of its method's file."""
-    words = [sentence(recipe.description)]
-    for number, step in enumerate(recipe.steps, start=1):
-        words.append(f"{number}. [`{step.method}`](../recipes.md#{step.method}): {about(step)}")
-    return ["\n".join(words[:1]), *(["\n".join(words[1:])] if recipe.steps else [])]
+    numbered = enumerate(recipe.steps, start=1)
+    steps = [f"{number}. [`{step.method}`](../recipes.md#{step.method}): {about(step)}" for number, step in numbered]
+    return [sentence(recipe.description), *(["\n".join(steps)] if steps else [])]
 
 
 def about(step: Method) -> str:
@@ -280,9 +290,10 @@ def page(path: Path, names: Sequence[str], records: Records) -> dict[str, str]:
     runs = records.of(name)
     files = pictures(name, runs)
     parts = [f"# {name}", *sentences(recipe)]
-    for start, words in (("Take it when", recipe.take_when), ("Not when", recipe.not_when)):
+    for start, key in (("Take it when", "take_when"), ("Not when", "not_when")):
+        words = getattr(recipe, key)
         if not words:
-            raise StaleError(f"recipes/{path.name} does not say {start.lower().replace(' it ', '_').replace(' ', '_')}")
+            raise StaleError(f"recipes/{path.name} does not say {key}")
         parts.append(f"**{start}** {with_links(sentence(words, capital=False), names, '')}")
     parts += [f"    compress run recipes/{path.name} --model ./my-model", "## Where it stands"]
     if runs:
@@ -317,7 +328,7 @@ def index(paths: Sequence[Path], records: Records) -> str:
 
 
 def _at_a_glance(line: Line) -> str:
-    return ", ".join(cell for cell in (COLUMNS[column](line) for column in ("kept", "file", "faster")) if cell)
+    return ", ".join(unbroken(cell) for cell in (COLUMNS[column](line) for column in ("kept", "file", "faster")) if cell)
 
 
 def gallery(recipes: Path = RECIPES, results: Path = RESULTS) -> dict[str, str]:

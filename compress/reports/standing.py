@@ -8,11 +8,11 @@ from html import escape
 
 from compress.reports.plot import Box, Point, place, printable, ticks
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 350, 270, 42, 14, 44, 42
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 336, 270, 42, 14, 42, 42
 LETTER, LINE, OWN, OTHER, CAP = 6.4, 14, 4, 3, 5
 """Width and height of a letter of a name, radii of the run's and of another point, and half the width of an interval's end."""
-EDGE = 0.06
-"""Space between the outermost points and the frame, as a share of what they span."""
+EDGE, HEAD, SPACES = 0.06, 0.14, 7
+"""Space around the points and, for names, above them, as shares of what they span; and about how many spaces an axis has."""
 NEAR = 26
 """Largest distance in pixels between a point that no other beats and its name; without room that near, the name is left out."""
 STYLE = """\
@@ -59,10 +59,10 @@ class _Axes:
         return HEIGHT - BOTTOM - (value - self.low) / (self.high - self.low) * (HEIGHT - BOTTOM - TOP)
 
     def across(self) -> list[float]:
-        return [value for value in ticks(0, self.right, 5) if value <= self.right]
+        return [value for value in ticks(0, self.right, SPACES) if value <= self.right]
 
     def up(self) -> list[float]:
-        return [value for value in ticks(self.low, self.high, 5) if self.low <= value <= self.high]
+        return [value for value in ticks(self.low, self.high, SPACES) if self.low <= value <= self.high]
 
 
 def standing_svg(panels: Sequence[Standing]) -> str:
@@ -80,8 +80,8 @@ def _drawn(panel: Standing) -> Iterator[str]:
     """Yield the elements of a panel: axes, the unchanged model's lines, the other runs, the run with its interval, then names."""
     points = (panel.run, *panel.others)
     heights = (panel.low, panel.high, 100.0, *(point.y for point in points))
-    most, edge = max(panel.unchanged, *(point.x for point in points)), EDGE * max(max(heights) - min(heights), 1.0)
-    axes = _Axes((1 + EDGE) * most, min(heights) - edge, max(heights) + edge)
+    most, span = max(panel.unchanged, *(point.x for point in points)), max(max(heights) - min(heights), 1.0)
+    axes = _Axes((1 + EDGE) * most, min(heights) - EDGE * span, max(heights) + HEAD * span)
     yield from _axes(panel, axes)
     yield f'<path class="others" d="{_dots(panel.others, axes, marked=False)}"/>'
     yield f'<path class="others best" d="{_dots(panel.others, axes, marked=True)}"/>'
@@ -118,7 +118,7 @@ def _names(panel: Standing, axes: _Axes) -> Iterator[str]:
     taken: list[Box] = [(x - OWN, min(axes.y(panel.high), y - OWN), x + OWN, max(axes.y(panel.low), y + OWN))]
     marked = [point for point in panel.others if point.marked]
     taken += [(axes.x(p.x) - OTHER, axes.y(p.y) - OTHER, axes.x(p.x) + OTHER, axes.y(p.y) + OTHER) for p in marked]
-    inside = (LEFT, TOP - LINE, WIDTH, HEIGHT - BOTTOM)
+    inside = (LEFT, TOP - 2, WIDTH - 2, HEIGHT - BOTTOM)
     for point in (panel.run, *sorted(marked, key=lambda point: -point.y)):
         own = point is panel.run
         name = printable(point.name)

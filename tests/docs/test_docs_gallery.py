@@ -64,7 +64,7 @@ def test_a_number_that_changes_in_a_record_is_noticed_until_the_pages_are_writte
     folder = tmp_path / "pages"
     gallery.write(gallery.gallery(recipes, results), folder)
     assert list(gallery.faults(gallery.gallery(recipes, results), folder)) == []
-    assert "| minilm | 100.00 % |" in (folder / "int8.md").read_text()
+    assert "| minilm | 100.00\u00a0% |" in (folder / "int8.md").read_text()
 
     change(results, RUNS[0], retained=0.9)
     files = gallery.gallery(recipes, results)
@@ -72,8 +72,8 @@ def test_a_number_that_changes_in_a_record_is_noticed_until_the_pages_are_writte
     # Its own page and the list; and the pictures of both recipes, in which its point has moved.
     assert {"int8.md", "index.md", "int8-speed.svg", "int8-size.svg", "slim-speed.svg", "slim-size.svg"} == set(wrong)
     gallery.write(files, folder)
-    assert "| minilm | 90.00 % |" in (folder / "int8.md").read_text()
-    assert "90.00 %, 34.6 MB, 1.51x" in (folder / "index.md").read_text()
+    assert "| minilm | 90.00\u00a0% |" in (folder / "int8.md").read_text()
+    assert "90.00\u00a0%, 34.6\u00a0MB, 1.51x" in (folder / "index.md").read_text()
     assert list(gallery.faults(files, folder)) == []
 
 
@@ -133,8 +133,8 @@ def test_settings_that_a_record_does_not_share_with_the_file_are_named(results: 
 
 def test_a_training_that_was_continued_counts_as_a_whole(results: Path, recipes: Path) -> None:
     page = gallery.gallery(recipes, results)["slim.md"]
-    assert "| `distill` | 32.9 min |" in page  # 1,976 seconds by its curve, 428 of them in the last part
-    assert "| `smoothquant` | 2.9 s |" in page
+    assert "| `distill` | 32.9\u00a0min |" in page  # 1,976 seconds by its curve, 428 of them in the last part
+    assert "| `smoothquant` | 2.9\u00a0s |" in page
 
 
 def test_a_picture_has_every_comparable_run_and_the_interval(results: Path, recipes: Path) -> None:
