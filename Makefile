@@ -49,6 +49,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/measured.py --check
+	$(BIN)/python docs/gallery.py --check
 
 # The site, in build/site; a broken link stops it.
 docs: $(DOCS_STAMP)

@@ -24,6 +24,7 @@ NAVIGATION = {
         "index",
         "models",
         "choosing",
+        "recipes/index",
         "own-tasks",
         "search",
         "sweeps",

@@ -20,7 +20,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -30,6 +30,8 @@ from recipe_keys import recipe_keys
 from rich.console import Console
 
 from compress.measure.record import Record
+from compress.pipeline.recipe import Recipe
+from compress.pipeline.recipe_file import read_recipe
 from compress.reports.compare import Line, line_of
 from compress.reports.formats import COLUMNS
 from compress.reports.terminal import WIDTH, print_record
@@ -149,24 +151,56 @@ def best_first(runs: Mapping[str, Sequence[str]]) -> list[tuple[str, Sequence[st
     return sorted(runs.items(), key=lambda item: -present(line(item[0]).kept))
 
 
-TAKE = {
-    "int8-openvino-minilm": ("the same scores, faster on a CPU", "`int8-openvino`"),
-    "bf16-openvino-minilm": ("the same scores, nothing to calibrate", "`bf16-openvino`"),
-    "int8-onnx-minilm": ("the same scores, in ONNX Runtime", "`int8-onnx`"),
-    "int4-gptq-minilm": ("a small file, nearly the same scores", "`int4-gptq`"),
-    "int4-gptq-t4-minilm": ("a smaller file", "`int4-gptq` with `embeddings: {bits: 4}`"),
-    "heal-int4-table-minilm": ("the same size, vectors closer to the model's", "`heal-int4-table` (trains)"),
-    "slim-minilm": ("the smallest and fastest on a CPU", "`slim` (trains)"),
-    "heal-width-25-minilm": ("a faster model in any runtime", "`heal-width-25` (trains)"),
-    "width-25-minilm": ("the same, no texts to train on", "`width-25`"),
-    "heal-depth-50-minilm": ("a much faster model in any runtime", "`heal-depth-50` (trains)"),
-}
+TAKE = (
+    *("int8-openvino-minilm", "bf16-openvino-minilm", "int8-onnx-minilm", "int4-gptq-minilm", "int4-gptq-t4-minilm"),
+    *("heal-int4-table-minilm", "slim-minilm", "heal-width-25-minilm", "width-25-minilm", "heal-depth-50-minilm"),
+)
+WITHOUT_A_FILE = {"int4-gptq-t4-minilm": ("a smaller file", "`int4-gptq` with `embeddings: {bits: 4}`")}
+"""Runs of TAKE whose recipe is another one with a changed key: what they are for, and that change."""
 README_TAKES = ("int8-openvino-minilm", "bf16-openvino-minilm", "int8-onnx-minilm", "int4-gptq-minilm", "slim-minilm")
+NEED = "you need "
+
+
+@cache
+def recipes() -> dict[str, Recipe]:
+    """Return the ready-made recipes by name."""
+    return {path.stem: read_recipe(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+
+
+def needed(run: str) -> tuple[str, str]:
+    """Return what a run's recipe is for, by its own `take_when`, and its name."""
+    if run in WITHOUT_A_FILE:
+        return WITHOUT_A_FILE[run]
+    recipe = recipes()[line(run).recipe]
+    if not recipe.take_when.startswith(NEED):
+        raise StaleError(f"take_when of recipes/{recipe.name}.yaml does not begin with {NEED!r}")
+    trains = any(step.method == "distill" for step in recipe.steps)
+    return recipe.take_when.removeprefix(NEED), f"`{recipe.name}`" + (" (trains)" if trains else "")
 
 
 def take(runs: Sequence[str], columns: Sequence[str] = ("kept", "95 % interval", "file", "faster")) -> str:
     """Write which recipe to take for which need."""
-    return table(("you need", "take", *columns), [[*TAKE[run], *shown(run, *columns)] for run in runs])
+    return table(("you need", "take", *columns), [[*needed(run), *shown(run, *columns)] for run in runs])
+
+
+def sentence(words: str, *, capital: bool = True) -> str:
+    """Return words as a sentence, or as the end of one. A first word such as `int8` stays as it is."""
+    first = words.partition(" ")[0]
+    return (words[:1].upper() if capital and first.isalpha() else words[:1]) + words[1:] + "."
+
+
+def with_links(words: str, names: Collection[str], folder: str) -> str:
+    """Return words in which each recipe's name in code is a link to its page in a folder."""
+    return re.sub(r"`([\w-]+)`", lambda found: f"[{found[0]}]({folder}{found[1]}.md)" if found[1] in names else found[0], words)
+
+
+def when() -> str:
+    """Write when to take each recipe and when not, as the recipes say."""
+    rows = [
+        [with_links(words, recipes(), "recipes/") for words in (f"`{name}`", recipe.take_when, recipe.not_when)]
+        for name, recipe in recipes().items()
+    ]
+    return table(("recipe", "take it when", "not when"), rows)
 
 
 AS_THEY_ARE = (
@@ -361,7 +395,8 @@ def demo() -> str:
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "demo": demo,
     "take": lambda: take(README_TAKES),
-    "choosing": lambda: take(tuple(TAKE), ("kept", "95 % interval", "file", "cosine", "faster", "p50 ms")),
+    "choosing": lambda: take(TAKE, ("kept", "95 % interval", "file", "cosine", "faster", "p50 ms")),
+    "when": when,
     "quantization": quantization,
     "single weights": single_weights,
     "pruned": pruned,

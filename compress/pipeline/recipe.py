@@ -25,6 +25,10 @@ else:  # the tables' names, so that a row there is all that a new runtime or for
 LONGEST_NAME = 100
 
 
+WORDS = ("name", "description", "take_when", "not_when")
+"""Keys of a recipe that say something of it and decide nothing."""
+
+
 class Section(BaseModel):
     """A section of a recipe. Unknown keys are refused."""
 
@@ -120,7 +124,11 @@ class Recipe(Section):
     name: str = "recipe"
     """Name of the recipe; runs are named after it. Defaults to the file name."""
     description: str = ""
-    """When to use the recipe, in one line."""
+    """What the recipe does, in one line."""
+    take_when: str = ""
+    """When to take the recipe: the end of a sentence that begins with `Take it when`, without its full stop."""
+    not_when: str = ""
+    """When not to take the recipe: the end of a sentence that begins with `Not when`, without its full stop."""
     model: str = "nano"
     """Model to compress: a built-in name, a folder or a hub name. `--model` overrides it."""
     runtime: RuntimeChoice = TORCH

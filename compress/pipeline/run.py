@@ -38,7 +38,7 @@ from compress.pipeline.commit import JOURNAL, KEPT_FOLDERS, begin, commit, disca
 from compress.pipeline.findings import RECIPE_FILE, VARIANT, Findings, assemble
 from compress.pipeline.measuring import Measurements, check_prompts
 from compress.pipeline.plan import make_plan
-from compress.pipeline.recipe import Recipe, check_name, steps_for
+from compress.pipeline.recipe import WORDS, Recipe, check_name, steps_for
 from compress.pipeline.recipe_file import read_recipe
 from compress.pipeline.stage import BuildOptions
 from compress.runtimes.contract import GRAPH_RUNTIMES, Kind, pick_runtime
@@ -220,7 +220,7 @@ class _Run:
 
     def _identity(self) -> str:
         """Hash everything that decides the result: another recipe, model, data, package set or machine is another run."""
-        recipe = self.recipe.model_dump(mode="json", exclude={"name", "description", "model"})
+        recipe = self.recipe.model_dump(mode="json", exclude={*WORDS, "model"})
         own = {str(task.folder): task.name for task in self.tasks}  # a folder that was moved is the same data
         recipe["evaluate"]["tasks"] = [own.get(name, name) for name in recipe["evaluate"]["tasks"]]
         decided = {

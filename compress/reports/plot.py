@@ -51,8 +51,8 @@ def figure(panels: Sequence[Sequence[Panel]]) -> str:
 
 def _drawn(panel: Panel) -> Iterator[str]:
     """Yield the elements of a panel. No name covers another name or a point; a name without room is left out."""
-    points = sorted((replace(point, name=_shown(point.name)) for point in panel.points), key=lambda point: not point.marked)
-    across, up = _ticks(0, max(p.x for p in points)), _ticks(min(p.y for p in points), max(p.y for p in points))
+    points = sorted((replace(point, name=printable(point.name)) for point in panel.points), key=lambda point: not point.marked)
+    across, up = ticks(0, max(p.x for p in points)), ticks(min(p.y for p in points), max(p.y for p in points))
 
     def at(x: float, y: float) -> tuple[float, float]:
         right, top = x / across[-1], (y - up[0]) / (up[-1] - up[0])
@@ -64,13 +64,14 @@ def _drawn(panel: Panel) -> Iterator[str]:
     for top, y in ((at(0, y)[1], y) for y in up):
         yield f'<path d="M{LEFT} {top:.1f}H{WIDTH - EDGE}" stroke="#e3e3e3"/>'
         yield f'<text x="{LEFT - 8}" y="{top + 4:.1f}" text-anchor="end">{y:g}</text>'
-    yield f'<text x="{LEFT}" y="{EDGE}" font-size="13" font-weight="bold">{escape(_shown(panel.title))}</text>'
+    yield f'<text x="{LEFT}" y="{EDGE}" font-size="13" font-weight="bold">{escape(printable(panel.title))}</text>'
     yield f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" text-anchor="middle">{escape(panel.x_label)}</text>'
     yield f'<text transform="translate(18 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{escape(panel.y_label)}</text>'
     dots = [at(point.x, point.y) for point in points]
     taken = [(x - DOT, y - DOT, x + DOT, y + DOT) for x, y in dots]
     for point, (x, y) in zip(points, dots, strict=True):
-        box = _place(x, y, GLYPH * len(point.name), taken, WIDTH if point.marked else FARTHEST)
+        size, inside = (GLYPH * len(point.name), LINE), (LEFT, EDGE + TOP, WIDTH, HEIGHT - BOTTOM)
+        box = place((x, y), size, taken, inside, WIDTH if point.marked else FARTHEST)
         if box is not None:
             taken.append(box)
             near_x, near_y = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
@@ -84,7 +85,7 @@ def _drawn(panel: Panel) -> Iterator[str]:
             yield f'<text x="{start:.1f}" y="{box[3] - 3:.1f}" text-anchor="{anchor}"{colour}>{escape(point.name)}</text>'
 
 
-def _shown(name: str) -> str:
+def printable(name: str) -> str:
     """Return a name without letters that XML does not have at all, not even escaped."""
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
@@ -95,23 +96,24 @@ def _anchored(x: float, box: Box) -> tuple[float, str]:
     return (box[2], "end") if box[2] < x else ((box[0] + box[2]) / 2, "middle")
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Return round numbers from at most `low` to at least `high`; the axis spans at least 1."""
-    rough = max(high - low, 1.0) / 6
+def ticks(low: float, high: float, spaces: int = 6) -> list[float]:
+    """Return round numbers from at most `low` to at least `high`, with about that many spaces; the axis spans at least 1."""
+    rough = max(high - low, 1.0) / spaces
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= rough)
     first = math.floor(low / step)
     return [round(step * number, 10) for number in range(first, max(math.ceil(high / step), first + 1) + 1)]
 
 
-def _place(x: float, y: float, width: float, taken: Sequence[Box], farthest: int) -> Box | None:
-    """Return the nearest free box for a name of that width; None if there is none within `farthest` pixels of the point."""
+def place(at: tuple[float, float], size: tuple[float, float], taken: Sequence[Box], inside: Box, farthest: int) -> Box | None:
+    """Return the nearest free box of a width and height for the name of a point; None if there is none within `farthest` pixels."""
+    (x, y), (width, height) = at, size
     for distance in range(DOT + 4, farthest, 6):
         for turn in range(16):
             across, down = math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)
-            left, top = x + across * (distance + width / 2) - width / 2, y + down * (distance + LINE / 2) - LINE / 2
-            box = (left, top, left + width, top + LINE)
-            inside = box[0] > LEFT and box[2] < WIDTH and box[1] > EDGE + TOP and box[3] < HEIGHT - BOTTOM
-            if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+            left, top = x + across * (distance + width / 2) - width / 2, y + down * (distance + height / 2) - height / 2
+            box = (left, top, left + width, top + height)
+            within = box[0] > inside[0] and box[1] > inside[1] and box[2] < inside[2] and box[3] < inside[3]
+            if within and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
                 return box
     return None

@@ -26,7 +26,13 @@ MOST_RUNS = 1000
 Best = Literal["kept", "cosine", "size", "speed"]
 NEEDS: dict[str, str] = {"cosine": "fidelity", "speed": "speed"}
 """What of `measure.what` a figure needs."""
-OWN_PLACE = {"name": "runs are named after their values", "description": "it says the values", "model": "`models` lists them"}
+OWN_PLACE = {
+    "name": "runs are named after their values",
+    "description": "it says the values",
+    "take_when": "it decides nothing",
+    "not_when": "it decides nothing",
+    "model": "`models` lists them",
+}
 """Keys of a recipe that are not varied, and why."""
 
 
@@ -129,7 +135,7 @@ class Space:
         said, label = self._short(chosen), self.label(chosen)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([self.base.name, *(part for pair in said for part in pair)]))
         changed = {"name": name[:LONGEST_NAME] if said else self.base.name, "description": label, "model": self.base.model}
-        return Point(recipe.model_copy(update=changed), label)
+        return Point(recipe.model_copy(update={**changed, "take_when": "", "not_when": ""}), label)
 
     def label(self, chosen: Mapping[str, Any]) -> str:
         """Return what the recipe with these values is called."""

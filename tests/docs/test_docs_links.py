@@ -12,7 +12,7 @@ from test_imports import LEVELS
 ROOT = make_site.ROOT
 PAGES = [
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 
 
@@ -37,12 +37,18 @@ def test_relative_links_resolve(page: Path) -> None:
 
 def test_the_navigation_has_every_page_once() -> None:
     named = [f"{name}.md" for names in make_site.NAVIGATION.values() for name in names]
-    assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    assert sorted(named) == sorted([page.name for page in (ROOT / "docs").glob("*.md")] + ["recipes/index.md"])
 
 
 def test_the_index_links_every_page() -> None:
     linked = set(make_site.links(ROOT / "docs" / "index.md"))
     assert linked >= set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "index.md"}
+
+
+def test_the_index_of_recipes_links_each_of_their_pages() -> None:
+    pages = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    linked = set(make_site.links(ROOT / "docs" / "recipes" / "index.md"))
+    assert linked >= {ROOT / "docs" / "recipes" / f"{name}.md" for name in pages}
 
 
 def test_the_readme_is_one_page() -> None:

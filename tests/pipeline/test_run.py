@@ -159,7 +159,7 @@ def test_another_recipe_model_or_package_set_is_another_run(
     monkeypatch.setattr(scoring, "versions", lambda: {"torch": "0"})
     names.add(name(small, bert))
     assert len(names) == 4
-    described = small.model_copy(update={"description": "other words"})
+    described = small.model_copy(update={"description": "other words", "take_when": "you like", "not_when": "you do not"})
     monkeypatch.undo()
     assert name(described, bert) == same
 

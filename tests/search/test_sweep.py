@@ -77,7 +77,7 @@ def names(runs: Path) -> list[str]:
 
 
 def test_a_grid_is_the_product_of_recipes_models_and_values(write: Callable[..., Path], tmp_path: Path, bert: Path) -> None:
-    (tmp_path / "other.yaml").write_text(BASE)
+    (tmp_path / "other.yaml").write_text("take_when: you need it\n" + BASE)
     path = write(
         "values:\n  steps.0.bits: [3, 8]\n  steps.0.group_size: [null, 16, 24]\n  seed: [0, 1]\n", models=(bert, bert.parent)
     )
@@ -96,6 +96,7 @@ def test_a_grid_is_the_product_of_recipes_models_and_values(write: Callable[...,
     assert points[1].label == "base bits=3 group_size=None seed=1"
     assert points[1].recipe.name == "base-bits-3-group_size-None-seed-1"
     assert points[0].recipe.measure.count == 24
+    assert {p.recipe.take_when for p in points} == {""}  # what is said of a recipe is not said of its variations
     assert len([line for line in describe(plan) if line.startswith(("base ", "other "))]) == 48
 
 
@@ -138,6 +139,7 @@ def test_values_of_a_whole_step_are_numbered(write: Callable[..., Path]) -> None
         ("values:\n  evaluate.margin: {low: 0.5, high: 2.5}", "values.evaluate.margin: with 2.5 in base: evaluate.margin: input should be less"),
         ("values:\n  steps.0.bits: {low: 2, high: 8}", "line 4: values.steps.0.bits: with 7 in base: steps.0.bits: 7 is not allowed here"),
         ("values:\n  model: [nano]", "values.model: is not varied: `models` lists them"),
+        ("values:\n  take_when: [you like]", "values.take_when: is not varied: it decides nothing"),
         ("values:\n  steps: [[]]\n  steps.0.bits: [3]", "line 5: values.steps.0.bits: is inside of steps, which is varied too"),
         ("values:\n  measure.lengths: [[8]]", "line 4: values.measure.lengths: with [8] in base: measure: value error, `lengths` has no effect"),
         ("values:\n  steps.0.activations: [none, dynamic_per_token]\n  steps.0.group_size: [16]",
