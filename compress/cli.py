@@ -606,15 +606,19 @@ def doctor(
 @app.command(cls=accepting(TO_BEFORE))
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that kept its variant, or of a variant.")],
+    to: Annotated[Path, typer.Option("--to", "-o", metavar="FOLDER", help="Folder for the export.")],
     format: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--format",
             metavar="F",
-            help=f"{', '.join(EXPORT_FORMATS)}.",
+            help=f"{', '.join(EXPORT_FORMATS)}; with --depth it defaults to a variant.",
         ),
-    ],
-    to: Annotated[Path, typer.Option("--to", "-o", metavar="FOLDER", help="Folder for the export.")],
+    ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option("--depth", metavar="N", help="Write only the first N blocks of a variant trained with `depth: any`."),
+    ] = None,
     licence: Annotated[
         str | None,
         typer.Option("--licence", metavar="L", help="The model's licence, if its files name none: mit, apache-2.0, ..."),
@@ -627,18 +631,23 @@ def export(
     push: Annotated[str | None, typer.Option("--push", metavar="OWNER/NAME", help="Also upload the export to the hub.")] = None,
 ) -> None:
     """Write a variant in the layout of another library, and check that the library reads it."""
+    from compress.export import VARIANT, licence_of
     from compress.export import export as export_variant
-    from compress.export import licence_of
     from compress.export.push import check_push
     from compress.export.push import push as push_export
 
+    if format is None and depth is None:
+        raise UserError("export takes a --format", f"one of {', '.join(EXPORT_FORMATS)}")
+    format = format or VARIANT
     if push is not None:
+        if format == VARIANT:
+            raise UserError("a variant has no card, with which exports are uploaded", "give a --format too")
         check_push(push)
 
-    if licence is None and licence_of(run) is None:
+    if licence is None and format != VARIANT and licence_of(run) is None:
         licence = _asked_licence(run)
     say = partial(print, file=sys.stderr, flush=True)
-    written = export_variant(run, format, to, say, licence=licence, python=python, check=check)
+    written = export_variant(run, format, to, say, licence=licence, python=python, check=check, depth=depth)
     print(written)
     if push is not None:
         print(push_export(written, push))

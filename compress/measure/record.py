@@ -151,6 +151,25 @@ class Alignment(RecordPart):
     """Whether it is."""
 
 
+class DepthRow(RecordPart):
+    """A variant cut to its first blocks, against the same baseline as the whole variant."""
+
+    depth: int
+    """Number of blocks that are kept; the last row is the whole variant."""
+    size_bytes: int
+    """Bytes of the weights on disk."""
+    cosine_mean: float | None = None
+    """Mean cosine to the baseline's vectors; None if fidelity was not measured, or the widths differ."""
+    overlap_at_10: float | None = None
+    """Shared part of the ten nearest neighbours; None if fidelity was not measured."""
+    scores: dict[str, float] = {}
+    """Score on each task."""
+    retained: float | None = None
+    """Mean score divided by that of the baseline. None if accuracy was not measured."""
+    overall: Interval | None = None
+    """Confidence interval of the difference of the means, over the tasks that have an interval."""
+
+
 class Record(RecordPart):
     """A whole run."""
 
@@ -174,6 +193,8 @@ class Record(RecordPart):
     measured_on: str
     alignment: Alignment | None = None
     """What the variant's queries find in another model's index; None: it was not aligned to one by `compress align`."""
+    depths: tuple[DepthRow, ...] = ()
+    """What the variant keeps at each depth to which it was trained to be cut; empty if it was not, or nothing was compared."""
     gates: tuple[GateResult, ...]
     verdict: str
     machine: Machine

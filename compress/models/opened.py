@@ -51,6 +51,8 @@ class OpenModel:
     """The sublayers that were dropped, each with its block's current number."""
     aligned_to: AlignedTo | None = None
     """The model whose index the vectors search; None: only the model's own."""
+    depths: tuple[int, ...] = ()
+    """The numbers of blocks to which the model was trained to be cut; empty: it was not."""
 
     @property
     def shape(self) -> ModelShape:
@@ -146,4 +148,4 @@ def open_model(folder: ModelFolder) -> OpenModel:
     if info is None:
         return opened
     made = replace(opened, layers=info.layers or opened.layers, heads=info.heads, blocks=info.blocks)
-    return replace(made, dropped=info.dropped, aligned_to=info.aligned_to)
+    return replace(made, dropped=info.dropped, aligned_to=info.aligned_to, depths=info.depths)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from compress.common.machine import gpu_name, machine, now, versions
 from compress.measure.accuracy.statistics import Interval, PairedComparison
-from compress.measure.record import GateResult, Model, Record, Row, Step, TaskRow, task_row
+from compress.measure.record import DepthRow, GateResult, Model, Record, Row, Step, TaskRow, task_row
 from compress.measure.speed.timing import Speed, speed_ratio
 from compress.measure.vectors.fidelity import Fidelity
 from compress.models.files.headers import weight_bytes
@@ -30,6 +30,41 @@ RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
+class CutFindings:
+    """What was measured of a variant cut to its first blocks."""
+
+    depth: int
+    size_bytes: int
+    scores: Mapping[str, TaskScore]
+    """Scores by task."""
+    agreement: Fidelity | None
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> CutFindings:
+        """Return it as the journal kept it."""
+        scores: dict[str, TaskScore] = {}
+        if kept["scores"]:
+            from compress.measure.accuracy.score import TaskScore  # imports mteb
+
+            scores = {name: TaskScore(**score) for name, score in kept["scores"].items()}
+        agreement = Fidelity(**kept["agreement"]) if "agreement" in kept else None
+        return cls(kept["depth"], kept["size_bytes"], scores, agreement)
+
+    def retained(self, baseline: Mapping[str, TaskScore]) -> float | None:
+        """Return the mean score as a share of the baseline's, whose scores are given by task; None if there are none."""
+        if not self.scores:
+            return None
+        return sum(score.score for score in self.scores.values()) / sum(baseline[name].score for name in self.scores)
+
+    def in_short(self, baseline: Mapping[str, TaskScore]) -> str:
+        """Say it in a line."""
+        retained = self.retained(baseline)
+        said = [] if retained is None else [f"{100 * retained:.2f} % of the baseline's mean score"]
+        said += [] if self.agreement is None else [self.agreement.in_short()]
+        return "; ".join(said)
+
+
+@dataclass(frozen=True)
 class Findings:
     """What a run found."""
 
@@ -43,6 +78,8 @@ class Findings:
     agreement: Fidelity | None
     speeds: Mapping[str, Speed]
     """Speed of each baseline, by dtype, and of the `variant`; gates look at the first baseline. Empty if speed was not measured."""
+    cuts: Sequence[CutFindings] = ()
+    """What was measured of the variant cut to each shallower depth that it was trained for."""
 
 
 def assemble(
@@ -50,7 +87,8 @@ def assemble(
 ) -> Record:
     """Build a run's record; `folder` holds its variant."""
     info = ModelFolder(name, folder / VARIANT).compressed
-    compared = _compare(recipe, found)
+    baseline, variant = ({task: roles[role] for task, roles in found.scores.items()} for role in ("baseline", VARIANT))
+    compared = _compare(recipe, baseline, variant)
     tasks = tuple(
         task_row(roles["baseline"], roles[VARIANT], compared.tasks[name], found.index.get(name, {}))
         for name, roles in found.scores.items()
@@ -80,6 +118,7 @@ def assemble(
         retained=retained,
         overall=compared.overall,
         fidelity=found.agreement,
+        **({"depths": _depths(info, folder, recipe, found)} if found.cuts else {}),
         rows=rows,
         measured_on=f"{recipe.measure.count} texts from {recipe.measure.texts}, {recipe.measure.rounds} rounds",
         gates=gates,
@@ -90,12 +129,30 @@ def assemble(
     )
 
 
-def _compare(recipe: Recipe, found: Findings) -> PairedComparison:
-    if not found.scores:
+def _depths(info: VariantInfo, folder: Path, recipe: Recipe, found: Findings) -> tuple[DepthRow, ...]:
+    """Build a row for each depth that the variant was trained to be cut to; the whole variant comes last."""
+    scores = {name: roles[VARIANT] for name, roles in found.scores.items()}
+    whole = CutFindings(max(info.depths), weight_bytes(folder / VARIANT), scores, found.agreement)
+    baseline = {name: roles["baseline"] for name, roles in found.scores.items()}
+    return tuple(
+        DepthRow(
+            depth=cut.depth,
+            size_bytes=cut.size_bytes,
+            cosine_mean=cut.agreement.cosine_mean if cut.agreement else None,
+            overlap_at_10=cut.agreement.overlap_at_10 if cut.agreement else None,
+            scores={name: score.score for name, score in cut.scores.items()},
+            retained=cut.retained(baseline),
+            overall=_compare(recipe, baseline, cut.scores).overall,
+        )
+        for cut in (*found.cuts, whole)
+    )
+
+
+def _compare(recipe: Recipe, baseline: Mapping[str, TaskScore], variant: Mapping[str, TaskScore]) -> PairedComparison:
+    if not baseline:
         return PairedComparison({}, None)
     from compress.measure.accuracy.paired import compare_scores  # imports mteb, and nothing was scored where it is not
 
-    baseline, variant = ({name: roles[role] for name, roles in found.scores.items()} for role in ("baseline", VARIANT))
     return compare_scores(baseline, variant, recipe.evaluate.margin, seed=recipe.seed)
 
 

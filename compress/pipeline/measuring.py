@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,10 @@ from compress.measure.scored import Scored, baseline_key
 from compress.measure.speed.timing import Candidate, measure_speed
 from compress.measure.vectors.codec import rotation
 from compress.measure.vectors.fidelity import Fidelity, cosines, fidelity
+from compress.models.files.headers import weight_bytes
 from compress.models.folder import ModelFolder
 from compress.models.source import DTYPE_BYTES
-from compress.pipeline.findings import VARIANT
+from compress.pipeline.findings import VARIANT, CutFindings
 from compress.runtimes.loading import open_source
 
 if TYPE_CHECKING:
@@ -167,6 +169,41 @@ class Measurements:
             vectors.append(model.embedder.encode(self.texts))
             model.embedder.close()
         return fidelity(vectors[0], vectors[1], self.texts)
+
+    def depths(self, baseline: Scored, reference: Mapping[str, TaskScore]) -> list[CutFindings]:
+        """Measure the variant at each shallower depth to which it was trained to be cut.
+
+        Args:
+            baseline: what it is compared with.
+            reference: the baseline's scores, by task.
+        """
+        source = self._source(VARIANT)
+        found = []
+        for depth in source.compressed.depths:
+            if depth < len(source.shape.layers):
+                found.append(CutFindings.of(self.journal.once(f"depth {depth}", partial(self._at_depth, source, depth, baseline))))
+                self.say(f"depth {depth}: {found[-1].in_short(reference)}")
+        return found
+
+    def _at_depth(self, source: ModelFolder, depth: int, baseline: Scored) -> dict[str, Any]:
+        """Cut the variant, measure it, and delete it again; the fields of `CutFindings` as JSON."""
+        from compress.models.cut import cut
+
+        folder = self.journal.folder / f"depth-{depth}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder.mkdir()
+        part = cut(source, depth, folder)
+        # Its vectors are not kept: each depth has others, and a killed run embeds the texts of one depth again.
+        prompts, batch_tokens = self.recipe.evaluate.prompts, self.recipe.measure.batch_tokens
+        opened = partial(open_source, part, device=self.device, stream=not self._fits(weight_bytes(folder)))
+        scored = Scored(part, opened, folder / "vectors", batch_tokens=batch_tokens, prompts=prompts)
+        made: dict[str, Any] = {"depth": depth, "size_bytes": weight_bytes(folder)}
+        made["scores"] = {task.name: scored.score(task).model_dump(mode="json") for task in self.tasks}
+        if "fidelity" in self.recipe.measure.what:
+            made["agreement"] = self.fidelity({"baseline": baseline, "cut": scored}).model_dump()
+        scored.embedder.close()
+        shutil.rmtree(folder)
+        return made
 
     def speed(self) -> dict[str, Any]:
         """Measure baselines and variant in fresh processes; return their `Speed` as JSON, by dtype or `variant`."""

@@ -331,6 +331,8 @@ class _Run:
                 agreement = Fidelity(**once("fidelity", lambda: measurements.fidelity(models).model_dump()))
                 self.say(f"fidelity: {agreement.in_short()}")
                 found = replace(found, agreement=agreement)
+            reference_scores = {name: roles["baseline"] for name, roles in found.scores.items()}
+            found = replace(found, cuts=measurements.depths(models["baseline"], reference_scores))
             models.clear()
             gc.collect()
         if "speed" in what:

@@ -275,6 +275,7 @@ def _write_description(
         dropped=model.dropped,
         quantized=decided.stored | quantized,
         aligned_to=model.aligned_to,
+        depths=model.depths,
         steps=[*(earlier.steps if earlier else []), *(step["config"] for step in done)],
     )
     write_text_atomic(folder / "config.json", json.dumps(model.config, indent=2, ensure_ascii=False) + "\n")

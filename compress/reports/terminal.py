@@ -13,7 +13,7 @@ from rich.table import Table
 
 from compress.common.memory import gigabytes
 from compress.measure.accuracy.statistics import Interval
-from compress.measure.record import Record, TaskRow
+from compress.measure.record import DepthRow, Record, TaskRow
 from compress.measure.speed.timing import Speed
 from compress.measure.vectors.fidelity import Fidelity
 
@@ -35,6 +35,8 @@ def print_record(record: Record, console: Console | None = None) -> None:
             console.print(_index(record))
     if record.fidelity:
         console.print(_fidelity(record.fidelity), soft_wrap=True)
+    if record.depths:
+        console.print(_depths(record.depths))
     console.print(_rows(record))
     for row in record.rows:
         if row.speed is not None and row.speed.cards:
@@ -48,6 +50,19 @@ def print_record(record: Record, console: Console | None = None) -> None:
 def _tasks(record: Record) -> Table:
     title = f"{record.run}\naccuracy against {record.baseline.split(':')[0]}, scores x 100"
     return tasks_table(title, record.tasks, record.overall)
+
+
+def _depths(rows: Sequence[DepthRow]) -> Table:
+    """Return a table of what a variant keeps at each depth to which it can be cut."""
+    table = Table(title="cut to its first blocks (compress export --depth)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("depth", "MB", "kept", "95 % interval", "cosine", "overlap@10"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        kept = "-" if row.retained is None else f"{100 * row.retained:.2f} %"
+        vectors = ((row.cosine_mean, 4), (row.overlap_at_10, 3))
+        shown = ("-" if value is None else f"{value:.{digits}f}" for value, digits in vectors)
+        table.add_row(str(row.depth), f"{row.size_bytes / 1e6:.1f}", kept, str(row.overall or "-"), *shown)
+    return table
 
 
 def tasks_table(

@@ -115,7 +115,7 @@ class Fitting:
 
     def aligned(self, to: AlignedTo) -> OpenModel:
         """Return the model with the map as its last module, with the weights that `found` has written."""
-        return replace(self._trained() if to.trained else self._with_module(), aligned_to=to)
+        return replace(self._trained() if to.trained else self._with_module(), aligned_to=to, depths=())
 
     def _texts(self) -> tuple[Texts, int]:
         """Read and draw the texts; also return how many more are in the evaluation."""

@@ -84,6 +84,16 @@ def batches_from(lengths: np.ndarray, settings: DistillSettings, start: int) -> 
         number += 1
 
 
+def drawn_depths(shallower: Sequence[int], count: int, seed: int, batch: int) -> tuple[int, ...]:
+    """Return the depths that a batch is compared at in addition to the whole one: `count` of `shallower`, in ascending order.
+
+    They follow from the seed and the batch's number alone, as the order of the texts does.
+    """
+    generator = np.random.default_rng([seed, batch, len(shallower)])
+    drawn = generator.choice(len(shallower), size=min(count, len(shallower)), replace=False)
+    return tuple(sorted(shallower[place] for place in drawn))
+
+
 def with_neighbours(chosen: np.ndarray, neighbours: np.ndarray | None) -> np.ndarray:
     """Return a batch's texts: as many of `chosen` as leave room for their `neighbours`, and those neighbours, each text once."""
     if neighbours is None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from compress.methods.distill.objectives import hidden
+from compress.models.network.exits import kept_outputs
 from compress.models.network.pooling import backbone_of
-from compress.models.network.segments import blocks_of
 
 
 def followed(kept: Sequence[int], blocks: int) -> dict[int, int]:
@@ -42,32 +41,13 @@ class HiddenStates:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Keep the outputs of the student's blocks while it runs."""
-        with _kept(self._student, self._follows.keys(), self._seen):
+        with kept_outputs(self._student, self._follows.keys(), self._seen):
             yield
 
     def loss(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the loss for the student's last batch, given its ids and mask, int64 [texts, length] each."""
         theirs: dict[int, torch.Tensor] = {}
-        with torch.no_grad(), _kept(self._teacher, self._follows.values(), theirs):
+        with torch.no_grad(), kept_outputs(self._teacher, self._follows.values(), theirs):
             backbone_of(self._teacher)(input_ids=ids, attention_mask=mask)
         ours = [self._seen[number] for number in self._follows]
         return self._weight * hidden(ours, [theirs[number] for number in self._follows.values()], mask)
-
-
-@contextmanager
-def _kept(network: nn.Module, numbers: Any, into: dict[int, torch.Tensor]) -> Iterator[None]:
-    """Keep the outputs of some blocks of a network while it runs."""
-
-    def keeping(number: int) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            into[number] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-    blocks = blocks_of(network)[1]
-    hooks = [blocks[number].register_forward_hook(keeping(number)) for number in set(numbers)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

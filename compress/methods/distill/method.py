@@ -13,6 +13,7 @@ from compress.layers.scheme import QuantizedLayer
 from compress.methods.base import Bench, Estimate
 from compress.methods.distill.settings import DistillSettings
 from compress.methods.distill.static_student import AXES_FILE, StaticStudent
+from compress.models.architectures import LAYER_WEIGHTS
 from compress.models.files.headers import TensorInfo
 from compress.models.shape import ModelShape
 
@@ -80,7 +81,8 @@ class Distill(DistillSettings):
         # Training towards another model leaves the space that the vectors were mapped into.
         kept = to if to is not None and to.fingerprint == source.fingerprint else None
         weights = Weights(tensors_in(bench.folder / WEIGHTS), student.network, exact=True)
-        return self, replace(student, weights=weights, aligned_to=kept)
+        depths = tuple(range(1, len(student.layers) + 1)) if self.depth else ()
+        return self, replace(student, weights=weights, aligned_to=kept, depths=depths)
 
     def _check_dimensions(self, whole: int) -> None:
         """See that `matryoshka` names parts of the student's vectors, which have `whole` dimensions.
@@ -202,6 +204,19 @@ class Distill(DistillSettings):
         curve = learn(job, bench.say, bench.ranks)
         return {"curve": curve, "texts": len(taught.texts), "left_out": evaluated, "tokens": int(rows.lengths.sum())}
 
+    def _check_exits(self, student: ModelShape) -> None:
+        """See that `depth: any` asks for what a student of this shape can be: cut after any of its blocks.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if student.blocks == 1:
+            raise ValueError("`depth: any` has no effect on a student of one block; leave it out")
+        if LAYER_WEIGHTS in student.tensors:
+            raise ValueError("`depth: any`: WeightedLayerPooling averages the outputs of all blocks, so that none can be left out")
+        if student.setting("hidden_size_per_layer_input"):
+            raise ValueError(f"`depth: any`: the tables of {student.name} hold a row of numbers for each block; it cannot be cut")
+
     def _check_tokens(self, student: OpenModel, bench: Bench) -> None:
         """Check that student and teacher take the same tokens, so that hidden states can be compared.
 
@@ -234,8 +249,10 @@ class Distill(DistillSettings):
         from compress.methods.distill.cost import GPU_COUNTS, Training, low_rank_parameters
 
         after = self._shape_of(shape)
-        if not after.blocks and (self.hidden or self.lora or self.sharded):
-            raise ValueError("a static table has no blocks; leave out `hidden`, `lora` and `sharded`")
+        if not after.blocks and (self.hidden or self.lora or self.sharded or self.depth):
+            raise ValueError("a static table has no blocks; leave out `hidden`, `lora`, `sharded` and `depth`")
+        if self.depth:
+            self._check_exits(after)
         if after.vector_width is not None:  # a student of its own tells its width once it is open
             self._check_dimensions(after.vector_width)
         teacher = self._teacher_shape(shape)
@@ -248,6 +265,7 @@ class Distill(DistillSettings):
             length=TYPICAL_TOKENS,
             sharded=self.sharded,
             follows=teacher if self.hidden else None,
+            exits=min(self.exits, after.blocks - 1) if self.depth else 0,
         )
         shown = training.batches * training.batch
         texts = min(shown, self.count or shown) + self.held_out
@@ -261,7 +279,8 @@ class Distill(DistillSettings):
             flops=asked + training.operations,
             gpus={devices: (memory[devices], asked + training.operations / devices) for devices in GPU_COUNTS},
             note=f"{training.trained / 1e6:,.1f} M parameters trained for {self.steps:,} steps of "
-            f"{self.batch * self.accumulate} texts, about {shown * TYPICAL_TOKENS / 1e6:,.1f} M tokens",
+            f"{self.batch * self.accumulate} texts, about {shown * TYPICAL_TOKENS / 1e6:,.1f} M tokens"
+            + (f", each at the whole depth and {training.exits} of {after.blocks - 1} shallower ones" if self.depth else ""),
         )
 
     def _teacher_shape(self, shape: ModelShape) -> ModelShape:

@@ -60,6 +60,12 @@ class DistillSettings(Method):
     and `ranking_kl`."""
     matryoshka: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Numbers of leading dimensions for which the objectives are computed in addition to the full vectors."""
+    depth: Literal["any"] | None = None
+    """`any` trains one student whose vectors are good after each of its blocks, so that it can be cut to any depth afterwards:
+    `compress export --depth`. By default only the vectors after the last block are trained."""
+    exits: int = Field(2, ge=1)
+    """Number of shallower depths that each batch is compared at with `depth: any`, in addition to the whole depth; drawn anew for
+    each batch, and all of them where there are not so many."""
     prompts: tuple[str, ...] = ()
     """Prompts put before some of the student's texts, verbatim and in turn: the prefixes that the model will be used with."""
     prompted: float = Field(0.25, ge=0, le=1)
@@ -122,6 +128,7 @@ class DistillSettings(Method):
             raise ValueError("`prompted` and `teacher_prompts` have no effect without `prompts`")
         if len(set(self.matryoshka)) != len(self.matryoshka):
             raise ValueError("`matryoshka` names a number of dimensions twice")
+        self._check_depth()
         if self.sharded and (self.hidden or self.lora):
             raise ValueError("`sharded` trains all weights and compares only vectors; leave out `hidden` and `lora`, or `sharded`")
         if self.processes is not None and self.batch < 2 * self.processes:
@@ -133,6 +140,25 @@ class DistillSettings(Method):
         if self.count is not None and self.count - self.held_out < self.batch:
             raise ValueError("`count` minus `held_out` leaves less than one batch of texts to train on")
         return self
+
+    def _check_depth(self) -> None:
+        """See that a student of any depth is asked for with what such a training can do.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if self.depth is None:
+            if self.exits != 2:
+                raise ValueError("`exits` has no effect without `depth: any`")
+            return
+        if isinstance(self.student, StaticStudent):
+            raise ValueError("a static table has no blocks that it could be cut to; leave `depth` out")
+        if self.hidden:
+            raise ValueError(
+                "`depth: any` makes each block's output a last one, `hidden` the teacher's in between; leave one of them out"
+            )
+        if self.lora:
+            raise ValueError("`lora` keeps the norm and the head that all depths share as they are; leave it out, or `depth`")
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -3,6 +3,11 @@
 A plain loop over `accelerate`, which adds gradient accumulation and several processes. The order of the texts follows only from the
 seed, so a training that was killed goes on as if it had not been. A batch is split among the processes and its vectors are
 gathered before they are compared, so the number of processes changes only the time.
+
+With `depth: any`, each batch is compared after the last block and after a few others drawn for it. That is slimmable networks (Yu
+et al. 2019, arXiv 1812.08928) along the depth, with the sandwich rule's largest network in every step and random smaller ones (Yu
+and Huang 2019, arXiv 1903.05134, section 3.2). Its smallest one is drawn like the others: few would use it. All exits come of one
+run of the network, and one backward pass carries their gradients together.
 """
 
 from __future__ import annotations
@@ -20,11 +25,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress.methods.distill.batches import TokenTexts, batches_from, with_neighbours
+from compress.methods.distill.batches import TokenTexts, batches_from, drawn_depths, with_neighbours
 from compress.methods.distill.checkpoints import Checkpoints
 from compress.methods.distill.hidden import HiddenStates
 from compress.methods.distill.objectives import VECTOR_OBJECTIVES, objectives_of
 from compress.methods.distill.settings import DistillSettings
+from compress.models.network.exits import Exits
 from compress.models.network.pooling import vectors_of
 from compress.models.network.segments import blocks_of
 
@@ -81,19 +87,21 @@ def train(
         return
     for step in range(start, settings.steps):
         trainer.set_rate(rate(settings, step))
-        losses += [trainer.learn(with_neighbours(next(batches), data.neighbours)) for _ in range(settings.accumulate)]
+        numbers = range(step * settings.accumulate, (step + 1) * settings.accumulate)
+        losses += [trainer.learn(with_neighbours(next(batches), data.neighbours), number) for number in numbers]
         if (step + 1) % settings.every and step + 1 < settings.steps:
             continue
-        kind, fidelity = trainer.judge()
+        fidelities = trainer.judge()
         seconds = time.perf_counter() - began
-        curve.append({"step": step + 1, "loss": float(np.mean(losses)), kind: fidelity, "seconds": seconds})
+        curve.append({"step": step + 1, "loss": float(np.mean(losses)), **fidelities, "seconds": seconds})
         losses = []
         checkpoints.keep(curve)
         stops = _stops(curve, settings)
         if trainer.is_main:
             place = f"step {step + 1:,} of {settings.steps:,}"
             ending = f"; no improvement in {settings.patience} evaluations, stopped" if stops else ""
-            say(f"{place}: loss {curve[-1]['loss']:.4f}, held-out {kind} {fidelity:.4f}, {seconds:,.0f} s{ending}")
+            shown = ", ".join(f"{name} {fidelity:.4f}" for name, fidelity in fidelities.items())
+            say(f"{place}: loss {curve[-1]['loss']:.4f}, held-out {shown}, {seconds:,.0f} s{ending}")
         if stops:
             break
 
@@ -118,14 +126,20 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
 class _Run(nn.Module):
     """Student and map as one module: gradients are then shared between processes for both, whichever is used."""
 
-    def __init__(self, network: nn.Module, map_: nn.Module | None) -> None:
+    def __init__(self, network: nn.Module, map_: nn.Module | None, exits: Exits | None) -> None:
         super().__init__()
-        self.network, self.map = network, map_
+        self.network, self.map, self.exits = network, map_, exits
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor, pooled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the student's vectors, and the same mapped to the teacher's width."""
-        vectors = vectors_of(self.network, ids, mask, pooled)
-        return vectors, vectors if self.map is None else self.map(vectors)
+    def forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, pooled: torch.Tensor, depths: Sequence[int] = ()
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the student's vectors at each of some shallower depths and last at its whole one, and the same mapped to the
+        teacher's width."""
+        if self.exits is None:
+            found = [vectors_of(self.network, ids, mask, pooled)]
+        else:
+            found = self.exits.vectors(ids, mask, pooled, depths)
+        return [(vectors, vectors if self.map is None else self.map(vectors)) for vectors in found]
 
 
 class _Trainer:
@@ -148,7 +162,9 @@ class _Trainer:
         self._data, self._settings, self._hidden = data, settings, hidden
         self._objectives = objectives_of(settings.objectives, settings.matryoshka)
         self._share = _Share(self._accelerator.num_processes, self._accelerator.process_index)
-        self.run: nn.Module = _with_map(network, data, settings)
+        run = _with_map(network, data, settings)
+        self._shallower = run.exits.shallower if run.exits is not None else ()
+        self.run: nn.Module = run
         if settings.sharded:
             _shard(self.run.to(self._device), network)
         self.optimizer = torch.optim.AdamW(
@@ -174,13 +190,19 @@ class _Trainer:
         for group in self._accelerated.param_groups:
             group["lr"] = self._settings.learning_rate * share
 
-    def learn(self, texts: np.ndarray) -> float:
-        """Train on a batch, given as indices of texts, and return its loss. The weights change with the last batch of a step."""
+    def learn(self, texts: np.ndarray, number: int) -> float:
+        """Train on a batch and return its loss. The weights change with the last batch of a step.
+
+        Args:
+            texts: indices of its texts.
+            number: its number among all batches, from 0.
+        """
         chosen = self._share.divisible(texts)
         with self._accelerator.accumulate(self.run):
             batch = [tensor.to(self._device) for tensor in self._data.texts.batch(self._share.own(chosen))]
             teacher = torch.from_numpy(self._data.targets[chosen]).to(self._device)
-            loss, differentiated = self._losses(batch, teacher)
+            depths = drawn_depths(self._shallower, self._settings.exits, self._settings.seed, number) if self._shallower else ()
+            loss, differentiated = self._losses(batch, teacher, depths)
             self._accelerator.backward(differentiated)
             if self._accelerator.sync_gradients:
                 torch.nn.utils.clip_grad_norm_(self.run.parameters(), 1.0)
@@ -188,20 +210,25 @@ class _Trainer:
             self._accelerated.zero_grad()
         return float(loss.detach())
 
-    def _losses(self, batch: Sequence[torch.Tensor], teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _losses(
+        self, batch: Sequence[torch.Tensor], teacher: torch.Tensor, depths: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of the whole batch, and the loss to differentiate for this process's share of it.
+
+        The loss is the mean over the whole depth and `depths`, each of which is compared with the same vectors of the teacher.
 
         Every process has the whole batch's loss but only the gradient of its own texts' vectors, and gradients are averaged over
         the processes afterwards. So the loss to differentiate is multiplied by their number. The hidden-state loss is each
         process's own.
         """
         with self._half(), self._hidden.watching() if self._hidden else nullcontext():
-            vectors, mapped = (self._share.gathered(part.float()) for part in self.run(*batch))
+            found = [tuple(self._share.gathered(part.float()) for part in pair) for pair in self.run(*batch, depths)]
         terms = [
             weight * objective(mapped if name in VECTOR_OBJECTIVES else vectors, teacher)
+            for vectors, mapped in found
             for name, (weight, objective) in self._objectives.items()
         ]
-        loss = torch.stack(terms).sum()
+        loss = torch.stack(terms).view(len(found), -1).sum(dim=1).mean()
         if self._hidden is None:
             return loss, self._share.processes * loss
         with self._half():
@@ -209,35 +236,48 @@ class _Trainer:
         return loss + states, self._share.processes * loss + states
 
     @torch.no_grad()
-    def judge(self) -> tuple[str, float]:
+    def judge(self) -> dict[str, float]:
         """Compare the student's vectors of the held-out texts with the teacher's.
 
         Returns:
             `cosine` and the mean cosine. If the two have different widths and there is no map, `correlation` and Pearson's
-            correlation between the cosines of all pairs of texts. Every process gets the number of the first one: machines of two
-            kinds may round differently, and all have to stop at the same step.
+            correlation between the cosines of all pairs of texts. With exits also the same at each shallower depth, as `cosine_1`
+            and so on. Every process gets the numbers of the first one: machines of two kinds may round differently, and all have to
+            stop at the same step.
         """
         texts, targets = self._data.held_out, self._data.held_out_targets
         order = np.argsort(texts.lengths, kind="stable")
-        found = []
+        found: list[list[torch.Tensor]] = [[] for _ in (*self._shallower, "whole")]
         for chosen in np.array_split(order, max(1, len(order) // 64)):
             with self._half():
-                found.append(self.run(*(tensor.to(self._device) for tensor in texts.batch(chosen)))[1].float().cpu())
-        ours, theirs = (nn.functional.normalize(vectors, dim=1) for vectors in (torch.cat(found), torch.from_numpy(targets[order])))
-        if ours.shape == theirs.shape:
-            return "cosine", self._share.first(float((ours * theirs).sum(dim=1).mean()), self._device)
-        pairs = torch.stack([(vectors @ vectors.t())[~torch.eye(len(vectors), dtype=torch.bool)] for vectors in (ours, theirs)])
-        return "correlation", self._share.first(float(torch.corrcoef(pairs)[0, 1]), self._device)
+                pairs = self.run(*(tensor.to(self._device) for tensor in texts.batch(chosen)), self._shallower)
+            for made, (_, mapped) in zip(found, pairs, strict=True):
+                made.append(mapped.float().cpu())
+        theirs = torch.from_numpy(targets[order])
+        *exits, (kind, whole) = (_fidelity(torch.cat(made), theirs) for made in found)
+        fidelities = {kind: whole} | {f"{kind}_{depth}": at for depth, (_, at) in zip(self._shallower, exits, strict=True)}
+        return {name: self._share.first(fidelity, self._device) for name, fidelity in fidelities.items()}
+
+
+def _fidelity(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[str, float]:
+    """Return how a student's vectors are compared with the teacher's, float32 [texts, width] each, and with what result."""
+    ours, theirs = (nn.functional.normalize(vectors, dim=1) for vectors in (ours, theirs))
+    if ours.shape == theirs.shape:
+        return "cosine", float((ours * theirs).sum(dim=1).mean())
+    pairs = torch.stack([(vectors @ vectors.t())[~torch.eye(len(vectors), dtype=torch.bool)] for vectors in (ours, theirs)])
+    return "correlation", float(torch.corrcoef(pairs)[0, 1])
 
 
 def _with_map(network: nn.Module, data: TrainingData, settings: DistillSettings) -> _Run:
-    """Return the student with a linear map to the teacher's width, if an objective needs one."""
+    """Return the student with its exits, if it is to have any depth, and a linear map to the teacher's width, if needed."""
+    first = data.texts.batch(np.array([0]))
+    exits = Exits(network, *first[:2]) if settings.depth else None
     with torch.no_grad():
-        own = int(vectors_of(network, *data.texts.batch(np.array([0]))).shape[1])
+        own = int(vectors_of(network, *first).shape[1])
     torch.manual_seed(settings.seed)
     width = data.held_out_targets.shape[1]
     needed = own != width and any(name in VECTOR_OBJECTIVES for name in settings.objectives)
-    return _Run(network, nn.Linear(own, width, bias=False) if needed else None)
+    return _Run(network, nn.Linear(own, width, bias=False) if needed else None, exits)
 
 
 def _shard(run: nn.Module, network: nn.Module) -> None:
@@ -256,8 +296,8 @@ def _stops(curve: Sequence[Mapping[str, float]], settings: DistillSettings) -> b
     """Whether a training with this curve stops early: `patience` evaluations have brought no improvement."""
     if settings.patience is None or not curve:
         return False
-    kind = next(name for name in curve[-1] if name not in ("step", "loss", "seconds"))
-    fidelities = [look[kind] for look in curve]
+    names = [name for name in curve[-1] if name not in ("step", "loss", "seconds")]  # several with exits: their mean counts
+    fidelities = [sum(look[name] for name in names) / len(names) for look in curve]
     return len(fidelities) - 1 - fidelities.index(max(fidelities)) >= settings.patience
 
 

@@ -45,7 +45,8 @@ class MeanPooling(Method):
         config = _plain(model.config)
         tokenizer = model.tokenizer.ending_itself()
         backbone = attach_head(backbone_of(model.network), tokenizer.spec)
-        return self, replace(model, network=backbone, weights=weights, config=config, tokenizer=tokenizer, spec=tokenizer.spec)
+        made = replace(model, network=backbone, weights=weights, config=config, tokenizer=tokenizer, spec=tokenizer.spec)
+        return self, replace(made, depths=())
 
     def estimate(self, shape: ModelShape) -> Estimate:
         """Estimate the size: that of the backbone.

@@ -84,7 +84,7 @@ class Depth(Method):
             left = model.network.state_dict().keys()
             weights = model.weights.renamed(lambda name: name if name in left else None)
             dropped = (*model.dropped, *((place, self.what) for place in places))
-            return decided, replace(model, weights=weights, dropped=dropped)
+            return decided, replace(model, weights=weights, dropped=dropped, depths=())
         kept = [place for place in range(len(model.layers)) if place not in places]
         types = drop_blocks(model.network, kept)
         changes = {"num_hidden_layers": len(kept)} | ({} if types is None else {"layer_types": types})
@@ -94,6 +94,7 @@ class Depth(Method):
             weights=model.weights.renamed(rename),
             config=with_backbone(model.config, **changes),
             layers=tuple(model.layers[place] for place in kept),
+            depths=(),  # what is left is not what was trained to be cut
             dropped=tuple((kept.index(place), what) for place, what in model.dropped if place in kept),
         )
 

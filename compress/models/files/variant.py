@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -97,6 +97,9 @@ class VariantInfo(BaseModel):
     """The quantized linear layers and tables, by their names in the network."""
     aligned_to: AlignedTo | None = None
     """The model whose index the variant's vectors search; None, as in variants of earlier versions: only its own."""
+    depths: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """The numbers of blocks to which the variant was trained to be cut, its own included; empty, as in variants of earlier
+    versions: its vectors are good after the last block only."""
     steps: list[dict[str, Any]]
     """The recipe's steps as they were applied, with defaults filled in."""
 
@@ -123,7 +126,7 @@ class VariantInfo(BaseModel):
     def write(self, folder: Path) -> None:
         """Write `variant.json`."""
         # A variant that needs none of these keys stays readable by versions that do not know them.
-        unneeded: dict[str, Any] = {key: True for key in ("aligned_to", "blocks") if not getattr(self, key)}
+        unneeded: dict[str, Any] = {key: True for key in ("aligned_to", "blocks", "depths") if not getattr(self, key)}
         if not self.spec.rotated:
             unneeded["spec"] = {"rotated"}
         text = json.dumps(self.model_dump(mode="json", exclude=unneeded), indent=1, ensure_ascii=False)
