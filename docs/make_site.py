@@ -26,6 +26,7 @@ NAVIGATION = {
         "choosing",
         "own-tasks",
         "search",
+        "dashboard",
         "sweeps",
         "recipes",
         "quantization",
