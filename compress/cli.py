@@ -699,6 +699,10 @@ def dashboard(
     to: Annotated[Path, typer.Option("--to", "-o", metavar="FILE", help="File for the page.")] = Path("report.html"),
     serve: Annotated[bool, typer.Option("--serve", help="Serve the page; it reloads when a record changes.")] = False,
     port: Annotated[int, typer.Option(metavar="N", help="Port for --serve; 0 picks a free one.")] = 8765,
+    imports: Annotated[
+        list[Path] | None,
+        typer.Option("--import", metavar="FOLDER", help="Also show others' results, of mteb or HAKARI-Bench; may be repeated."),
+    ] = None,
 ) -> None:
     """Write one page with every run: charts, tables and full records. It needs no network and no other file."""
     from compress.reports.dashboard import render
@@ -706,10 +710,10 @@ def dashboard(
 
     if serve:
         with suppress(KeyboardInterrupt):
-            serve_page(runs, port, say=partial(print, file=sys.stderr, flush=True))
+            serve_page(runs, port, say=partial(print, file=sys.stderr, flush=True), imports=imports or ())
         return
     check_target(to)
-    write_text_atomic(to, render(runs))
+    write_text_atomic(to, render(runs, imports=imports or ()))
     print(to)
 
 

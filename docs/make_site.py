@@ -27,6 +27,7 @@ NAVIGATION = {
         "recipes/index",
         "own-tasks",
         "search",
+        "dashboard",
         "sweeps",
         "recipes",
         "quantization",

@@ -6,11 +6,17 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from compress.measure.record import Record
+
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+import what_next  # noqa: E402
+
 MAKE, SHELL = shutil.which("make"), shutil.which("sh")
 pytestmark = pytest.mark.skipif(MAKE is None, reason="there is no make here")
 
@@ -49,6 +55,45 @@ def test_the_newest_python_that_runs_is_taken(tmp_path: Path, target: str, launc
 def test_python_can_be_named(tmp_path: Path) -> None:
     found = planned(tmp_path / "bin", "-n", "demo", "PYTHON=/opt/python", launchers={"python3.13": 0})
     assert "/opt/python -m venv .venv" in found.stdout
+
+
+def test_the_demo_makes_two_runs_then_shows_them_and_what_to_do_next(tmp_path: Path) -> None:
+    found = planned(tmp_path / "bin", "-n", "demo", launchers={"python3.13": 0})
+    steps = [
+        line.removeprefix(".venv/bin/")
+        for line in found.stdout.splitlines()
+        if line.startswith(".venv/bin/") and " -m pip " not in line
+    ]
+    assert [step.split()[:2] for step in steps] == [
+        ["compress", "run"], ["compress", "run"], ["compress", "compare"], ["compress", "dashboard"], ["python", "examples/what_next.py"],
+    ]  # fmt: skip
+    assert all((ROOT / word).exists() for step in steps for word in step.split() if word.startswith(("recipes/", "examples/")))
+
+
+def test_the_demo_s_next_commands_are_commands_on_the_fastest_run(capsys: pytest.CaptureFixture[str]) -> None:
+    import typer
+
+    from compress import cli
+    from compress.export import FORMATS
+
+    names = ("int8-nano-59384ab0", "int8-nano-d25c973e")
+    runs = ROOT / "results"
+    found = what_next.commands(runs)
+    verbs = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    for words in found.values():
+        verbs[words[0]].make_context(words[0], words[1:])  # as the command line reads it
+    read = {folder: Record.read(folder) for folder in (runs / name for name in names)}
+    fastest = what_next.fastest(read)
+    assert fastest.name == max(read, key=lambda folder: next(iter(read[folder].row("variant").speedup.values()), 0)).name
+    serve, export, run = found.values()
+    assert (ROOT / serve[1]).is_dir()
+    assert serve[1] == export[1]
+    assert export[3] in FORMATS
+    assert (ROOT / run[1]).exists() or Path(run[1]).exists()
+    what_next.main(runs, ROOT / "page.html")
+    printed = capsys.readouterr().out
+    assert all(" ".join(words) in printed for words in found.values())
+    assert (ROOT / "page.html").as_uri() in printed
 
 
 def test_without_a_python_one_clear_line(tmp_path: Path) -> None:

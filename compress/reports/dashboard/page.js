@@ -4,7 +4,8 @@
 const data = JSON.parse(document.getElementById("payload").textContent);
 const byName = new Map(data.runs.map((run) => [run.run, run]));
 const families = [...new Set(data.runs.map((run) => run.family))].sort();
-const state = { sorted: "kept", descending: true, picked: [] };
+const state = { sorted: SORTED, descending: true, picked: [], everything: false, opened: null };
+const AXES_OF_PAGE = ["axis", "upward"];
 const FILTERS = {
   "filter-model": (run) => [run.model],
   "filter-tasks": (run) => [taskNames(run)],
@@ -23,6 +24,7 @@ const BELOW = {
   latency: (runs) => bars("latency", runs, LATENCY, "ms", (value) => number(value, 1)),
   memory: (runs) => bars("memory", runs, MEMORY, "bytes", bytes),
   cost,
+  sensitivity: () => heatMaps("sensitivity", data.sensitivities),
 };
 const stale = new Set();
 const seen = new Set();
@@ -61,36 +63,86 @@ function fillFilters() {
   }
 }
 
-function shownRuns() {
+// The runs that the filters leave; the answer is found among these.
+function filteredRuns() {
   const wanted = Object.entries(FILTERS).map(([id, values]) => [document.getElementById(id).value, values]);
   const part = document.getElementById("filter-name").value.trim().toLowerCase();
   return data.runs.filter((run) => wanted.every(([value, values]) => !value || values(run).includes(value)) && (!part || run.run.toLowerCase().includes(part)));
 }
 
+// The runs of everything below the answer.
+function shownRuns() {
+  const runs = filteredRuns();
+  return document.getElementById("apply").checked ? runs.filter((run) => holds(run)) : runs;
+}
+
 function open(name) {
+  state.opened = name;
   openRun(byName.get(name));
+  writeAddress(state);
+}
+
+function closed() {
+  state.opened = null;
+  writeAddress(state);
+}
+
+// The page as its address says, when it is opened and when the address is changed by hand or by a link.
+function arrive() {
+  if (!readAddress(state)) return;
+  const [name, dialog, missing] = [state.opened, document.getElementById("run"), document.getElementById("missing")];
+  const there = name === null || byName.has(name);
+  missing.hidden = there;
+  missing.textContent = there ? "" : `The run ${name} is not on this page.`;
+  if (dialog.open) dialog.close();
+  showBounds();
+  refresh();
+  if (name !== null && there) open(name);
 }
 
 function changed(what) {
   Object.assign(state, what);
   const runs = shownRuns();
   listRuns(runs, state, changed, open);
+  writeAddress(state);
   sideBySide(state.picked.map((name) => byName.get(name)));
 }
 
 function refresh() {
+  answers(filteredRuns(), data.groups, open);
   const runs = shownRuns();
   const groups = new Set(runs.map((run) => run.group));
   document.getElementById("count").textContent = `${runs.length} of ${data.runs.length} runs`;
   const axis = document.getElementById("axis").value;
-  const drawn = scatter(runs, axis, families, open);
+  const drawn = scatter(runs, axis, document.getElementById("upward").value, families, open);
   const notes = [];
   if (drawn < runs.length) notes.push(`${runs.length - drawn} of these runs have no score or no value on this axis.`);
+  if (runs.some((run) => run.imported)) notes.push("Imported models were measured elsewhere: their data, prompts and packages may differ, and they have no interval.");
   if (groups.size > 1) notes.push(`These runs form ${groups.size} sets that are not comparable (model, tasks, machine or packages differ); each set has its own line.`);
   document.getElementById("scatter-note").textContent = notes.join(" ");
   for (const id of Object.keys(BELOW)) stale.add(id);
   drawSeen();
   changed({});
+}
+
+// Many events in a row, as from a slider that is dragged, draw once.
+let waiting = 0;
+function soonRefresh() {
+  clearTimeout(waiting);
+  waiting = setTimeout(refresh, 60);
+}
+
+// Whoever moves a bound wants to see what it leaves.
+function bounded() {
+  document.getElementById("apply").checked = true;
+  answers(filteredRuns(), data.groups, open);
+  soonRefresh();
+}
+
+function everyRun() {
+  document.getElementById("filters").reset();
+  document.getElementById("apply").checked = false;
+  refresh();
 }
 
 function theme(name) {
@@ -101,21 +153,31 @@ function theme(name) {
 function start() {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   document.documentElement.dataset.theme = dark.matches ? "dark" : "light";
-  const models = new Set(data.runs.map((run) => run.model));
-  document.getElementById("summary").textContent = `${data.runs.length} runs of ${models.size} model${models.size === 1 ? "" : "s"}, ${data.groups.length} comparable set${data.groups.length === 1 ? "" : "s"}`;
+  const own = data.runs.filter((run) => !run.imported);
+  const models = new Set(own.map((run) => run.model));
+  const [sets, imported] = [new Set(own.map((run) => run.group)).size, data.runs.length - own.length];
+  document.getElementById("summary").textContent = `${own.length} runs of ${models.size} model${models.size === 1 ? "" : "s"}, ${sets} comparable set${sets === 1 ? "" : "s"}${imported ? `, ${imported} imported` : ""}`;
   document.getElementById("footer").textContent = `Made by compress dashboard, ${data.generated}.`;
   const reasons = Object.entries(data.broken);
   document.getElementById("broken-section").hidden = !reasons.length;
   document.getElementById("broken").replaceChildren(...reasons.map(([place, reason]) => made("li", {}, `${place}: ${reason}`)));
   fillFilters();
-  for (const id of [...Object.keys(FILTERS), "axis"]) document.getElementById(id).addEventListener("change", refresh);
-  document.getElementById("filter-name").addEventListener("input", refresh);
-  document.getElementById("filters").addEventListener("submit", (event) => event.preventDefault());
-  document.getElementById("every").addEventListener("click", () => { document.getElementById("filters").reset(); refresh(); });
+  document.getElementById("sensitivity-section").hidden = !data.sensitivities.length;
+  for (const id of [...Object.keys(FILTERS), ...AXES_OF_PAGE]) document.getElementById(id).addEventListener("change", refresh);
+  fillBounds(data.runs, bounded);
+  document.getElementById("filter-name").addEventListener("input", soonRefresh);
+  document.getElementById("apply").addEventListener("change", refresh);
+  for (const id of ["filters", "asking"]) document.getElementById(id).addEventListener("submit", (event) => event.preventDefault());
+  document.getElementById("every").addEventListener("click", everyRun);
+  document.getElementById("more").addEventListener("click", () => changed({ everything: !state.everything }));
   document.getElementById("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
   document.getElementById("close").addEventListener("click", () => document.getElementById("run").close());
+  document.getElementById("run").addEventListener("close", closed);
+  document.getElementById("csv").addEventListener("click", () => saveCsv(ordered(shownRuns(), state)));
   dark.addEventListener("change", () => theme(dark.matches ? "dark" : "light"));
-  refresh();
+  addEventListener("hashchange", arrive);
+  arrive();
+  if (location.hash && !location.hash.includes("=")) refresh();
   for (const id of Object.keys(BELOW)) watcher.observe(document.getElementById(id));
   addEventListener("beforeprint", () => drawSeen(true));
   const watched = document.documentElement.dataset.watched;

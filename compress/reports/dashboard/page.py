@@ -21,6 +21,7 @@ from compress.reports.compare import find_runs
 from compress.reports.dashboard.payload import payload
 
 PARTS = resources.files("compress.reports.dashboard")
+SCRIPTS = ("charts.js", "runs.js", "answer.js", "links.js", "sensitivity.js", "page.js")
 # A served page polls this path and reloads when the answer changes.
 STATE_PATH = "/state"
 HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -38,22 +39,23 @@ def _plotly() -> str:
     return script
 
 
-def render(places: Sequence[Path], *, watched: str = "") -> str:
+def render(places: Sequence[Path], *, imports: Sequence[Path] = (), watched: str = "") -> str:
     """Return the page as one HTML document.
 
     Args:
         places: folders of runs, or folders that contain such folders.
+        imports: folders with other people's results, of mteb or HAKARI-Bench.
         watched: state that a served page compares with; empty for a page that does not reload.
 
     Raises:
         UserError: no record can be read, or plotly is not installed.
     """
     # `</` in the data would end the script element around it, and `<!--<script>` would keep it from ever ending.
-    data = json.dumps(payload(places), ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(payload(places, imports), ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     parts = {
         "CSS": _part("page.css"),
         "PLOTLY": _plotly().replace("</script", "<\\/script"),
-        "SCRIPT": "\n".join(_part(name) for name in ("charts.js", "runs.js", "page.js")),
+        "SCRIPT": "\n".join(_part(name) for name in SCRIPTS),
         "DATA": data,
         "WATCHED": html.escape(watched, quote=True),
     }
@@ -86,15 +88,17 @@ def state_of(places: Sequence[Path]) -> str:
     return f"{hash((tuple(times), tuple(broken))):x}"
 
 
-def serve(places: Sequence[Path], port: int, say: Callable[[str], None], *, browser: bool = True) -> None:
+def serve(
+    places: Sequence[Path], port: int, say: Callable[[str], None], *, imports: Sequence[Path] = (), browser: bool = True
+) -> None:
     """Serve the page on this machine until interrupted; it reloads when a record changes.
 
     Raises:
         UserError: the port is in use, or the page cannot be rendered.
     """
-    render(places)
+    render(places, imports=imports)
     try:
-        server = Server(("127.0.0.1", port), handler(places))
+        server = Server(("127.0.0.1", port), handler(places, imports))
     except OSError as error:
         raise UserError(f"port {port}: {error.strerror}", "choose another one: --port") from error
     address = f"http://127.0.0.1:{server.server_port}/"
@@ -120,8 +124,8 @@ class Server(ThreadingHTTPServer):
 class Page:
     """The page as it is now, rendered once for each state of the records, however many ask for it at once."""
 
-    def __init__(self, places: Sequence[Path]) -> None:
-        self._places = places
+    def __init__(self, places: Sequence[Path], imports: Sequence[Path] = ()) -> None:
+        self._places, self._imports = places, imports
         self._lock = threading.Lock()
         self._state, self._text = "", ""
 
@@ -131,19 +135,19 @@ class Page:
             state = state_of(self._places)
             if state != self._state:
                 try:
-                    self._text = render(self._places, watched=state)
+                    self._text = render(self._places, imports=self._imports, watched=state)
                 except UserError as error:  # the folder was emptied while the page was being served
                     self._text = f"<p>{html.escape(error.message)}</p>"
                 self._state = state
             return self._text
 
 
-def handler(places: Sequence[Path]) -> type[BaseHTTPRequestHandler]:
+def handler(places: Sequence[Path], imports: Sequence[Path] = ()) -> type[BaseHTTPRequestHandler]:
     """Return the request handler for the page and its state.
 
     It answers requests to this machine's own names only: a page of another site, whose name points here, gets nothing.
     """
-    page = Page(places)
+    page = Page(places, imports)
 
     class Handler(BaseHTTPRequestHandler):
         timeout = CLIENT_SECONDS
