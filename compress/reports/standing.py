@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -123,8 +124,20 @@ def _names(panel: Standing, axes: _Axes) -> Iterator[str]:
         own = point is panel.run
         name = printable(point.name)
         found = place((axes.x(point.x), axes.y(point.y)), (LETTER * len(name), LINE), taken, inside, WIDTH if own else NEAR)
-        if found is not None:
+        if found is not None and (own or _clear(axes, point, found, marked)):
             taken.append(found)
             middle = (found[0] + found[2]) / 2
             kind = "mine" if own else "name"
             yield f'<text class="{kind}" x="{middle:.1f}" y="{found[3] - 3:.1f}" text-anchor="middle">{escape(name)}</text>'
+
+
+def _clear(axes: _Axes, point: Point, name: Box, marked: Sequence[Point]) -> bool:
+    """Whether a name is clearly nearer to its point than to any other that is named; points in one place count as one."""
+
+    def apart(other: Point) -> float:
+        x, y = axes.x(other.x), axes.y(other.y)
+        return math.hypot(max(name[0] - x, x - name[2], 0.0), max(name[1] - y, y - name[3], 0.0))
+
+    x, y = axes.x(point.x), axes.y(point.y)
+    elsewhere = [other for other in marked if math.hypot(axes.x(other.x) - x, axes.y(other.y) - y) > 2 * OTHER]
+    return all(apart(point) + 2 < apart(other) for other in elsewhere)

@@ -42,8 +42,8 @@ def listed(results: Path) -> Path:
     return results
 
 
-def change(results: Path, run: str, **values: object) -> None:
-    path = results / run / "record.json"
+def change(results: Path, folder: str, **values: object) -> None:
+    path = results / folder / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 

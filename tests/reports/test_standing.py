@@ -60,6 +60,19 @@ def test_the_run_is_named_and_so_are_those_that_none_beats() -> None:
     assert odd["mine"][0].text == "a & <b>?"
 
 
+def test_a_name_that_would_be_taken_for_another_points_is_left_out() -> None:
+    row = [Point(f"point-{letter}", 10.0 + 1.5 * number, 100.0) for number, letter in enumerate("abcdef")]
+    _, found = parts(replace(PANEL, others=row))
+    where = dict(zip((point.name for point in row), places(found["others best"][0]), strict=True))
+    assert 1 <= len(found["name"]) < len(row)
+    for text in found["name"]:
+        x, y = float(text.get("x") or 0), float(text.get("y") or 0) - 4
+        near = sorted(where, key=lambda name: max(abs(where[name][0] - x) - 22, 0) ** 2 + (where[name][1] - y) ** 2)
+        assert text.text == near[0]
+    twins = [Point("one", 10.0, 100.0), Point("same", 10.0, 100.0)]
+    assert {text.text for text in parts(replace(PANEL, others=twins))[1]["name"]} == {"one", "same"}
+
+
 def test_many_runs_make_a_small_picture_and_nothing_leaves_it() -> None:
     crowd = [Point(f"run-{number}", number % 17, 100 - number % 23, marked=number % 3 == 0) for number in range(500)]
     panel = replace(PANEL, others=crowd)
