@@ -12,7 +12,7 @@ from compress.data.texts import suite_texts
 from compress.measure.evaluate import EvaluationOptions, evaluate
 from compress.measure.record import Record
 from compress.models.files.variant import VariantInfo
-from compress.pipeline.measuring import Measurements
+from compress.pipeline import measuring
 from compress.pipeline.recipe_file import parse_recipe
 from compress.pipeline.run import run
 
@@ -40,7 +40,7 @@ def test_the_record_says_what_each_depth_keeps(bert: Path, tmp_path: Path, monke
         raise Killed
 
     with monkeypatch.context() as patch:  # killed after the cut was written, before it was measured
-        patch.setattr(Measurements, "fidelity", die)
+        patch.setattr(measuring, "weight_bytes", die)
         with pytest.raises(Killed):
             run(recipe, model=str(bert), output=tmp_path / "runs", device="cpu", say=lambda _: None)
     record = run(recipe, model=str(bert), output=tmp_path / "runs", device="cpu", say=lambda _: None)
