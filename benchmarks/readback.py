@@ -34,9 +34,8 @@ from compress.common.journal import Journal
 from compress.export import export
 from compress.layers.scheme import ActivationScheme
 from compress.methods.base import Method
-from compress.methods.quantize.base import Override
 from compress.methods.quantize.fp8 import FP8
-from compress.methods.quantize.rtn import RTN
+from compress.methods.quantize.rtn import RTN, LayerOverride
 from compress.models.files.variant import VariantInfo
 from compress.models.folder import ModelFolder
 from compress.models.opened import empty_model, weights_of
@@ -59,9 +58,11 @@ WEIGHTS_ALONE = {
 }
 COMPRESSED = {
     **WEIGHTS_ALONE,
-    "int4 and int8": RTN(bits=4, group_size=64, activations="none", overrides={"*.down_proj": Override(bits=8)}),
+    "int4 and int8": RTN(bits=4, group_size=64, activations="none", overrides={"*.down_proj": LayerOverride(bits=8)}),
     "int8 activations int8": RTN(bits=8),
     "fp8 activations fp8": FP8(),
+    "mxfp4": RTN(format="mxfp4", activations="none"),
+    "nvfp4": RTN(format="nvfp4", activations="none"),
 }
 
 
@@ -205,7 +206,7 @@ READERS = [
         ("sentence-transformers", "compressed-tensors"),
         "compressed-tensors",
         SENTENCE_TRANSFORMERS,
-        {name: COMPRESSED[name] for name in ("int4 g64", "int4 g64 zeros")},
+        {name: COMPRESSED[name] for name in ("int4 g64", "int4 g64 zeros", "mxfp4", "nvfp4")},
         texts=True,
     ),
 ]

@@ -140,8 +140,8 @@ def check_numbers(name: str, layer: QuantizedLayer, layout: str, numbers: frozen
         UserError: the kind is not in `numbers`; a kind that is added later is refused until the layout lists it.
     """
     if layer.numbers not in numbers:
-        stored = " and ".join(sorted(numbers))
-        hint = "rtn, gptq and awq make integers; compressed-tensors stores fp8 too"
+        stored = ", ".join(sorted(numbers))
+        hint = "rtn, gptq and awq make integers; compressed-tensors stores fp8, mxfp4 and nvfp4 too"
         raise refusal(name, layout, f"are {layer.numbers} numbers, and it stores {stored}", hint)
 
 

@@ -1,7 +1,7 @@
 """The layout of the compressed-tensors package, which transformers, sentence-transformers and vLLM load (vLLM is not tested here).
 
-Three formats, chosen per layer: packed integer weights only (`pack-quantized`), int8 weights with int8 activations
-(`int-quantized`), FP8 weights (`float-quantized`).
+Five formats, chosen per layer: packed integer weights only (`pack-quantized`), int8 weights with int8 activations
+(`int-quantized`), FP8 weights (`float-quantized`), MXFP4 and NVFP4 weights only (`mxfp4-pack-quantized`, `nvfp4-pack-quantized`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from compress.export.base import (
 )
 from compress.export.loader_files import write_modules, write_tokenizer
 from compress.export.reader import Reader, in_sentence_transformers, in_transformers
+from compress.layers.float4_linear import Float4Linear
 from compress.layers.float8_linear import Float8Linear
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
@@ -33,7 +34,12 @@ from compress.models.folder import ModelFolder
 LAYOUT = "compressed-tensors"
 # Release of compressed-tensors that defines this layout.
 VERSION = "0.20.0"
-NUMBERS = frozenset({Numbers.INTEGER, Numbers.FLOAT8})
+NUMBERS = frozenset({Numbers.INTEGER, Numbers.FLOAT8, Numbers.MXFP4, Numbers.NVFP4})
+# How the layout describes weights in four-bit floating point: format, strategy and dtype of the scales.
+FLOAT4 = {
+    Numbers.MXFP4: ("mxfp4-pack-quantized", "group", "torch.uint8"),
+    Numbers.NVFP4: ("nvfp4-pack-quantized", "tensor_group", "torch.float8_e4m3fn"),
+}
 # How the layout describes activations of integer layers; a scheme that is not here is refused.
 INTEGER_ACTIVATIONS: Mapping[ActivationScheme, Mapping[str, Any]] = {
     ActivationScheme.STATIC_PER_TENSOR: {"strategy": "tensor", "dynamic": False},
@@ -87,6 +93,8 @@ def _notes(layers: Iterable[QuantizedLayer], mixed: bool, rounds: bool) -> list[
     if odd:
         bits = " and ".join(map(str, odd))
         notes.append(f"{bits} bits: packed without gaps, as in compressed-tensors 0.19 and later.")
+    if any(layer.numbers is Numbers.NVFP4 for layer in layers):
+        notes.append("NVFP4: compressed-tensors 0.20 unpacks weights to bfloat16, which rounds them once more.")
     zeros = not all(layer.symmetric for layer in layers)
     if mixed and zeros:
         notes.append(
@@ -147,9 +155,13 @@ def scheme_of(name: str, layer: QuantizedLayer, inputs: int) -> dict[str, Any]:
         weights = _arguments(8, "float", strategy="channel")
         return _scheme("float-quantized", weights, _activations(name, layer, "float", FLOAT8_ACTIVATIONS))
     if layer.group_size and inputs % layer.group_size:
-        raise refusal(
-            name, LAYOUT, f"have {inputs} inputs, not a multiple of the group size {layer.group_size}", "choose another group_size"
-        )
+        hints = {Numbers.MXFP4: "choose `format: nvfp4` with groups of 16, or `skip` the layer", Numbers.NVFP4: "`skip` the layer"}
+        hint = hints.get(layer.numbers, "choose another group_size")
+        raise refusal(name, LAYOUT, f"have {inputs} inputs, not a multiple of the group size {layer.group_size}", hint)
+    if layer.numbers in FLOAT4:
+        format, strategy, dtype = FLOAT4[layer.numbers]
+        weights = _arguments(layer.bits, "float", strategy=strategy, group_size=layer.group_size)
+        return _scheme(format, weights | {"scale_dtype": dtype}, None)
     weights = _arguments(
         layer.bits,
         "int",
@@ -186,12 +198,18 @@ def _activations(
     return _arguments(8, kind, **known[layer.activations])
 
 
-def tensors_of(layer: QuantizedLinear | Float8Linear) -> dict[str, torch.Tensor]:
+def tensors_of(layer: QuantizedLinear | Float8Linear | Float4Linear) -> dict[str, torch.Tensor]:
     """Return a layer's tensors; scales are [out, 1] or [out, groups] in the variant's dtype.
 
     Packed integers are unsigned, with zero at the middle of their range, as in the variant. Rows of weights are padded to whole
-    words; zeros are packed along the outputs.
+    words; zeros are packed along the outputs. Four-bit floating point is stored as in the variant.
     """
+    if isinstance(layer, Float4Linear):
+        assert layer.weight is not None, "the layer is not unpacked"
+        tensors = {"weight_packed": layer.weight, "weight_scale": layer.weight_scale}
+        if layer.weight_global_scale is not None:
+            tensors["weight_global_scale"] = layer.weight_global_scale.view(1)
+        return tensors
     scale = layer.weight_scale.view(layer.out_features, -1)
     if isinstance(layer, Float8Linear):
         return {"weight": layer.weight, "weight_scale": scale}

@@ -2,7 +2,7 @@
 
 Blocks of 32 values of a row share a scale: `Q8_0` is int8, `Q4_0` four bits centred on 8, `Q4_1` four bits above a minimum
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Our integers are copied: a group becomes several blocks with the same
-scale, rounded to half precision as all scales of GGUF are; two and three bits are stored in four.
+scale, rounded to half precision as those scales of GGUF are; two and three bits are stored in four. `MXFP4` is copied as it is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from compress.export.base import Exportable, check_linears, check_numbers, open_
 from compress.export.gguf_vocabulary import GGUFVocabulary, read_vocabulary
 from compress.export.reader import READ_BACK_COSINE, Reader
 from compress.layers.compressed import CompressedLinear
+from compress.layers.float4_linear import Float4Linear
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 LAYOUT, FILE = "gguf", "model.gguf"
-NUMBERS = frozenset({Numbers.INTEGER})
+NUMBERS = frozenset({Numbers.INTEGER, Numbers.MXFP4})
 BLOCK = 32
-Q4_0, Q4_1, Q8_0 = "Q4_0", "Q4_1", "Q8_0"
+Q4_0, Q4_1, Q8_0, MXFP4 = "Q4_0", "Q4_1", "Q8_0", "MXFP4"
 # Two-dimensional tensors that llama.cpp needs in float32.
 FLOAT32 = ("position_embd.weight", "token_types.weight")
 # Lowest cosine to accept: llama.cpp rounds the input of every quantized layer.
@@ -173,6 +174,21 @@ def blocks(kind: str, integers: np.ndarray, scale: np.ndarray, zero: np.ndarray,
     return np.concatenate(parts, axis=2).reshape(rows, -1)
 
 
+def float_blocks(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return rows of blocks of `MXFP4`, each with the scale and 32 values.
+
+    Args:
+        codes: E2M1's bits, uint8 [rows, width].
+        scale: E8M0, uint8 [rows, width / 32].
+
+    Returns:
+        uint8 [rows, bytes].
+    """
+    wide = codes.reshape(len(codes), -1, BLOCK)
+    halves = wide[..., : BLOCK // 2] | wide[..., BLOCK // 2 :] << 4
+    return np.concatenate([scale[:, :, None], halves], axis=2).reshape(len(codes), -1)
+
+
 def _tensors(opened: Exportable, config: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray, str | None]]:
     """Yield names, values and types of blocks; type None: plain values in half precision."""
     for layers, tensors in stored(opened):
@@ -183,6 +199,9 @@ def _tensors(opened: Exportable, config: Mapping[str, Any]) -> Iterator[tuple[st
                 scales = scale.view(len(scale), -1).numpy()
                 rows = blocks(kind, integers.numpy(), scales, zero.numpy(), layer.layer.group_size)
                 yield f"{name}.weight", _in_pairs(name, rows, config), kind
+            elif isinstance(layer, Float4Linear):
+                rows = float_blocks(layer.codes().numpy(), layer.weight_scale.numpy())
+                yield f"{name}.weight", _in_pairs(name, rows, config), MXFP4
             else:
                 assert isinstance(layer, CompressedLinear)
                 yield f"{name}.weight", _in_pairs(name, layer.values().half().numpy(), config), None

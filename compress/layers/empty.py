@@ -8,6 +8,7 @@ from torch import nn
 
 from compress.layers.bitsandbytes_linear import BitsAndBytes4BitLinear, BitsAndBytesInt8Linear
 from compress.layers.compressed import CompressedLayer
+from compress.layers.float4_linear import Float4Linear
 from compress.layers.float8_linear import Float8Linear
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.quantized_linear import QuantizedLinear
@@ -19,6 +20,8 @@ LINEAR: dict[Numbers, Callable[[nn.Linear, QuantizedLayer], CompressedLayer]] = 
     Numbers.LLM_INT8: BitsAndBytesInt8Linear.empty,
     Numbers.NF4: BitsAndBytes4BitLinear.empty,
     Numbers.FP4: BitsAndBytes4BitLinear.empty,
+    Numbers.MXFP4: Float4Linear.empty,
+    Numbers.NVFP4: Float4Linear.empty,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,6 +60,18 @@ class Grid:
     def values(self, integers: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weights that integers u [out, in] represent."""
         return dequantize(integers, self.scale, self.zero, self.group_size, dtype)
+
+    def rows(self, rows: slice) -> Grid:
+        """Return the grid of some output channels."""
+        return replace(self, scale=self.scale[rows], zero=self.zero[rows])
+
+    def steps(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Round weights to the grid, in units of the scale, from the zero: float32, all of one shape."""
+        return (weight / scale).round_().add_(zero).clamp_(self.lowest, self.highest).sub_(zero)
+
+    def codes(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Return the integers u, uint8, of what `steps` returned."""
+        return (steps + zero).to(torch.uint8)
 
 
 def row_chunks(weight: torch.Tensor) -> Iterator[slice]:

@@ -1,6 +1,8 @@
 """How a layer is stored and multiplied: the terms that variants, methods and runtimes share. No torch here."""
 
+from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,12 +32,19 @@ class Numbers(StrEnum):
     LLM_INT8 = "llm-int8"
     NF4 = "nf4"
     FP4 = "fp4"
+    MXFP4 = "mxfp4"
+    """E2M1 with a power of two for each group of 32 (OCP Microscaling Formats specification 1.0, sections 5.3.3 and 5.4.1)."""
+    NVFP4 = "nvfp4"
+    """E2M1 with an E4M3 scale for each group of 16 and a float32 scale for the whole weight (NVIDIA 2025, arXiv 2509.25149)."""
 
 
 BLOCK = 64
 """Number of weights that share a scale in NF4 and FP4."""
 NESTED_BLOCK = 256
 """Number of scales that share a second scale (double quantization: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3)."""
+
+FLOAT4_GROUPS: Mapping[Numbers, int] = MappingProxyType({Numbers.MXFP4: 32, Numbers.NVFP4: 16})
+"""Formats of four-bit floating point that this project multiplies itself, and how many of their weights share a scale."""
 
 
 class QuantizedLayer(BaseModel):

@@ -212,7 +212,17 @@ RUNTIMES: Mapping[str, Runtime] = {
             package="torch",
             opener="compress.runtimes.torch_runtime",
             extra=None,
-            numbers=frozenset({Numbers.INTEGER, Numbers.FLOAT8, Numbers.LLM_INT8, Numbers.NF4, Numbers.FP4}),
+            numbers=frozenset(
+                {
+                    Numbers.INTEGER,
+                    Numbers.FLOAT8,
+                    Numbers.LLM_INT8,
+                    Numbers.NF4,
+                    Numbers.FP4,
+                    Numbers.MXFP4,
+                    Numbers.NVFP4,
+                }
+            ),
             bits=frozenset(range(2, 9)),
             schemes=_ALL_SCHEMES,
             product_bits=frozenset(range(2, 9)),

@@ -47,8 +47,8 @@ def check_device(folder: ModelFolder, device: torch.device) -> None:
     """Check that a device multiplies a variant's numbers, and say where it does so no faster than in floating point.
 
     Raises:
-        UserError: the device is an Apple GPU, and the variant's layers round their inputs, or are in FP8 or in bitsandbytes'
-            formats. Floating point and integer weights alone run there.
+        UserError: the device is an Apple GPU, and the variant's layers round their inputs, or are in FP8, MXFP4, NVFP4 or
+            bitsandbytes' formats. Floating point and integer weights alone run there.
     """
     quantized = folder.compressed.quantized
     if device.type == "mps":

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from compress.common.errors import UserError
 from compress.export import export
 from compress.export.compressed_tensors import scheme_of, tensors_of
+from compress.layers.float4_linear import Float4Linear, float4_layer
 from compress.layers.float8_linear import Float8Linear
 from compress.layers.grid import find_grid
 from compress.layers.quantized_linear import QuantizedLinear
-from compress.layers.scheme import ActivationScheme, QuantizedLayer
+from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.rtn import RTN
 
@@ -42,7 +43,7 @@ def linears(network: torch.nn.Module, kind: type) -> dict[str, Any]:
 # 48 and 80 inputs, 24 to 80 outputs: rows and columns that fill no whole word among them.
 @pytest.mark.parametrize(
     ("bits", "group_size", "symmetric"),
-    [(4, 16, True), (4, 16, False), (8, None, True), (8, 16, False), (3, 8, False), (5, None, True)],
+    [(4, 16, True), (4, 16, False), (8, None, True), (8, 16, False), (3, 8, False), (5, None, True), (2, 16, False)],
 )
 def test_packed_integers_scales_and_zeros_are_the_variant_s(
     make_model, make_variant, filled, tmp_path: Path, bits: int, group_size: int | None, symmetric: bool
@@ -137,6 +138,66 @@ def test_float8_is_carried_over(bert: Path, make_variant, filled, tmp_path: Path
     assert (group["input_activations"] is None) == (activations == "none")
 
 
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+def of_e4m3(byte: int) -> float:
+    """4 bits of exponent with bias 7, 3 of mantissa (arXiv 2209.05433)."""
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    return (1 + mantissa / 8) * 2.0 ** (exponent - 7) if exponent else mantissa / 8 * 2.0**-6
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_four_bit_floats_are_the_variant_s(decoder: Path, make_variant, filled, tmp_path: Path, format: str) -> None:
+    run = make_variant(decoder, RTN(format=format, activations="none"))
+    out = export(run, "compressed-tensors", tmp_path / "out", check=False)
+    tensors = load_file(out / "model.safetensors")
+    layers = linears(filled(run), Float4Linear)
+    assert len(layers) == 14
+    size, nvfp4 = (16, True) if format == "nvfp4" else (32, False)
+    for name, layer in layers.items():
+        packed, scale = tensors.pop(f"{name}.weight_packed"), tensors.pop(f"{name}.weight_scale")
+        assert packed.dtype == torch.uint8
+        assert packed.shape == (layer.out_features, layer.in_features // 2)
+        assert scale.dtype == (torch.float8_e4m3fn if nvfp4 else torch.uint8)
+        assert scale.shape == (layer.out_features, layer.in_features // size)
+        whole = float(tensors.pop(f"{name}.weight_global_scale")) if nvfp4 else 1.0
+        codes = [[byte >> place & 15 for byte in row for place in (0, 4)] for row in packed.tolist()]
+        values = torch.tensor([[E2M1[code & 7] * (-1) ** (code >> 3) for code in row] for row in codes])
+        bytes = scale.view(torch.uint8).tolist()
+        scales = torch.tensor([[of_e4m3(byte) if nvfp4 else 2.0 ** (byte - 127) for byte in row] for row in bytes]) / whole
+        assert torch.equal(values * scales.repeat_interleave(size, dim=1), layer.dequantized())
+    assert all(tensor.dtype == torch.float16 for tensor in tensors.values())
+    config = quantization(out)
+    assert config["format"] == f"{format}-pack-quantized"
+    (group,) = config["config_groups"].values()
+    wanted = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": size, "dynamic": False}
+    assert group["weights"].items() >= wanted.items()
+    assert group["weights"]["strategy"] == ("tensor_group" if nvfp4 else "group")
+    assert group["input_activations"] is None
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_compressed_tensors_reads_four_bit_floats_bit_for_bit(
+    decoder: Path, make_variant, filled, tmp_path: Path, format: str
+) -> None:
+    base = pytest.importorskip("compressed_tensors.compressors.base", reason="compressed-tensors is not installed")
+    from compressed_tensors.quantization import QuantizationConfig
+
+    run = make_variant(decoder, RTN(format=format, activations="none"))
+    out = export(run, "compressed-tensors", tmp_path / "out", check=False)
+    tensors = load_file(out / "model.safetensors")
+    config = QuantizationConfig.model_validate(quantization(out))
+    (scheme,) = config.config_groups.values()
+    reader = base.BaseCompressor.get_value_from_registry(config.format)
+    assert reader.can_compress(torch.nn.Linear, scheme)
+    for name, layer in linears(filled(run), Float4Linear).items():
+        parts = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.weight_")}
+        assert set(parts) == set(reader.compression_param_names(scheme))
+        found = reader.decompress(parts, scheme)["weight"]  # in bfloat16
+        assert torch.equal(found.view(torch.int16), layer.dequantized(found.dtype).view(torch.int16))
+
+
 def test_each_precision_names_its_layers(decoder: Path, make_variant, tmp_path: Path) -> None:
     step = RTN(bits=4, group_size=32, activations="none", overrides={"*.down_proj": {"bits": 8}}, skip=("*.o_proj",))
     said: list[str] = []
@@ -165,6 +226,7 @@ def test_each_precision_names_its_layers(decoder: Path, make_variant, tmp_path: 
     ("layer", "words"),
     [
         (QuantizedLayer(bits=4, group_size=32), "48 inputs, not a multiple of the group size 32"),
+        (float4_layer(Numbers.MXFP4), "48 inputs, not a multiple of the group size 32"),
         (QuantizedLayer(bits=4, activations=ActivationScheme.DYNAMIC_PER_TOKEN), "4 bits and quantized activations"),
         (
             QuantizedLayer(bits=8, activations=ActivationScheme.DYNAMIC_PER_TENSOR),

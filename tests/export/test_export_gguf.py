@@ -92,6 +92,19 @@ def test_blocks_stand_for_the_variant_s_values(
     assert header.items() >= wanted.items()
 
 
+def test_mxfp4_is_copied(decoder: Path, make_variant, filled, tmp_path: Path) -> None:
+    run = make_variant(decoder, RTN(format="mxfp4", activations="none"))
+    values, kinds, _ = contents(export(run, "gguf", tmp_path / "out", check=False))
+    network = filled(run)
+    for found, weight in {
+        "blk.0.attn_q.weight": neighbours(network.layers[0].self_attn.q_proj.values(), 4),
+        "blk.1.attn_v.weight": network.layers[1].self_attn.v_proj.values(),
+        "blk.1.ffn_down.weight": network.layers[1].mlp.down_proj.values(),
+    }.items():
+        np.testing.assert_array_equal(values[found], weight.numpy())
+        assert kinds[found] == "MXFP4"
+
+
 def test_a_bert_with_a_block_less(minilm: Path, make_variant, filled, tmp_path: Path) -> None:
     run = make_variant(minilm, Depth(drop=(2, 3, 4)))
     values, kinds, header = contents(export(run, "gguf", tmp_path / "out", check=False))
@@ -243,6 +256,7 @@ def test_a_cased_bert_is_refused(minilm: Path, tmp_path: Path) -> None:
     ("step", "words"),
     [
         (FP8(), "fp8 numbers"),
+        (RTN(format="nvfp4", activations="none"), "nvfp4 numbers"),
         (RTN(bits=8, symmetric=False, group_size=32, activations="none"), "8 bits and are asymmetric"),
         (RTN(bits=4, group_size=16, activations="none"), "16 inputs per group"),
     ],

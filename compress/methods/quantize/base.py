@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from compress.layers.packing import packed_width
-from compress.layers.scheme import BLOCK, NESTED_BLOCK, ActivationScheme, Numbers, QuantizedLayer
+from compress.layers.scheme import BLOCK, FLOAT4_GROUPS, NESTED_BLOCK, ActivationScheme, Numbers, QuantizedLayer
 from compress.methods.base import Estimate, StepOverride, check_overrides, overridden
 from compress.methods.linear_layers import LinearsMethod
 from compress.models.files.headers import TensorInfo
@@ -116,6 +116,11 @@ def stored_tensors(layer: QuantizedLayer, outputs: int, inputs: int) -> dict[str
             "weight_nested_offset": TensorInfo("F32", ()),
         }
     groups = -(-inputs // (layer.group_size or inputs))
+    if layer.numbers in FLOAT4_GROUPS:
+        packed = {"weight": TensorInfo("U8", (outputs, packed_width(inputs, layer.bits)))}
+        if layer.numbers is Numbers.MXFP4:
+            return packed | {"weight_scale": TensorInfo("U8", (outputs, groups))}
+        return packed | {"weight_scale": TensorInfo("F8_E4M3", (outputs, groups)), "weight_global_scale": TensorInfo("F32", ())}
     plain = layer.bits == 8 and layer.symmetric
     tensors = {
         "weight": TensorInfo("I8", (outputs, inputs)) if plain else TensorInfo("U8", (outputs, packed_width(inputs, layer.bits))),

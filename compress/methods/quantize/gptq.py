@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.layers.scheme import ActivationScheme, QuantizedLayer
+from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 from compress.methods.base import Estimate
 from compress.methods.error_feedback import FeedbackMethod, loss_of
 from compress.methods.linear_layers import zeros_of
-from compress.methods.quantize.base import Bits, IntegerWeights, check_groups
+from compress.methods.quantize.base import Bits, check_groups
+from compress.methods.quantize.formats import FormattedWeights, check_float4_activations, stored_layer
 from compress.models.files.headers import TensorInfo
 from compress.models.shape import ModelShape
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.inputs import Inputs
     from compress.layers.compressed import CompressedLayer
-    from compress.layers.grid import Grid
+    from compress.layers.float4 import AnyGrid
     from compress.methods.error_feedback import Feedback
     from compress.models.network.segments import Parts
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 BLOCK, ROWS = 128, 4_096
 
 
-class GPTQ(FeedbackMethod, IntegerWeights):
+class GPTQ(FeedbackMethod, FormattedWeights):
     """Round linear layers so that their outputs on calibration texts change least.
 
     Frantar et al. 2022, arXiv 2210.17323. It is written as linear feedback (QuIP, Chee et al. 2023, arXiv 2307.13304, section 3.2;
@@ -58,13 +59,20 @@ class GPTQ(FeedbackMethod, IntegerWeights):
 
     @model_validator(mode="after")
     def _scaled_activations_have_groups(self) -> Self:
+        check_float4_activations(Numbers(self.format), ActivationScheme(self.activations))
         if self.activations == "dynamic_per_group":
             check_groups(self)
         return self
 
     def numbers_of(self, name: str) -> QuantizedLayer:
-        """Return the layer's precision, with the step's activations."""
-        return super().numbers_of(name).model_copy(update={"activations": ActivationScheme(self.activations)})
+        """Return the layer's format and precision, with the step's activations.
+
+        Raises:
+            ValueError: the layer's format does not go with quantized activations; see also `FormattedWeights.numbers_of`.
+        """
+        layer = super().numbers_of(name)
+        check_float4_activations(layer.numbers, ActivationScheme(self.activations), f"{name}: ")
+        return layer.model_copy(update={"activations": ActivationScheme(self.activations)})
 
     drift: float = Field(0.0, ge=0, le=1)
     """How much of the drift of its inputs a layer makes up for: 0 is GPTQ, with 1 its outputs are fitted to those that it has in
@@ -105,15 +113,13 @@ class GPTQ(FeedbackMethod, IntegerWeights):
         """
         import torch
 
-        from compress.layers.quantized_linear import QuantizedLinear
-
         for names, moment, feedback, correction in self._statistics(parts, linears, inputs):
             for name in names:
                 weight = linears[name].weight.detach().float()
                 target = weight if correction is None else torch.addmm(weight, weight, correction, alpha=self.drift)
-                grid = self.grid_of(name, target, search=self.search, importance=moment.diagonal())
+                grid = self.any_grid_of(name, target, search=self.search, importance=moment.diagonal())
                 integers = round_with_feedback(weight, grid, feedback, zeros_of(weight), target)
-                yield name, QuantizedLinear.from_integers(integers, grid, linears[name].bias, ActivationScheme(self.activations))
+                yield name, stored_layer(integers, grid, linears[name].bias, ActivationScheme(self.activations))
 
     def _statistics(
         self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None
@@ -138,12 +144,12 @@ class GPTQ(FeedbackMethod, IntegerWeights):
 
 def round_with_feedback(
     weight: torch.Tensor,
-    grid: Grid,
+    grid: AnyGrid,
     feedback: Feedback,
     gone: torch.Tensor | None = None,
     target: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Round a weight, float32 [out, in], to unsigned integers of a grid, uint8 [out, in].
+    """Round a weight, float32 [out, in], to a grid: return its unsigned integers, or E2M1's bits, uint8 [out, in].
 
     With errors E = W - Q the output's squared error is tr(E H E^T) = sum_k D_k |E_k + sum_{j<k} E_j U_jk|^2. So channel k is
     rounded after `sum_{j<k} E_j U_jk` has been added to it, which makes its term as small as rounding allows. Weights that are
@@ -159,14 +165,14 @@ def round_with_feedback(
         plain = rounded[rows]
         fed, loss = _round_rows((weight[rows], target[rows]), rows, grid, feedback, None if gone is None else gone[rows])
         # Per output channel, the better of feedback and plain rounding.
-        value = _values(plain, rows, grid)
+        value = grid.rows(rows).values(plain)
         better = loss < loss_of(target[rows] - value, feedback, weight[rows] - value)
         rounded[rows] = torch.where(better[:, None], fed, plain)
     return rounded
 
 
 def _round_rows(
-    weights: tuple[torch.Tensor, torch.Tensor], rows: slice, grid: Grid, feedback: Feedback, gone: torch.Tensor | None
+    weights: tuple[torch.Tensor, torch.Tensor], rows: slice, grid: AnyGrid, feedback: Feedback, gone: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round some rows by GPTQ's algorithm 1, given weight and target; also return each row's cost without the damping's share.
 
@@ -196,11 +202,11 @@ def _round_rows(
             wanted = torch.addmv(heard[channel], errors[:place].t(), inner[place, :place]) if place else heard[channel]
             # Q_:,j = quant(W_:,j)
             scale, zero = scales[group[channel]], zeros[group[channel]]
-            steps = (wanted / scale).round_().add_(zero).clamp_(grid.lowest, grid.highest)
+            steps = grid.steps(wanted, scale, zero)
             if stay_zero is not None:
-                steps = torch.where(stay_zero[channel], zero, steps)
-            integers[channel] = steps.to(torch.uint8)
-            value = steps.sub_(zero).mul_(scale)
+                steps = steps.masked_fill_(stay_zero[channel], 0)
+            integers[channel] = grid.codes(steps, zero)
+            value = steps.mul_(scale)
             # E_:,j-i: the total error W - Q here, where the paper has the rounding error over [H^-1]_jj
             torch.sub(exact[channel], value, out=errors[place])
             moved = near[channel] - value
@@ -211,9 +217,3 @@ def _round_rows(
     result = torch.empty_like(integers)
     result[order] = integers
     return result.t(), loss
-
-
-def _values(integers: torch.Tensor, rows: slice, grid: Grid) -> torch.Tensor:
-    from compress.layers.grid import dequantize
-
-    return dequantize(integers, grid.scale[rows], grid.zero[rows], grid.group_size, grid.scale.dtype)

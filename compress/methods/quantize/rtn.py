@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.layers.scheme import ActivationScheme, QuantizedLayer
+from compress.layers.scheme import ActivationScheme, Numbers, QuantizedLayer
 from compress.methods.base import overridden
-from compress.methods.quantize.base import NEED_GROUPS, NULLS, IntegerWeights, Override, check_groups
+from compress.methods.quantize.base import NEED_GROUPS, check_groups
+from compress.methods.quantize.formats import FormatOverride, FormattedWeights, check_float4_activations, stored_layer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,15 +25,15 @@ ONE_SCALE = (
 )
 
 
-class LayerOverride(Override):
-    """Precision and activations of the layers that match a pattern, where they differ from the step's own."""
+class LayerOverride(FormatOverride):
+    """Format, precision and activations of the layers that match a pattern, where they differ from the step's own."""
 
     activations: Activations | None = None
     """How the layers' input is quantized; by default the step's own."""
 
 
-class RTN(IntegerWeights):
-    """Round linear layers to integers of `bits` bits.
+class RTN(FormattedWeights):
+    """Round linear layers to integers of `bits` bits, or to four-bit floating point.
 
     With 8 bits and `activations: dynamic_per_token` this is the W8A8 arithmetic of LLM.int8() without its outlier columns (Dettmers
     et al. 2022, arXiv 2208.07339: one scale per row of the inputs, one per output channel of the weights).
@@ -52,6 +53,7 @@ class RTN(IntegerWeights):
     def _integer_products_have_one_scale_a_channel(self) -> Self:
         if any(other.activations is not None for other in self.overrides.values()):
             return self  # which layer gets what is known when their names are: see `numbers_of`
+        check_float4_activations(Numbers(self.format), ActivationScheme(self.activations))
         if self.activations == "dynamic_per_group":
             check_groups(self)
             return self
@@ -64,22 +66,22 @@ class RTN(IntegerWeights):
         """Return the step's own precision and activations, changed by the overrides that match the layer's name.
 
         Raises:
-            ValueError: the layer would have groups or zeros that its quantized activations do not go with, or no groups for them.
+            ValueError: the layer would have groups, zeros or a format that its quantized activations do not go with, or no groups
+                for them; see also `FormattedWeights.numbers_of`.
         """
-        settings = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric, "activations": self.activations}
-        layer = QuantizedLayer(**settings | overridden(name, self.overrides, NULLS))
-        if layer.activations is ActivationScheme.DYNAMIC_PER_GROUP:
+        activations = ActivationScheme(overridden(name, self.overrides).get("activations", self.activations))
+        layer = super().numbers_of(name).model_copy(update={"activations": activations})
+        check_float4_activations(layer.numbers, activations, f"{name}: ")
+        if activations is ActivationScheme.DYNAMIC_PER_GROUP:
             if not layer.group_size:
                 raise ValueError(f"{name}: {NEED_GROUPS}")
-        elif layer.activations is not ActivationScheme.NONE and (layer.group_size or not layer.symmetric):
+        elif activations is not ActivationScheme.NONE and (layer.group_size or not layer.symmetric):
             raise ValueError(f"{name}: {ONE_SCALE}")
         return layer
 
     def quantize(self, parts: Parts, linears: dict[str, nn.Linear], inputs: Inputs | None) -> Iterator[tuple[str, CompressedLayer]]:
         """See `QuantizeLinears.quantize`."""
-        from compress.layers.quantized_linear import QuantizedLinear
-
         for name, linear in linears.items():
             weight = linear.weight.detach()
-            grid = self.grid_of(name, weight, search=self.search)
-            yield name, QuantizedLinear.from_integers(grid.round(weight), grid, linear.bias, self.numbers_of(name).activations)
+            grid = self.any_grid_of(name, weight, search=self.search)
+            yield name, stored_layer(grid.round(weight), grid, linear.bias, self.numbers_of(name).activations)

@@ -11,10 +11,14 @@ from safetensors.torch import load_file, save_file
 from tests_support import compress_to, folder_of
 
 from compress.common.errors import UserError
+from compress.layers.float4 import AnyGrid, find_float4_grid
 from compress.layers.grid import Grid, find_grid
+from compress.layers.scheme import FLOAT4_GROUPS, Numbers
 from compress.methods.error_feedback import factor
 from compress.methods.quantize.gptq import GPTQ, round_with_feedback
 from compress.models.files.variant import VariantInfo
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
 
 def problem(outputs: int, inputs: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,12 +29,12 @@ def problem(outputs: int, inputs: int, tokens: int, seed: int = 0) -> tuple[torc
     return torch.randn(outputs, inputs, generator=generator), rows
 
 
-def loss(weight: torch.Tensor, grid: Grid, integers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def loss(weight: torch.Tensor, grid: AnyGrid, integers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Squared error of each output on the calibration rows."""
     return (rows @ (weight - grid.values(integers)).t()).square().sum(dim=0)
 
 
-def published(weight: torch.Tensor, moment: torch.Tensor, grid: Grid, damping: float, act_order: bool) -> torch.Tensor:
+def published(weight: torch.Tensor, moment: torch.Tensor, grid: AnyGrid, damping: float, act_order: bool) -> torch.Tensor:
     """Algorithm 1 of arXiv 2210.17323 in float64, word for word: the inverse, its Cholesky factor, column after column."""
     h = moment.double().clone()
     h.diagonal().add_(damping * moment.diagonal().mean())
@@ -41,9 +45,15 @@ def published(weight: torch.Tensor, moment: torch.Tensor, grid: Grid, damping: f
     integers = torch.empty(weight.shape, dtype=torch.uint8)
     for i in range(len(h)):
         scale, zero = grid.scale[:, group[i]].double(), grid.zero[:, group[i]].double()
-        steps = ((w[:, i] / scale).round() + zero).clamp(grid.lowest, grid.highest)
-        integers[:, i] = steps.to(torch.uint8)
-        error = (w[:, i] - (steps - zero) * scale) / inverse[i, i]
+        if isinstance(grid, Grid):
+            steps = ((w[:, i] / scale).round() + zero).clamp(grid.lowest, grid.highest)
+            integers[:, i] = steps.to(torch.uint8)
+            value = (steps - zero) * scale
+        else:
+            nearest = (w[:, i, None] / scale[:, None] - E2M1).abs().argmin(dim=1)
+            integers[:, i] = nearest.to(torch.uint8)
+            value = E2M1[nearest] * scale
+        error = (w[:, i] - value) / inverse[i, i]
         w[:, i:] -= error[:, None] * inverse[i, i:]
     back = torch.empty_like(integers)
     back[:, order] = integers
@@ -62,6 +72,22 @@ def test_it_is_the_published_algorithm(act_order: bool, bits: int, group_size: i
     assert better.sum() > 30
     # Where a weight lies between two integers float32 and float64 may part, and then what follows does; seldom.
     assert (ours == theirs)[better].float().mean() > 0.995
+
+
+@pytest.mark.parametrize("numbers", list(FLOAT4_GROUPS))
+def test_four_bit_floats_are_rounded_by_the_same_algorithm(numbers: Numbers) -> None:
+    weight, rows = problem(40, 160, 600)
+    moment = rows.t() @ rows / len(rows)
+    grid = find_float4_grid(weight, numbers)
+    ours, theirs = round_with_feedback(weight, grid, factor(moment, 0.01, True)), published(weight, moment, grid, 0.01, True)
+    better = loss(weight, grid, theirs, rows) < loss(weight, grid, grid.round(weight), rows)
+    assert better.sum() > 30
+    same = grid.values(ours) == grid.values(theirs)  # the sign of a zero is no matter
+    assert same[better].float().mean() > 0.995
+    gone = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    pruned = weight.masked_fill(gone, 0)
+    kept = grid.values(round_with_feedback(pruned, grid, factor(moment, 0.01, True), gone))
+    assert (kept[gone] == 0).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
