@@ -61,7 +61,7 @@ def test_the_run_is_named_and_so_are_those_that_none_beats() -> None:
 
 
 def test_a_name_that_would_be_taken_for_another_points_is_left_out() -> None:
-    row = [Point(f"point-{letter}", 10.0 + 1.5 * number, 100.0) for number, letter in enumerate("abcdef")]
+    row = [Point(f"point-{letter}", 10.0 + 3.0 * number, 100.0) for number, letter in enumerate("abcdef")]
     _, found = parts(replace(PANEL, others=row))
     where = dict(zip((point.name for point in row), places(found["others best"][0]), strict=True))
     assert 1 <= len(found["name"]) < len(row)

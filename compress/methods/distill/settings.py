@@ -61,8 +61,8 @@ class DistillSettings(Method):
     matryoshka: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Numbers of leading dimensions for which the objectives are computed in addition to the full vectors."""
     depth: Literal["any"] | None = None
-    """`any` trains one student whose vectors are good after each of its blocks, so that it can be cut to any depth afterwards:
-    `compress export --depth`. By default only the vectors after the last block are trained."""
+    """`any` trains one student whose vectors are good after each of its blocks, so that it can be cut to any depth afterwards
+    (`compress export RUN --depth 3`). By default only the vectors after the last block are trained."""
     exits: int = Field(2, ge=1)
     """Number of shallower depths that each batch is compared at with `depth: any`, in addition to the whole depth; drawn anew for
     each batch, and all of them where there are not so many."""

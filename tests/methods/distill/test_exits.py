@@ -145,7 +145,7 @@ def test_all_depths_learn_in_one_training(bert: Path, tmp_path: Path) -> None:
     curve = read_curve(tmp_path / "t")
     assert set(curve[0]) == {"step", "loss", "cosine", "cosine_1", "seconds"}
     assert curve[-1]["cosine_1"] > curve[0]["cosine_1"] + 0.01
-    assert curve[-1]["cosine"] > 0.99  # it is the teacher, and stays near it
+    assert curve[-1]["cosine"] > 0.97  # it is the teacher, and stays near it
     # What the curve says of an exit is what a network of that depth gives.
     batch = data.held_out.batch(np.arange(len(data.held_out)))
     with torch.no_grad():
