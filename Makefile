@@ -22,11 +22,11 @@ endef
 
 .PHONY: demo test test-slow test-models test-stores torture check docs clean
 
-# Two runs, their table, their page and what to do next. int8-onnx runs on every CPU with what is installed here; int8-openvino, which
-# is faster where it runs, is refused on CPUs without VNNI.
+# Two runs, their table, their page and what to do next. int4-onnx runs on every CPU; int8-onnx and int8-openvino, which are faster
+# where they run, are refused on CPUs without VNNI.
 demo: $(STAMP)
 	$(BIN)/compress run recipes/int8.yaml --runs runs
-	$(BIN)/compress run recipes/int8-onnx.yaml --runs runs
+	$(BIN)/compress run recipes/int4-onnx.yaml --runs runs
 	$(BIN)/compress compare runs
 	$(BIN)/compress dashboard runs --to runs/report.html
 	$(BIN)/python examples/what_next.py runs runs/report.html

@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused(bert: Path, nv_embed: Path, texts: Path, t
         parse_recipe({"steps": [{"method": "distill", "texts": str(texts), "student": {**SMALL, "word": 3}}]})
     with pytest.raises(UserError, match=r"student\.new\.architecture: 'statik' is not allowed here; did you mean 'static'"):
         parse_recipe({"steps": [{"method": "distill", "texts": str(texts), "student": {"architecture": "statik"}}]})
-    with pytest.raises(ValueError, match="a static table has no blocks; leave out `hidden`, `lora` and `sharded`"):
+    with pytest.raises(ValueError, match="a static table has no blocks; leave out `hidden`, `lora`, `sharded` and `depth`"):
         step_on(texts, sharded=True).estimate(folder_of(bert).shape)
     with pytest.raises(ValueError, match="`matryoshka: 16` has no effect"):
         step_on(texts, matryoshka=(16,)).estimate(folder_of(bert).shape)
