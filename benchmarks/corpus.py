@@ -156,8 +156,11 @@ def measure_kills(options: argparse.Namespace, folder: Path) -> None:
         if running.poll() is None:
             running.kill()
             killed += 1
-        running.wait()
-        left.append(len(parts_in(folder / "killed")))
+            running.wait()
+            left.append(len(parts_in(folder / "killed")))
+        else:  # it was whole before its kill: the next one begins anew
+            assert contents(folder / "killed") == contents(folder / "whole")
+            shutil.rmtree(folder / "killed")
     print(f"{killed} kills; whole parts after each: {left}")
     subprocess.run(command(options, folder / "killed"), check=True, capture_output=True)
     print(f"byte-identical: {contents(folder / 'killed') == contents(folder / 'whole')}; {check_ids(folder / 'killed', options)}")
