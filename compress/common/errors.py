@@ -58,9 +58,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     "did you mean 'steps'?"
     """
     known = sorted(names)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]!r}?"
+    if close := _closest(name, known):
+        return f"did you mean {close!r}?"
     shown = ", ".join(known[:12]) + (f", ... ({len(known)} in all)" if len(known) > 12 else "")
     return f"known: {shown}"
 
@@ -72,7 +71,11 @@ def rename(missing: str, others: Iterable[str]) -> str:
     "rename 'texts' to 'text'"
     """
     known = sorted(others)
-    close = difflib.get_close_matches(missing, known, n=1, cutoff=0.6)
-    if close:
-        return f"rename {close[0]!r} to {missing!r}"
+    if close := _closest(missing, known):
+        return f"rename {close!r} to {missing!r}"
     return f"its other columns: {', '.join(known[:12]) or 'none'}"
+
+
+def _closest(name: str, known: list[str]) -> str | None:
+    """Return the known name that is most like another, if one is like it at all."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None)
