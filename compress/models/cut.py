@@ -14,14 +14,12 @@ from compress.common.errors import UserError
 from compress.common.files import write_text_atomic
 from compress.common.inputs import own_file
 from compress.models.architectures import place_in_block
-from compress.models.files.config import CONFIG_FILE
+from compress.models.files.config import CONFIG_FILE, TOKENIZER_FILE
 from compress.models.files.shards import join_shards, shard, write_tensors
 from compress.models.files.variant import VariantInfo
 from compress.models.folder import ModelFolder
 from compress.models.opened import empty_model, weights_of
 from compress.models.shape import with_backbone
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 def cut(source: ModelFolder, depth: int, folder: Path) -> ModelFolder:

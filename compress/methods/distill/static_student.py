@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compress.common.files import write_json
 from compress.models.embedder import Vectors
+from compress.models.files.config import TOKENIZER_FILE
 from compress.models.files.headers import TensorInfo
 from compress.models.shape import ModelShape
 from compress.models.text.sentence_transformers import STATIC
@@ -17,7 +18,7 @@ from compress.models.text.static import TABLE, TOKEN_WEIGHTS, StaticConfig
 from compress.models.text.tokens import Ids, TextTokenizer
 from compress.models.text.vocabulary import kept_tokens, with_tokens
 
-TOKENIZER_FILE, AXES_FILE = "tokenizer.json", "axes.npy"
+AXES_FILE = "axes.npy"
 MODULES_PACKAGE = "sentence_transformers.models"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compress.models.embedder import Vectors
+from compress.models.files.config import CONFIG_FILE, TOKENIZER_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<s>", "</s>"
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LONGEST_PIECE = 24
-CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 
 
 class Student(BaseModel):

@@ -13,7 +13,7 @@ from compress.common.inputs import checked, read_object
 from compress.models.architectures import BLOCK
 from compress.models.files.headers import StoredTensor, TensorInfo
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 MOST_BLOCKS = 10_000
 """Bound on blocks. Networks that share weights between blocks have fewer in their files than in their config."""
 Size = Annotated[int, Field(ge=1, le=10**9)] | None
