@@ -8,7 +8,7 @@
     python benchmarks/corpus.py ray-rate --model minilm --texts FOLDER/texts.jsonl --parts 24
 
 `texts` makes short texts: 3 to 12 words in a row of a random text of the source, by a seed, with ids. `memory` prints the peak of
-the anonymous memory in each tenth of a run. `rate` embeds the same texts in memory and through files in turn, in one process.
+the anonymous memory in each tenth of a run. `rate` embeds the same texts in memory and through files in turn, in new processes.
 `kills` ends a run at random moments with SIGKILL, starts it again, and compares all bytes with those of an uninterrupted run.
 `ray-kills` does so to workers, then to whole runs. `ray-rate` compares one and two workers of one core each in turn.
 """
@@ -23,7 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -99,33 +103,42 @@ def measure_memory(options: argparse.Namespace, folder: Path) -> None:
 
 
 def measure_rate(options: argparse.Namespace, folder: Path) -> None:
-    """Texts a second in memory and through files; loading the model counts for neither."""
-    lines = options.texts.open(encoding="utf-8").readlines()[: options.count]
+    """Texts a second in memory and through files, each in a process of its own; opening the model counts for neither.
+
+    In one process the threads that the first way leaves behind would slow the second.
+    """
     some = folder / "some.jsonl"
-    some.write_text("".join(lines), encoding="utf-8")
-    texts = [json.loads(line)["text"] for line in lines]
-    embedder = compress.load(options.model, device="cpu")
-    embedder.encode(texts[:2000])
+    with options.texts.open(encoding="utf-8") as file:
+        some.write_text("".join(islice(file, options.count)), encoding="utf-8")
+    ways = {"memory": in_memory, "files": through_files}
     ratios = []
     for number in range(options.rounds):
         seconds = {}
-        for way in ("memory", "files") if number % 2 == 0 else ("files", "memory"):
-            if way == "memory":
-                start = time.perf_counter()
-                embedder.encode(texts, progress=False)
-                seconds[way] = time.perf_counter() - start
-            else:
-                seconds[way] = through_files(options, some, folder / f"out-{number}")
+        for way in sorted(ways, reverse=number % 2 == 0):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                seconds[way] = process.submit(ways[way], options, some, folder / f"out-{number}").result()
         ratios.append(seconds["memory"] / seconds["files"])
-        rates = ", ".join(f"{way} {len(texts) / taken:,.0f} texts/s" for way, taken in sorted(seconds.items()))
+        rates = ", ".join(f"{way} {options.count / taken:,.0f} texts/s" for way, taken in sorted(seconds.items()))
         print(f"round {number + 1}: {rates}; files at {100 * ratios[-1]:.1f} % of memory", flush=True)
     print(f"median: {100 * median(ratios):.1f} %")
 
 
+def in_memory(options: argparse.Namespace, texts: Path, _: Path) -> float:
+    """Return the seconds of embedding a list."""
+    listed = [json.loads(line)["text"] for line in texts.open(encoding="utf-8")]
+    embedder = compress.load(options.model, device="cpu")
+    start = time.perf_counter()
+    embedder.encode(listed, progress=False)
+    return time.perf_counter() - start
+
+
 def through_files(options: argparse.Namespace, texts: Path, to: Path) -> float:
     """Return the seconds of a whole run, less those of opening its model."""
-    start = time.perf_counter()
-    make_encoder(Encoding(options.model, EncodeOptions(device="cpu")))
+    how = Encoding(options.model, EncodeOptions(device="cpu"))
+    with ThreadPoolExecutor(1) as thread:  # as a run opens it; threads that torch leaves in this one would slow the run
+        thread.submit(make_encoder, how).result()  # the modules
+        start = time.perf_counter()
+        thread.submit(make_encoder, how).result()
     opening = time.perf_counter() - start
     start = time.perf_counter()
     encode_corpus(options.model, str(texts), to, CorpusOptions(EncodeOptions(device="cpu"), COLUMNS, part_texts=options.part_texts))
@@ -232,13 +245,16 @@ def one_ray_rate(options: argparse.Namespace, units: list[list[str]], workers: i
     with working(partial(make_encoder, how), RayOptions(workers=workers)) as mapped:
         (facts,) = mapped([Describe([])])
         started = time.perf_counter()
-        done = [time.perf_counter() for _ in mapped(Texts(unit, facts) for unit in units)]
+        first = 2 * workers  # by then every worker has loaded its model
+        deque(mapped(Texts(unit, facts) for unit in units[:first]), maxlen=0)
+        warm = time.perf_counter()
+        deque(mapped(Texts(unit, facts) for unit in units[first:]), maxlen=0)
+        done = time.perf_counter()
         own = cpu_seconds(psutil.Process(), workers_of(psutil.Process()))
-    first = 2 * workers  # by then every worker has loaded its model
-    rate = (len(units) - first) * len(units[0]) / (done[-1] - done[first - 1])
+    rate = sum(map(len, units[first:])) / (done - warm)
     print(
         f"{workers} workers: {rate:,.1f} texts/s; {started - begun:.1f} s to start Ray and open the first model; in "
-        f"{done[-1] - begun:.0f} s Ray's own processes took {own:.1f} s of CPU",
+        f"{done - begun:.0f} s Ray's own processes took {own:.1f} s of CPU",
         flush=True,
     )
     return rate
