@@ -285,7 +285,8 @@ class _Search:
 
     def _changes(self, chosen: Chosen, folder: Path) -> dict[str, dict[str, float]]:
         """Return how the loss of a solution changes with another choice for one of its groups."""
-        from compress.search.scores import Around, Passages, Scoring, score
+        from compress.search.scores import score
+        from compress.search.scoring import Around, Passages, Scoring
 
         subject, options = self.subject, self.subject.options
         passages = Passages(

@@ -179,7 +179,8 @@ def sensitivity(model: str, options: SensitivityOptions = SensitivityOptions(), 
 
 def sensitivity_of(subject: Subject) -> Sensitivity:
     """Return the sensitivity of a subject, from the cache if it is there; see `sensitivity`."""
-    from compress.search.scores import Passages, Scoring, score
+    from compress.search.scores import score
+    from compress.search.scoring import Passages, Scoring
 
     options, texts = subject.options, subject.texts
     journal = Journal(use("sensitivity", subject.key), checked=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from compress.calibration.texts import CalibrationSource
 from compress.common.journal import Journal
 from compress.data.texts import calibration_texts
-from compress.search.scores import Passages, Scoring
+from compress.search.scoring import Passages, Scoring
 from compress.search.sensitivity import SensitivityOptions, Subject
 
 FEW = SensitivityOptions(choices=("int8", "int4", "int3"), count=24, scored=16, max_tokens=40)

@@ -14,6 +14,7 @@ from search_support import FEW, scoring
 
 from compress.search import scores
 from compress.search.scores import loss_of, score
+from compress.search.scoring import Around
 
 EXACT = 1e-6
 
@@ -102,7 +103,7 @@ def test_around_a_variant_scores_are_changes_of_its_loss(bert: Path, tmp_path: P
     texts = plain.texts.scored.texts
     maker = Maker(plain.source, plain.shape, plain.choices, plain.texts.calibration, texts, tmp_path / "made")
     base = maker.loss(chosen, keep=True)
-    found = score(scoring(bert, tmp_path / "around", around=scores.Around(maker.variant(chosen), chosen)))
+    found = score(scoring(bert, tmp_path / "around", around=Around(maker.variant(chosen), chosen)))
     assert all(found[group]["int4"] == 0.0 for group in chosen)
     for group in ("0.up", "1.down"):
         other = maker.loss({**chosen, group: "int3"})
