@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from measured import RESULTS, ROOT, StaleError, sentence, with_links
+from measured_blocks import sentence, with_links
+from measured_records import RESULTS, ROOT, StaleError
 
 from compress.common.memory import gigabytes
 from compress.measure.record import RECORD_FILE, Record, Row, Step, TaskRow

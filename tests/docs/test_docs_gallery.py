@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import gallery
 import pytest
-from measured import StaleError
+from measured_records import StaleError
 
 from compress.reports.compare import compare_runs
 from compress.reports.formats import as_markdown
