@@ -37,7 +37,8 @@ import pyarrow
 from pyarrow import parquet
 
 import compress
-from compress.data.corpus import Columns, open_corpus
+from compress.data.corpus import open_corpus
+from compress.data.rows import Columns
 from compress.data.texts import iterate_texts
 from compress.models.source import find
 from compress.runtimes.encoding import EncodeOptions

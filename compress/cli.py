@@ -383,7 +383,7 @@ def _ray(address: str | None, workers: int, cpus: int, gpus: float) -> Any:
 
 def _encode_corpus(model: str, texts: str, target: Path, how: Any, asked: Mapping[str, Any], ray: Any) -> None:
     """Embed a corpus and say what became of it."""
-    from compress.data.corpus import Columns
+    from compress.data.rows import Columns
     from compress.scale.corpora import CorpusOptions, encode_corpus
     from compress.scale.encoder import check_store
 

@@ -17,7 +17,8 @@ from compress.common.errors import UserError
 from compress.common.files import TEMPORARY, naming, write_json
 from compress.common.inputs import read_as
 from compress.common.locks import LOCK, locked
-from compress.data.corpus import Block, Columns, Corpus, Position, open_corpus
+from compress.data.corpus import Block, Corpus, Position, open_corpus
+from compress.data.rows import Columns
 from compress.data.texts import calibration_texts, read_texts
 from compress.models.folder import ModelFolder
 from compress.models.source import find

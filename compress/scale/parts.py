@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict
 from compress.common.errors import UserError
 from compress.common.files import naming, remove_abandoned_files, replacing, sync_folder, write_json
 from compress.common.inputs import checked, parse_json, read_as
-from compress.data.corpus import Block, Id, Reject
+from compress.data.corpus import Block, Reject
+from compress.data.rows import Id
 from compress.scale.encoder import DTYPES, INT8_SHIFT, Facts, Store, Stored
 
 REJECTS = "_rejects.jsonl"

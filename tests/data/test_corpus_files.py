@@ -11,7 +11,8 @@ import pytest
 from pyarrow import parquet
 
 from compress.common.errors import UserError
-from compress.data.corpus import START, Block, Columns, Corpus, dataset_source, open_corpus
+from compress.data.corpus import START, Block, Corpus, dataset_source, open_corpus
+from compress.data.rows import Columns
 
 TEXTS = ["the parcel never came", "日本語の文章です。", "", 'with, a comma and "quotes"', "a\ttab", "x" * 3000, "last"]
 
@@ -131,7 +132,7 @@ def test_tables_and_parquet_reject_bad_bytes(tmp_path: Path) -> None:
 
 
 def test_a_line_that_is_too_long_is_a_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.data.corpus.LONGEST_LINE", 10)
+    monkeypatch.setattr("compress.data.rows.LONGEST_LINE", 10)
     (tmp_path / "t.txt").write_text("short\n" + "x" * 25 + "\nshort\n")
     corpus = open_corpus(str(tmp_path / "t.txt"), Columns())
     assert listed(list(corpus.blocks(9))) == [(0, "short", "t.txt, line 1"), (2, "short", "t.txt, line 3")]

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import compress
 from compress.cli import app, is_corpus, with_address
 from compress.common.errors import BadTextError, NotFiniteError, UserError
-from compress.data.corpus import Columns
+from compress.data.rows import Columns
 from compress.measure.vectors.codec import unit
 from compress.models.embedder import Vectors
 from compress.runtimes.encoding import EncodeOptions
