@@ -164,6 +164,7 @@ class _Run:
         # With the steps as they were written, by whose numbers errors name them.
         self.plan = make_plan(self.recipe.model_copy(update={"steps": recipe.steps}), self.shape, output)
         _check_writable(output)
+        self.device = _device(device)
         evaluate, measure = self.recipe.evaluate, self.recipe.measure
         if "fidelity" in measure.what and measure.count <= NEIGHBOURS:
             raise UserError(
@@ -177,7 +178,6 @@ class _Run:
         self.files = {name: digest(Path(name)) for step in self.recipe.steps for name in step.reads}
         self.tasks = _tasks(self.recipe)
         check_prompts(evaluate.prompts, self.tasks)
-        self.device = _device(device)
         kind = Kind(static=self.plan.static)
         self.runtime = pick_runtime(
             self.recipe.runtime,
