@@ -34,9 +34,10 @@ def call(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def call_here(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Run the command line in this process, which has imported what it needs; return its exit code and what it printed."""
     capfd.readouterr()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["compress", *map(str, arguments)])
-        cli.main()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
     assert isinstance(ended.value.code, int)
     return ended.value.code, *capfd.readouterr()
 
