@@ -318,5 +318,9 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(
         with pytest.raises(KeyboardInterrupt):
             compress_to(bert, tmp_path / "killed", *steps)
     compress_to(bert, tmp_path / "killed", *steps)
+    # What all rounds dropped is said once.
+    info = folder_of(tmp_path / "whole").variant
+    assert info is not None
+    assert info.weights == "float16 less 1 block 0.5 of heads 0.5 of channels"
     for name in ("model.safetensors", "config.json", "variant.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
