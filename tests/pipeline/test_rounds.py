@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tests_support import compress_to, folder_of, stored_shapes
 from compress.common.errors import UserError
 from compress.data.texts import suite_texts
 from compress.methods.base import Method
+from compress.methods.distill import training
 from compress.methods.distill.batches import batches_from
 from compress.methods.distill.checkpoints import Checkpoints
 from compress.methods.distill.method import Distill
@@ -302,7 +303,16 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(
     pruned = (Depth(keep=0.5), Width(channels=0.5, heads=0.5))
     steps = steps_for(Recipe(steps=(Rounds(rounds=2, steps=(*pruned, heal)),)), folder_of(bert).shape_to_compress)
     assert [step.method for step in steps] == ["depth", "width", "distill", "width", "distill"]
-    compress_to(bert, tmp_path / "whole", *steps)
+    starts: list[int] = []
+
+    def noted(lengths: np.ndarray, settings: Distill, start: int) -> Iterator[np.ndarray]:
+        starts.append(start)
+        return batches_from(lengths, settings, start)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "batches_from", noted)
+        compress_to(bert, tmp_path / "whole", *steps)
+    assert starts == [0, 3]
     compress_to(bert, tmp_path / "at-once", *pruned)
     assert stored_shapes(tmp_path / "whole") == stored_shapes(tmp_path / "at-once")
 
