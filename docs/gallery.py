@@ -25,6 +25,7 @@ from compress.measure.record import RECORD_FILE, Record, Row, Step, TaskRow
 from compress.methods.base import Method
 from compress.pipeline.recipe import Recipe
 from compress.pipeline.recipe_file import parse_recipe, read_recipe
+from compress.pipeline.rounds import Rounds
 from compress.reports.compare import Group, Line, grouped, read_records
 from compress.reports.formats import COLUMNS
 from compress.reports.plot import Point
@@ -117,7 +118,9 @@ class Records:
 def differences(recipe: Recipe, record: Record) -> str:
     """Return in which settings of its steps a record differs from the recipe's file; empty: in none."""
     then = parse_recipe(record.recipe, f"recipe of {record.run}")
-    before, now = ([step for step in steps if step.method != "fold"] for steps in (then.steps, recipe.steps))
+    before, now = ([step for step in one.methods if step.method != "fold"] for one in (then, recipe))
+    if any(isinstance(step, Rounds) for step in recipe.steps):
+        return differences_in_rounds(before, now)
     if [step.method for step in before] != [step.method for step in now]:
         return "steps " + ", ".join(f"`{step.method}`" for step in before)
     found = [
@@ -127,6 +130,20 @@ def differences(recipe: Recipe, record: Record) -> str:
         if value != new.model_dump(mode="json")[name]
     ]
     return ", ".join(found)
+
+
+def differences_in_rounds(before: Sequence[Method], now: Sequence[Method]) -> str:
+    """Return the same for a recipe with a group: the record has its steps round by round, some keys with a value for each."""
+    if {step.method for step in before} != {step.method for step in now}:
+        return "steps " + ", ".join(f"`{step.method}`" for step in before)
+    written = {step.method: step.model_dump(mode="json") for step in now}
+    found = [
+        f"`{name}` of `{old.method}`: `{value}`"
+        for old in before
+        for name, value in old.model_dump(mode="json").items()
+        if name not in old.spreads and value != written[old.method][name]
+    ]
+    return ", ".join(dict.fromkeys(found))
 
 
 # Pictures
@@ -274,12 +291,20 @@ def details(found: Found, recipe: Recipe) -> list[str]:
 
 def sentences(recipe: Recipe) -> list[str]:
     """Say what a recipe does: in its own words, then each step in those of its method's file."""
-    numbered = enumerate(recipe.steps, start=1)
-    steps = [f"{number}. [`{step.method}`](../recipes.md#{step.method}): {about(step)}" for number, step in numbered]
+    steps = listed(recipe.steps)
     return [sentence(recipe.description), *(["\n".join(steps)] if steps else [])]
 
 
-def about(step: Method) -> str:
+def listed(steps: Sequence[Method | Rounds]) -> list[str]:
+    """Say what each step does, as items of a list; those of a group are a list in its item."""
+    items = []
+    for number, step in enumerate(steps, start=1):
+        items.append(f"{number}. [`{step.method}`](../recipes.md#{step.method}): {about(step)}")
+        items += [f"    {item}" for item in listed(step.steps)] if isinstance(step, Rounds) else []
+    return items
+
+
+def about(step: Method | Rounds) -> str:
     """Return the first paragraph of the file of a step's method."""
     said = sys.modules[type(step).__module__].__doc__ or ""
     return " ".join(said.partition("\n\n")[0].split())

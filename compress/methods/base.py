@@ -131,6 +131,10 @@ class Method(BaseModel):
     anywhere: ClassVar[bool] = False
     """Whether a `whole` step may also come after others. The model is then walked twice."""
 
+    spreads: ClassVar[tuple[str, ...]] = ()
+    """Keys that have a value of their own in each round, where the step is done in rounds (`compress.pipeline.rounds`); empty: it
+    cannot be."""
+
     float32: ClassVar[bool] = False
     """Whether it makes weights that half precision would round anew. The calibration texts then run in float32."""
 
@@ -169,6 +173,25 @@ class Method(BaseModel):
         except ValueError:
             return False
         return True
+
+    def unspread(self, rounds: int) -> tuple[str, str] | None:
+        """Return the key because of which the step cannot be done in so many rounds, and the reason; None where it can be."""
+        return None if self.spreads else ("method", f"{self.method} is not done in rounds; put it before or after them")
+
+    def spread(self, rounds: int, shape: ModelShape) -> tuple[Self | None, ...]:
+        """Return the step's part in each round; done one after another, they end where the step alone would.
+
+        Args:
+            rounds: number of rounds, and of what is returned.
+            shape: the model before the first round.
+
+        Returns:
+            For each round the step with the values that it has there; None where it has nothing to do.
+
+        Raises:
+            ValueError: the step does not fit the model, or is not done in rounds.
+        """
+        raise ValueError(f"{self.method} is not done in rounds")
 
     @abstractmethod
     def estimate(self, shape: ModelShape) -> Estimate:

@@ -186,7 +186,7 @@ class _Alignment:
             dtype=info.dtype if info else None,
             evaluated=lambda: evaluated_texts(self.tasks),
         )
-        done = make_variant(self.source, self.source.shape_to_compress, self.recipe.steps, target, self.journal, build)
+        done = make_variant(self.source, self.source.shape_to_compress, self.recipe.methods, target, self.journal, build)
         if self.runtime in GRAPH_RUNTIMES:
             from compress.runtimes.lower import lower
 

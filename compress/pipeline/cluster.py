@@ -69,11 +69,11 @@ def _check_shared(recipe: Recipe, ranks: int) -> None:
         UserError: none can.
     """
     shared = False
-    for number, step in enumerate(recipe.steps):
+    for place, step in recipe.placed:
         try:
             shared |= step.shared_by(ranks)
         except ValueError as error:
-            raise UserError(f"steps.{number} ({step.method}): {error}") from error
+            raise UserError(f"{place} ({step.method}): {error}") from error
     if not shared:
         raise UserError(
             f"WORLD_SIZE says that {ranks} ranks were started, and no step of the recipe trains: they would have nothing to share",

@@ -21,7 +21,7 @@ from compress.methods.base import Estimate
 from compress.models.architectures import one_set_of_blocks
 from compress.models.shape import ModelShape
 from compress.pipeline.gpu_rates import rate_for, read_rates
-from compress.pipeline.recipe import Recipe, steps_for
+from compress.pipeline.recipe import Recipe, placed_steps
 from compress.runtimes.contract import CPU_BATCH_TOKENS, Kind, pick_runtime, usual_device
 
 # Basis of the time estimates. They are rough, and the printed plan says so.
@@ -61,7 +61,7 @@ class Plan:
     widths: Mapping[str, int]
     """Number of inputs of each linear layer that would be quantized, by name."""
     gpus: Mapping[str, str]
-    """Memory and time of a step on one or several GPUs, by its method."""
+    """Memory and time of a step on one or several GPUs, by its method and, where it is done in rounds, the round."""
     static: bool
     """Whether the variant would be a static table."""
     problems: tuple[str, ...]
@@ -86,9 +86,8 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         raise UserError(
             f"model {shape.name!r}: its table is stored in integers already", "start from the model that it was made from"
         )
-    numbers = {id(step): f"steps.{index}" for index, step in enumerate(recipe.steps)}
-    for step in steps_for(recipe, shape):
-        place = f"recipe {recipe.name}: {numbers.get(id(step), 'fold')}"
+    for where, step in placed_steps(recipe, shape):
+        place = f"recipe {recipe.name}: {where}"
         if not after.blocks and not step.without_blocks:
             raise UserError(
                 f"{place} ({step.method}): {after.name} is a static table, which has no blocks",
@@ -114,7 +113,8 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
             running = shape.activation_bytes(CALIBRATION_BATCH_TOKENS) + shape.largest_segment_bytes
             step_memory = max(step_memory, estimate.memory_bytes + running)
         notes.append(f"{step.method}: {estimate.note}")
-        gpus |= {step.method: _on_gpus(estimate)} if estimate.gpus else {}
+        _, _, of_round = where.partition(" ")  # the steps of the rounds have the same methods
+        gpus |= {f"{step.method} {of_round}".strip(): _on_gpus(estimate)} if estimate.gpus else {}
     variant_bytes = after.bytes
     # A batch is at most all texts.
     longest = int(shape.setting("max_position_embeddings") or LONGEST_TEXT)

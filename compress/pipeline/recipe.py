@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -12,6 +13,7 @@ from compress.export import FORMATS
 from compress.methods import method_class
 from compress.methods.base import Method
 from compress.models.shape import ModelShape
+from compress.pipeline.rounds import Rounds
 from compress.runtimes.contract import AUTO, RUNTIMES, TORCH
 
 if TYPE_CHECKING:
@@ -141,8 +143,8 @@ class Recipe(Section):
     """Seed for everything that is sampled."""
     fold: bool = True
     """Whether the latent-attention head of an NV-Embed model is folded before the steps. Folding is exact."""
-    steps: tuple[SerializeAsAny[Method], ...] = ()
-    """Methods, in the order in which they are applied."""
+    steps: tuple[SerializeAsAny[Method] | Rounds, ...] = ()
+    """Methods, in the order in which they are applied, and groups of them that are done in rounds."""
     calibration: Calibration = Calibration()
     evaluate: Evaluate = Evaluate()
     measure: Measure = Measure()
@@ -161,13 +163,38 @@ class Recipe(Section):
 
     @field_validator("steps")
     @classmethod
-    def _whole_model_first(cls, steps: tuple[Method, ...]) -> tuple[Method, ...]:
-        for number, (before, step) in enumerate(pairwise(steps), start=1):
+    def _whole_model_first(cls, steps: tuple[Method | Rounds, ...]) -> tuple[Method | Rounds, ...]:
+        placed = _placed(steps)
+        for (_, before), (place, step) in pairwise(placed):
             if step.whole and not before.whole and not step.anywhere:
-                raise ValueError(f"steps.{number} ({step.method}) changes the model as a whole; put it before {before.method}")
-        if sum(step.method == "width" for step in steps) > 1:
-            raise ValueError("width can be used once; give it both `heads` and `channels`")
+                raise ValueError(f"{place} ({step.method}) changes the model as a whole; put it before {before.method}")
+        narrowed = False
+        for _, step in placed:
+            if step.method == "width" and narrowed:
+                raise ValueError("width can be used once before the model changes as a whole; give it both `heads` and `channels`")
+            narrowed = step.method == "width" or (narrowed and not step.whole)
         return steps
+
+    @property
+    def placed(self) -> list[tuple[str, Method]]:
+        """The methods of all steps, in their order, each with its place; those that are done in rounds come once."""
+        return _placed(self.steps)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods of all steps, in their order; those that are done in rounds come once."""
+        return tuple(step for _, step in self.placed)
+
+
+def _placed(steps: Sequence[Method | Rounds]) -> list[tuple[str, Method]]:
+    """Return the methods of steps, each with its place; those that are done in rounds come once."""
+    placed: list[tuple[str, Method]] = []
+    for number, step in enumerate(steps):
+        if isinstance(step, Rounds):
+            placed += [(f"steps.{number}.steps.{inner}", own) for inner, own in enumerate(step.steps)]
+        else:
+            placed.append((f"steps.{number}", step))
+    return placed
 
 
 def fault_of_name(name: str) -> str | None:
@@ -194,15 +221,56 @@ def check_name(name: str) -> None:
 
 
 def steps_for(recipe: Recipe, shape: ModelShape) -> tuple[Method, ...]:
-    """Return the steps of a recipe on a given model: its own, and the exact fold where that applies and is not one of them.
+    """Return the steps of a recipe on a given model; see `placed_steps`.
+
+    Raises:
+        UserError: steps that are done in rounds do not fit the model.
+    """
+    return tuple(step for _, step in placed_steps(recipe, shape))
+
+
+def placed_steps(recipe: Recipe, shape: ModelShape) -> list[tuple[str, Method]]:
+    """Return the steps of a recipe on a given model, each with its place in the recipe: its own, those of every round one after
+    another, and the exact fold where that applies and is not one of them.
 
     The fold comes before the first step that works segment by segment.
+
+    Raises:
+        UserError: steps that are done in rounds do not fit the model.
     """
     fold = method_class("fold")(method="fold")
-    whole = len(list(takewhile(lambda step: step.whole, recipe.steps)))
-    for step in recipe.steps[:whole]:
-        if step.fits(shape):  # one that does not is refused where the recipe is planned, with the reason
-            shape = step.estimate(shape).after
-    if not recipe.fold or any(step.method == "fold" for step in recipe.steps) or not fold.fits(shape):
-        return recipe.steps
-    return (*recipe.steps[:whole], fold, *recipe.steps[whole:])
+    placed = _expanded(recipe, shape)
+    whole = len(list(takewhile(lambda one: one[1].whole, placed)))
+    for _, step in placed[:whole]:
+        shape = _after(step, shape)
+    if not recipe.fold or any(step.method == "fold" for _, step in placed) or not fold.fits(shape):
+        return placed
+    return [*placed[:whole], ("fold", fold), *placed[whole:]]
+
+
+def _expanded(recipe: Recipe, shape: ModelShape) -> list[tuple[str, Method]]:
+    """Return the steps of a recipe with groups in rounds as ordinary steps, each with its place.
+
+    Raises:
+        UserError: a group does not fit the model; names the recipe and the place.
+    """
+    placed: list[tuple[str, Method]] = []
+    groups = sum(isinstance(step, Rounds) for step in recipe.steps)
+    for number, step in enumerate(recipe.steps):
+        place, known = f"steps.{number}", len(placed)
+        if isinstance(step, Rounds):
+            try:
+                placed += step.expanded(place, shape)
+            except UserError as error:
+                raise UserError(f"recipe {recipe.name}: {error.message}", error.hint) from error
+            groups -= 1
+        else:
+            placed.append((place, step))
+        for _, made in placed[known:] if groups else ():  # only a group needs to know what the steps before it leave
+            shape = _after(made, shape)
+    return placed
+
+
+def _after(step: Method, shape: ModelShape) -> ModelShape:
+    """Return the shape after a step; one that does not fit is refused where the recipe is planned, with the reason."""
+    return step.estimate(shape).after if step.fits(shape) else shape

@@ -14,7 +14,9 @@ from compress.measure.accuracy.own_task import resolved
 from compress.methods import is_method, method_class, method_names
 from compress.methods.base import Method
 from compress.pipeline.recipe import Recipe
+from compress.pipeline.rounds import ROUNDS, Rounds, fault_of
 
+Place = tuple[str | int, ...]
 MOST_FAULTS = 50
 """Faults that are named; those of further steps are found once these are mended."""
 
@@ -43,7 +45,7 @@ def parse_recipe(data: Mapping[str, Any], place: str = "recipe") -> Recipe:
     """
     content = plain(data)
     faults: list[Fault] = []
-    steps: list[Method] = []
+    steps: list[Method | Rounds] = []
     raw_steps = content.pop("steps", ())
     if not isinstance(raw_steps, tuple):
         faults.append(fault_at(data, ("steps",), "must be a list of steps, each with a 'method'"))
@@ -51,7 +53,8 @@ def parse_recipe(data: Mapping[str, Any], place: str = "recipe") -> Recipe:
     for index, raw in enumerate(raw_steps):
         if len(faults) >= MOST_FAULTS:
             break
-        step = _parse_step(raw, data, index, faults)
+        where = ("steps", index)
+        step = (_parse_rounds if _is_group(raw) else _parse_step)(raw, data, where, faults)
         if step is not None:
             steps.append(step)
     try:
@@ -62,8 +65,38 @@ def parse_recipe(data: Mapping[str, Any], place: str = "recipe") -> Recipe:
     return recipe
 
 
-def _parse_step(raw: Any, data: Any, index: int, faults: list[Fault]) -> Method | None:
-    where = ("steps", index)
+def _is_group(raw: Any) -> bool:
+    return isinstance(raw, dict) and raw.get("method", ROUNDS if ROUNDS in raw else None) == ROUNDS
+
+
+def _parse_rounds(raw: Any, data: Any, where: Place, faults: list[Fault]) -> Rounds | None:
+    inner, known = raw.get("steps"), len(faults)
+    if not isinstance(inner, tuple):
+        faults.append(fault_at(data, (*where, "steps"), "must be a list of steps: what is pruned by the end, and last distill"))
+        return None
+    steps: list[Method] = []
+    for number, one in enumerate(inner):
+        place = (*where, "steps", number)
+        if _is_group(one):
+            faults.append(fault_at(data, place, "rounds in rounds are not taken; put the steps of both into one group"))
+            continue
+        step = _parse_step(one, data, place, faults)
+        steps += [] if step is None else [step]
+    if len(faults) > known:
+        return None
+    rounds = raw.get(ROUNDS)
+    fault = fault_of(rounds, steps) if type(rounds) is int else None
+    if fault is not None:
+        faults.append(fault_at(data, (*where, *fault[0]), fault[1]))
+        return None
+    try:
+        return Rounds.model_validate({**raw, "steps": tuple(steps)})
+    except ValidationError as error:
+        faults += faults_of(error, Rounds, data, where)
+        return None
+
+
+def _parse_step(raw: Any, data: Any, where: Place, faults: list[Fault]) -> Method | None:
     if not isinstance(raw, dict) or "method" not in raw:
         faults.append(fault_at(data, where, f"a step is a mapping with a 'method'; {nearest('', method_names())}"))
         return None
@@ -84,12 +117,16 @@ def schema() -> dict[str, Any]:
     described = Recipe.model_json_schema()
     definitions = described.setdefault("$defs", {})
     definitions.pop("Method", None)
-    references = []
+    group = definitions.pop(Rounds.__name__)
+    references, spread = [], []
     for name in method_names():
         definition = method_class(name).model_json_schema()
         definitions |= definition.pop("$defs", {})
         definition["required"] = ["method"]  # it has a default, but only for Python callers
         definitions[name] = definition
         references.append({"$ref": f"#/$defs/{name}"})
-    described["properties"]["steps"]["items"] = {"oneOf": references}
+        spread += references[-1:] if method_class(name).spreads else []
+    group["properties"]["steps"]["items"] = {"oneOf": spread}
+    definitions[ROUNDS] = group
+    described["properties"]["steps"]["items"] = {"oneOf": [*references, {"$ref": f"#/$defs/{ROUNDS}"}]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}

@@ -175,7 +175,7 @@ class _Run:
         self.texts = measure_texts(measure.texts, measure.count, recipe.seed) if wanted else []
         self.calibration = self._calibration()
         self._check_calibration()
-        self.files = {name: digest(Path(name)) for step in self.recipe.steps for name in step.reads}
+        self.files = {name: digest(Path(name)) for step in self.recipe.methods for name in step.reads}
         self.tasks = _tasks(self.recipe)
         check_prompts(evaluate.prompts, self.tasks)
         kind = Kind(static=self.plan.static)
@@ -194,7 +194,7 @@ class _Run:
         self.journal = Journal(self.folder / JOURNAL)
 
     def _resolved(self, recipe: Recipe) -> Recipe:
-        """Fill in what depends on the model: the fold, and no accuracy or fidelity where the weights are random."""
+        """Fill in what depends on the model: the fold, each round's steps, and neither accuracy nor fidelity of random weights."""
         recipe = recipe.model_copy(update={"steps": steps_for(recipe, self.shape)})
         if not self.source.is_random or not (recipe.evaluate.tasks or "fidelity" in recipe.measure.what):
             return recipe
@@ -203,7 +203,7 @@ class _Run:
 
     def _calibration(self) -> CalibrationSource | None:
         """Return the texts for steps that calibrate; None where no step does."""
-        if not any(step.calibrates or step.surveys for step in self.recipe.steps):
+        if not any(step.calibrates or step.surveys for step in self.recipe.methods):
             return None
         wanted = self.recipe.calibration
         texts = texts_to_calibrate(wanted.texts, wanted.count, self.recipe.seed)
@@ -290,7 +290,7 @@ class _Run:
             evaluated=self._evaluated,
             ranks=self.ranks,
         )
-        done = make_variant(self.source, self.shape, self.recipe.steps, target, self.journal, options)
+        done = make_variant(self.source, self.shape, self.recipe.methods, target, self.journal, options)
         if self.runtime in GRAPH_RUNTIMES:
             from compress.runtimes.lower import lower
 

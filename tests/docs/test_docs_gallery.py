@@ -6,12 +6,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import gallery
 import pytest
 from measured_records import StaleError
 
+from compress.pipeline.recipe_file import parse_recipe
 from compress.reports.compare import compare_runs
 from compress.reports.formats import as_markdown
 
@@ -148,3 +150,19 @@ def test_a_picture_has_every_comparable_run_and_the_interval(results: Path, reci
     share = (bottom - float(own.get("cy"))) / (bottom - top)
     assert share == pytest.approx((97.90 - 96.69) / (99.03 - 96.69), abs=0.01)
     assert len(ElementTree.fromstring(files["int8-speed.svg"]).findall(f"{SVG}g")) == 1  # nano has one run: nothing to compare with
+
+
+def test_a_group_in_rounds_is_told_with_its_steps_and_compared_round_by_round(tmp_path: Path) -> None:
+    heal = {"method": "distill", "texts": "t", "steps": 8}
+    group = {"rounds": 2, "steps": [{"method": "depth", "keep": 0.5}, heal]}
+    recipe = parse_recipe({"description": "half", "steps": [group, {"method": "rtn"}]})
+    items = gallery.sentences(recipe)[1].splitlines()
+    starts = ["1. [`rounds`](../recipes.md#rounds): Prune and heal", "    1. [`depth`]", "    2. [`distill`]", "2. [`rtn`]"]
+    assert all(item.startswith(start) for item, start in zip(items, starts, strict=True))
+    depth, first, last = {"method": "depth", "keep": 0.75}, heal | {"steps": 2}, heal | {"steps": 6, "first_batch": 2}
+    record = SimpleNamespace(run="run", recipe={"steps": [depth, first, depth, last, {"method": "rtn"}]})
+    assert gallery.differences(recipe, record) == ""
+    record.recipe["steps"][3] = last | {"learning_rate": 0.5}
+    assert gallery.differences(recipe, record) == "`learning_rate` of `distill`: `0.5`"
+    record.recipe["steps"][4] = {"method": "gptq"}
+    assert gallery.differences(recipe, record).startswith("steps `depth`, `distill`")

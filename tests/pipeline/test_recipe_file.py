@@ -93,7 +93,10 @@ def test_a_missing_recipe_names_its_neighbours(tmp_path: Path) -> None:
 def test_the_schema_describes_every_key_of_every_method() -> None:
     described = json.loads(json.dumps(schema()))
     assert set(described["properties"]) == set(Recipe.model_fields)
-    assert [item["$ref"].split("/")[-1] for item in described["properties"]["steps"]["items"]["oneOf"]] == list(METHODS)
+    taken = [item["$ref"].split("/")[-1] for item in described["properties"]["steps"]["items"]["oneOf"]]
+    assert taken == [*METHODS, "rounds"]
+    in_rounds = described["$defs"]["rounds"]["properties"]["steps"]["items"]["oneOf"]
+    assert [item["$ref"].split("/")[-1] for item in in_rounds] == ["depth", "width", "distill"]
     for name in METHODS:
         definition = described["$defs"][name]
         assert set(definition["properties"]) == set(method_class(name).model_fields)

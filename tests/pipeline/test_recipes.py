@@ -22,6 +22,7 @@ from compress.methods.prune.depth import Depth
 from compress.models.files.variant import VariantInfo
 from compress.pipeline.recipe import Calibration, Evaluate, Gates, Measure
 from compress.pipeline.recipe_file import read_recipe
+from compress.pipeline.rounds import Rounds
 from compress.pipeline.run import run
 from compress.runtimes.contract import GRAPH_RUNTIMES
 
@@ -34,7 +35,7 @@ def _cases() -> Iterator[object]:
     for path in RECIPES:
         for kind in ("bert", "nv_embed"):
             recipe = read_recipe(path)
-            healed = any(isinstance(step, Distill) and step.student is None for step in recipe.steps)
+            healed = any(isinstance(step, Distill) and step.student is None for step in recipe.methods)
             slow = kind == "nv_embed" and (recipe.runtime != "torch" or healed)
             yield pytest.param(path, kind, id=f"{path.stem}-{kind}", marks=[pytest.mark.slow] if slow else [])
 
@@ -54,8 +55,10 @@ def shortened(step: Distill, folder: Path) -> Distill:
     return step.model_copy(update={"texts": str(texts), "student": student, "matryoshka": widths, **short})
 
 
-def smaller(step: Method, folder: Path) -> Method:
+def smaller(step: Method | Rounds, folder: Path) -> Method | Rounds:
     """A step for a network of two blocks, of which a quarter is none."""
+    if isinstance(step, Rounds):
+        return step.model_copy(update={"steps": tuple(smaller(own, folder) for own in step.steps)})
     if isinstance(step, Depth):
         return step.model_copy(update={"keep": 0.5})
     return shortened(step, folder) if isinstance(step, Distill) else step
@@ -65,7 +68,7 @@ def smaller(step: Method, folder: Path) -> Method:
 def test_a_recipe_runs_to_its_end(request: pytest.FixtureRequest, path: Path, kind: str, tmp_path: Path) -> None:
     recipe = read_recipe(path)
     folder = request.getfixturevalue(kind)
-    methods = {step.method for step in recipe.steps}
+    methods = {step.method for step in recipe.methods}
     if "bitsandbytes" in methods:
         pytest.importorskip("bitsandbytes", reason="the extra `bitsandbytes` is not installed")
     pytest.importorskip(recipe.runtime, reason=f"{recipe.runtime} is not installed")
@@ -84,14 +87,14 @@ def test_a_recipe_runs_to_its_end(request: pytest.FixtureRequest, path: Path, ki
             run(small, model=str(folder), output=tmp_path, device="cpu")
         return
     exact_anywhere = (ActivationScheme.NONE, ActivationScheme.DYNAMIC_PER_GROUP)
-    byte_products = any(getattr(step, "activations", ActivationScheme.NONE) not in exact_anywhere for step in small.steps)
+    byte_products = any(getattr(step, "activations", ActivationScheme.NONE) not in exact_anywhere for step in small.methods)
     if recipe.runtime in GRAPH_RUNTIMES and byte_products and not multiplies_bytes_exactly():
         with pytest.raises(UserError, match="would let byte products overflow on this CPU"):
             run(small, model=str(folder), output=tmp_path, device="cpu")
         return
     record = run(small, model=str(folder), output=tmp_path, device="cpu")
     info = VariantInfo.read(tmp_path / record.run / "variant")
-    new = any(isinstance(step, Distill) and step.student is not None for step in recipe.steps)
+    new = any(isinstance(step, Distill) and step.student is not None for step in recipe.methods)
     assert info.folded == (kind == "nv_embed" and not new)
     assert bool(info.quantized) == bool(methods - {"fold", "magnitude", "wanda", "sparsegpt", "depth", "width", "distill"})
     assert record.rows[-1].runtime == info.runtime == recipe.runtime

@@ -12,6 +12,7 @@ from compress.data.texts import is_hub
 from compress.methods.base import Method
 from compress.methods.distill.static_student import StaticStudent
 from compress.methods.distill.student import Student
+from compress.models.shape import ModelShape
 
 # The functions of `compress.methods.distill.objectives`, named here so that a recipe is checked without torch. A test compares
 # both.
@@ -38,6 +39,7 @@ class DistillSettings(Method):
     whole: ClassVar[bool] = True
     anywhere: ClassVar[bool] = True
     without_blocks: ClassVar[bool] = True
+    spreads: ClassVar[tuple[str, ...]] = ("steps", "first_batch")
     texts: str
     """Texts to train on: a JSONL file with `text` (`.gz` allowed), a plain text file with one text per line, or a dataset of the
     hub as `hub:OWNER/NAME:COLUMN`, followed by `:SPLIT` when the split is not `train`."""
@@ -89,6 +91,9 @@ class DistillSettings(Method):
     """Number of optimizer steps."""
     batch: int = Field(128, ge=2)
     """Texts per batch, over all processes."""
+    first_batch: int = Field(0, ge=0)
+    """Number, from 0, of the first batch in the order that follows from `seed`. A training that goes on with the texts of another
+    one starts at the batch after that one's last."""
     max_tokens: int = Field(256, ge=8)
     """Number of tokens at which the student's texts are cut."""
     learning_rate: float = Field(2e-4, gt=0)
@@ -159,6 +164,29 @@ class DistillSettings(Method):
             )
         if self.lora:
             raise ValueError("`lora` keeps the norm and the head that all depths share as they are; leave it out, or `depth`")
+
+    def unspread(self, rounds: int) -> tuple[str, str] | None:
+        """Return the key because of which the step cannot be done in so many rounds, and the reason; None where it can be."""
+        if self.student is not None:
+            return "student", "is another model than the one that the rounds prune; leave it out"
+        if self.steps <= rounds:
+            return (
+                "steps",
+                f"{self.steps} are too few for {rounds} rounds, the last of which gets two shares; give {rounds + 1}",
+            )
+        return None
+
+    def spread(self, rounds: int, shape: ModelShape) -> tuple[Self | None, ...]:
+        """Return the step of each round: all get one share of the steps, the last one two and what does not divide.
+
+        Each round goes on with the texts after those of the round before; what is held out stays the same.
+        """
+        share = self.steps // (rounds + 1)
+        counts = [*[share] * (rounds - 1), self.steps - share * (rounds - 1)]
+        firsts = [self.first_batch + share * number * self.accumulate for number in range(rounds)]
+        return tuple(
+            self.model_copy(update={"steps": count, "first_batch": first}) for count, first in zip(counts, firsts, strict=True)
+        )
 
     @property
     def reads(self) -> tuple[str, ...]:

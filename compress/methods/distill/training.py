@@ -81,7 +81,7 @@ def train(
     curve = checkpoints.resume(say if trainer.is_main else lambda _: None)
     start = int(curve[-1]["step"]) if curve else 0
     began = time.perf_counter() - (curve[-1]["seconds"] if curve else 0.0)
-    batches = batches_from(data.texts.lengths, settings, start * settings.accumulate)
+    batches = batches_from(data.texts.lengths, settings, settings.first_batch + start * settings.accumulate)
     losses: list[float] = []
     if _stops(curve, settings):  # it was killed after it had stopped early
         return

@@ -30,6 +30,7 @@ class Depth(Method):
     family: ClassVar[str] = "smaller"
     method: Literal["depth"] = "depth"
     whole: ClassVar[bool] = True
+    spreads: ClassVar[tuple[str, ...]] = ("keep",)
     what: Literal["blocks", "attention", "mlp"] = "blocks"
     """What to drop: whole blocks, or only their attention or their MLP."""
     keep: float | None = Field(None, gt=0, le=1)
@@ -54,6 +55,30 @@ class Depth(Method):
         if self.criterion == "angular" and self.what != "blocks":
             raise ValueError("`criterion: angular` compares runs of whole blocks; use greedy, pooled or influence")
         return self
+
+    def unspread(self, rounds: int) -> tuple[str, str] | None:
+        """Return the key because of which the step cannot be done in rounds, and the reason; None where it can be."""
+        if self.drop is not None:
+            return "drop", "names blocks, and each round chooses its own; give `keep`, the share that is left at the end"
+        if self.what != "blocks":
+            return "what", f"{self.what} is not dropped in rounds; drop blocks, or put this step before the rounds"
+        return None
+
+    def spread(self, rounds: int, shape: ModelShape) -> tuple[Self | None, ...]:
+        """Return the step of each round: all drop as many blocks, the first ones one more where the number does not divide.
+
+        Raises:
+            ValueError: the step does not fit the model.
+        """
+        self.estimate(shape)
+        blocks = len(shape.layers)
+        each, more = divmod(self._goes(blocks), rounds)
+        parts: list[Self | None] = []
+        for number in range(rounds):
+            left = blocks - each - (number < more)
+            parts.append(None if left == blocks else self.model_copy(update={"keep": left / blocks}))
+            blocks = left
+        return tuple(parts)
 
     @property
     def surveys(self) -> bool:

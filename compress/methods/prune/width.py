@@ -75,6 +75,7 @@ class Width(Method):
 
     family: ClassVar[str] = "smaller"
     method: Literal["width"] = "width"
+    spreads: ClassVar[tuple[str, ...]] = ("channels", "heads", "overrides")
     channels: float = Field(1.0, gt=0, le=1)
     """Share of the MLP channels that is kept, rounded to a multiple of 8."""
     heads: float = Field(1.0, gt=0, le=1)
@@ -109,6 +110,43 @@ class Width(Method):
     def shares_of(self, block: str) -> dict[str, float]:
         """Return the shares of `channels` and `heads` that are kept of a block, by its name in the network."""
         return {"channels": self.channels, "heads": self.heads} | overridden(block, self.overrides)
+
+    def spread(self, rounds: int, shape: ModelShape) -> tuple[Self | None, ...]:
+        """Return the step of each round: what is left of the first sizes after round r of n is the step's share to the power r/n.
+
+        Each number is rounded as the step alone rounds its own, so that the last round ends at the same sizes.
+
+        Raises:
+            ValueError: the step does not fit the model.
+        """
+        self.estimate(shape)
+        first: dict[str, dict[str, int]] = {}
+        for path, one in zip(_blocks_of(shape), sizes_of(shape), strict=True):
+            found = {"channels": one.channels, "heads": one.key_heads}
+            first[path] = {key: count for key, count in found.items() if count is not None}
+        before, parts = first, list[Self | None]()
+        for number in range(1, rounds + 1):
+            after = {path: self._left_after(number / rounds, path, counts) for path, counts in first.items()}
+            shares = {path: {key: after[path][key] / count for key, count in counts.items()} for path, counts in before.items()}
+            parts.append(self._with(shares))
+            before = after
+        return tuple(parts)
+
+    def _left_after(self, progress: float, path: str, counts: Mapping[str, int]) -> dict[str, int]:
+        """Return what is left of a block's channels and heads (of keys) after a part of the rounds."""
+        shares = {key: self.shares_of(path)[key] ** progress for key in counts}
+        rounded = {"channels": _channels, "heads": _heads}
+        return {key: rounded[key](shares[key], count) if shares[key] < 1 else count for key, count in counts.items()}
+
+    def _with(self, shares: Mapping[str, Mapping[str, float]]) -> Self | None:
+        """Return the step with these shares, by block; None if they keep everything."""
+        of_key = {key: {own[key] for own in shares.values() if key in own} or {1.0} for key in ("channels", "heads")}
+        if all(found == {1.0} for found in of_key.values()):
+            return None
+        if all(len(found) == 1 for found in of_key.values()):
+            return self.model_copy(update={**{key: found.pop() for key, found in of_key.items()}, "overrides": {}})
+        overrides = {path: Shares(**own) for path, own in shares.items()}
+        return self.model_copy(update={"channels": 1.0, "heads": 1.0, "overrides": overrides})
 
     @property
     def calibrates(self) -> bool:

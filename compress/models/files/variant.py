@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -115,7 +116,7 @@ class VariantInfo(BaseModel):
     def weights(self) -> str:
         """The kind of weights, such as `int8` or `int4+int8`; `float16` if none are quantized; and what was pruned."""
         numbers = "+".join(sorted({layer.name for layer in self.quantized.values()})) or "float16"
-        return " ".join([numbers, *(words for step in self.steps for words in _pruned(step))])
+        return " ".join([numbers, *(words for step in _together(self.steps) for words in _pruned(step))])
 
     @property
     def activations(self) -> str:
@@ -140,6 +141,21 @@ class VariantInfo(BaseModel):
             UserError: this version does not read the file's format.
         """
         return read_as(folder / VARIANT_FILE, cls, "it may have been written by another version")
+
+
+def _together(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return steps such that what rounds drop bit by bit is in one of them: the blocks of all, and the product of the shares."""
+    made: list[dict[str, Any]] = []
+    for step in steps:
+        same = [one["method"] == step["method"] and one.get("what") == step.get("what") for one in made]
+        place = same.index(True) if True in same else None
+        if place is not None and step["method"] == "depth" and step["drop"] and made[place]["drop"]:
+            made[place] = {**step, "drop": [*made[place]["drop"], *step["drop"]]}
+        elif place is not None and step["method"] == "width" and not (step.get("overrides") or made[place].get("overrides")):
+            made[place] = {**step, **{key: made[place][key] * step[key] for key in ("heads", "channels")}}
+        else:
+            made.append(step)
+    return made
 
 
 def _pruned(step: dict[str, Any]) -> list[str]:
