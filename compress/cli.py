@@ -693,6 +693,18 @@ def compare(
         write_text_atomic(to, text)
 
 
+@app.command()
+def leaderboard(
+    to: Annotated[Path, typer.Option("--to", "-o", metavar="FOLDER", help="Folder that gets results/, as mteb's cache has it.")],
+    runs: RunsArgument = RESULTS,
+) -> None:
+    """Write the scores of runs, and of the models that they were made from, in the layout of mteb's leaderboard."""
+    from compress.reports.leaderboard import write_leaderboard
+
+    for folder in write_leaderboard(runs, to):
+        print(folder)
+
+
 @app.command(cls=accepting(TO_BEFORE))
 def dashboard(
     runs: RunsArgument = RESULTS,
