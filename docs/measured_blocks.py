@@ -60,7 +60,7 @@ def needed(run: str) -> tuple[str, str]:
     recipe = recipes()[line(run).recipe]
     if not recipe.take_when.startswith(NEED):
         raise StaleError(f"take_when of recipes/{recipe.name}.yaml does not begin with {NEED!r}")
-    trains = any(step.method == "distill" for step in recipe.steps)
+    trains = any(step.method == "distill" for step in recipe.methods)
     return recipe.take_when.removeprefix(NEED), f"`{recipe.name}`" + (" (trains)" if trains else "")
 
 
