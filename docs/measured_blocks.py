@@ -100,7 +100,7 @@ QUANTIZED = {
     "int4-gptq-t4-minilm": "`int4-gptq`, token table in int4",
     "int4-rtn-asym-minilm": "`int4-rtn` with zero points and searched scales",
 }
-BITS = re.compile(r"([\d.]+) bits a weight")
+BITS = re.compile(r"([\d.]+) bits (?:a|per) weight")
 
 
 def layer_bits(run: str) -> str:
@@ -116,6 +116,43 @@ def quantization() -> str:
         bits = f"{8 * line(run).bytes / raw(run)['model']['parameters']:.2f}"
         rows.append([*label, *shown(run, "weights x activations"), layer_bits(run), bits, *shown(run, *columns)])
     return table(("recipe", "weights x activations", "bits, linear layers", "bits, whole model", *columns), rows)
+
+
+LOW_BITS = "low-bits"
+"""Folder under results/ of the runs of `benchmarks/low_bits.yaml` and `benchmarks/low_bits_rotated.yaml`."""
+
+
+def low_bits_method(run: str) -> tuple[int, str]:
+    """Return the bits of a run of `LOW_BITS` and how its layers are rounded, in words."""
+    *before, rounding, _ = (step["config"] for step in raw(run)["steps"])
+    words = f"`{rounding['method']}`"
+    words += f", drift {rounding['drift']}" if rounding.get("drift") else ""
+    words += ", searched scales" if rounding["method"] == "rtn" and rounding["search"] else ""
+    return rounding["bits"], ("rotated, " if before else "") + words
+
+
+def low_bits() -> str:
+    """Write what ways of rounding keep at few bits, the token table in four; the seconds are those of the steps."""
+    runs: dict[tuple[int, str], dict[str, str]] = {}
+    for path in sorted((RESULTS / LOW_BITS).glob("*/record.json")):
+        run = f"{LOW_BITS}/{path.parent.name}"
+        runs.setdefault(low_bits_method(run), {})[raw(run)["model"]["name"]] = run
+    models = sorted({model for found in runs.values() for model in found})
+    rows = []
+    for (bits, words), found in sorted(runs.items(), key=lambda item: -item[0][0]):
+        some = next(iter(found.values()))
+        cells = []
+        for model in models:
+            run = found.get(model)
+            cells += ["", "", "", ""] if run is None else [*shown(run, "cosine", "kept", "95 % interval"), step_seconds(run)]
+        rows.append([str(bits), words, layer_bits(some), *cells])
+    headings = [f"{model}: {what}" for model in models for what in ("cosine", "kept", "95 % interval", "seconds")]
+    return table(("bits", "rounding", "bits, linear layers", *headings), rows)
+
+
+def step_seconds(run: str) -> str:
+    """Return how long a run's steps took, in seconds."""
+    return f"{sum(step['seconds'] for step in raw(run)['steps']):.0f}"
 
 
 def single_weights() -> str:
@@ -284,6 +321,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "choosing": lambda: take(TAKE, ("kept", "95 % interval", "file", "cosine", "faster", "p50 ms")),
     "when": when,
     "quantization": quantization,
+    "low bits": low_bits,
     "single weights": single_weights,
     "pruned": pruned,
     "healed": lambda: healed(HEALED),
