@@ -277,7 +277,9 @@ def details(found: Found, recipe: Recipe) -> list[str]:
         parts += ["### Scores", scores(found.record.tasks)]
     if found.record.fidelity is not None:
         near = found.record.fidelity
-        cosine = f"mean cosine {near.cosine_mean:.4f}, lowest {near.cosine_min:.4f}"
+        cosine = "they have another width"
+        if near.cosine_mean is not None:
+            cosine = f"mean cosine {near.cosine_mean:.4f}, lowest {near.cosine_min:.4f}"
         same = f"{unbroken(f'{100 * near.overlap_at_10:.1f} %')} of each text's ten nearest neighbours are the same"
         parts.append(f"Vectors against the unchanged model's, on {near.texts} texts: {cosine}; {same}.")
     timed = speed(found.record.rows)

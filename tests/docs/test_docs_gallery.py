@@ -88,6 +88,14 @@ def test_the_smallest_change_of_any_shown_number_is_noticed(results: Path, recip
     assert list(gallery.faults(gallery.gallery(recipes, results), folder)) == ["int8.md: is not what recipes and records say"]
 
 
+def test_vectors_of_another_width_have_no_cosine_on_the_page(results: Path, recipes: Path) -> None:
+    near = json.loads((results / RUNS[0] / "record.json").read_text())["fidelity"]
+    change(results, RUNS[0], fidelity=near | {key: None for key in near if key.startswith("cosine")} | {"cosines": []})
+    page = gallery.gallery(recipes, results)["int8.md"]
+    assert "they have another width; " in page
+    assert page.count("mean cosine") == 1  # nano's
+
+
 def test_pages_of_recipes_that_are_gone_are_removed(results: Path, recipes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pages"
     gallery.write(gallery.gallery(recipes, results), folder)
