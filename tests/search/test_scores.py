@@ -105,9 +105,9 @@ def test_around_a_variant_scores_are_changes_of_its_loss(bert: Path, tmp_path: P
     base = maker.loss(chosen, keep=True)
     found = score(scoring(bert, tmp_path / "around", around=Around(maker.variant(chosen), chosen)))
     assert all(found[group]["int4"] == 0.0 for group in chosen)
-    for group in ("0.up", "1.down"):
-        other = maker.loss({**chosen, group: "int3"})
-        change = tangent(other) - tangent(base)
-        assert np.sign(found[group]["int3"]) == np.sign(change)
-        # To first order, and of random weights that other CPUs draw differently: the size is right within a factor.
-        assert 0.1 < found[group]["int3"] / change < 10
+    # GPTQ rounds the layers behind a group anew for what it makes, so that a single change is off by as much; all together are not.
+    asked = [(group, choice) for group in chosen for choice in ("int3", "float16")]
+    scored = np.array([found[group][choice] for group, choice in asked])
+    changes = np.array([tangent(maker.loss({**chosen, group: choice})) - tangent(base) for group, choice in asked])
+    assert np.corrcoef(scored, changes)[0, 1] > 0.95
+    assert 0.6 < scored @ changes / (changes @ changes) < 1.6
