@@ -18,7 +18,7 @@ from compress.common.errors import UserError, nearest
 from compress.common.inputs import open_file
 from compress.data.texts import LONGEST_LINE
 
-TEXT, ID = "text", "id"
+TEXT = "text"
 PACKED = (".gz", ".zst")
 BATCH_ROWS = 1_024
 """Rows of a Parquet file or a data set that are in memory as Python objects at a time."""

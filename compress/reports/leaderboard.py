@@ -16,10 +16,10 @@ from compress.common.files import replacing, write_text_atomic
 from compress.common.inputs import read_object
 from compress.measure.record import Record
 from compress.reports.compare import read_records
+from compress.reports.dashboard.imported import MEGABYTE, META
 
 Role = Literal["baseline", "variant"]
 ROLES: tuple[Role, ...] = ("baseline", "variant")
-META = "model_meta.json"
 RESULT_BYTES = 2**28
 """Largest file of a task's results; tasks with hundreds of subsets have some MB."""
 SAME = 1e-5
@@ -96,7 +96,7 @@ def _meta(record: Record, role: Role) -> Any:
     if role == "variant":  # a variant may have other sizes than its model, and its record does not hold them
         name, _, revision = record.run.rpartition("-")
         known = {"name": f"compress/{name}", "revision": revision, "adapted_from": model.name}
-        known["memory_usage_mb"] = record.row("variant").size_bytes / 2**20
+        known["memory_usage_mb"] = record.row("variant").size_bytes / MEGABYTE
     else:
         name = model.name if model.name.count("/") == 1 and not Path(model.name).is_absolute() else ""
         known = {"name": name or f"compress/{Path(model.name).name}", "revision": model.fingerprint}
