@@ -64,7 +64,7 @@ def main() -> None:
     for bits in options.bits:
         chosen = uniform(subject, bits)
         loss = maker.loss(chosen, keep=True)
-        size = ModelFolder("uniform", maker.variant(chosen)).shape.bytes
+        size = ModelFolder("uniform", maker.variant(chosen)).shape.file_bytes
         maker.forget(chosen)
         begun = time.monotonic()
         found = search(options.model, Bounds(max_bytes=size), replace(how, name=f"searched-{bits:g}"), lambda _: None)

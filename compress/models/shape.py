@@ -17,7 +17,7 @@ from typing import Any
 
 from compress.common.errors import UserError
 from compress.models.architectures import BLOCK, ENCODERS, Anatomy, anatomy_of, is_block_linear, is_head_linear, place_in_block
-from compress.models.files.headers import TensorInfo
+from compress.models.files.headers import BARE_BYTES, TensorInfo
 
 HALF_BYTES = 2
 _TABLE = re.compile(r"(?:embed\w*|wte|wpe|shared)\.weight$")
@@ -88,6 +88,14 @@ class ModelShape:
     def bytes(self) -> int:
         """Size of the tensors in bytes, each in its own dtype."""
         return sum(info.bytes for info in self.tensors.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Most bytes of a file with these tensors.
+
+        It holds for several files too: offsets are shorter in them, by more than another header takes.
+        """
+        return BARE_BYTES + sum(info.file_bytes(name) for name, info in self.tensors.items())
 
     def as_stored(self) -> ModelShape:
         """Return this shape as a variant stores it: tensors of quantized layers unchanged, other floating-point ones in float16."""

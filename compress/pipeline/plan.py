@@ -115,7 +115,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, output: Path) -> Plan:
         notes.append(f"{step.method}: {estimate.note}")
         _, _, of_round = where.partition(" ")  # the steps of the rounds have the same methods
         gpus |= {f"{step.method} {of_round}".strip(): _on_gpus(estimate)} if estimate.gpus else {}
-    variant_bytes = after.bytes
+    variant_bytes = after.file_bytes
     # A batch is at most all texts.
     longest = int(shape.setting("max_position_embeddings") or LONGEST_TEXT)
     batch_tokens = min(recipe.measure.batch_tokens or CPU_BATCH_TOKENS, recipe.measure.count * longest)

@@ -26,7 +26,7 @@ from compress.measure.sensitivity import Sensitivity
 from compress.models.folder import ModelFolder
 from compress.pipeline.recipe import Calibration, Evaluate, Gates, Recipe
 from compress.search.assemble import Chosen
-from compress.search.choices import AS_STORED, DROPPED, WIDTHS
+from compress.search.choices import AS_STORED, DROPPED, WIDTHS, bytes_of
 from compress.search.groups import TABLE, WHOLE
 from compress.search.items import BYTES, FLOAT32, MS, WHOLE_MODEL, items_of
 from compress.search.knapsack import Item, Point, Problem, front, solve, total
@@ -43,7 +43,7 @@ class Bounds:
     """What a recipe has to keep; at least one."""
 
     max_bytes: float | None = None
-    """Most bytes of the variant's tensors."""
+    """Most bytes of the variant's weights, as its file has them."""
     min_speedup: float | None = None
     """Least throughput over that of the model in float32."""
     min_kept: float | None = None
@@ -127,10 +127,11 @@ class _Search:
 
     @cached_property
     def fixed_bytes(self) -> int:
-        """Bytes of the tensors that no choice is about."""
-        chosen = sum(group.bytes[AS_STORED] for group in self.record.groups if group.kind != WHOLE and group.block is None)
-        whole = sum(group.bytes[AS_STORED] for group in self.record.groups if group.kind == WHOLE)
-        return self.subject.shape.as_stored().bytes - chosen - whole
+        """Bytes in the variant's file that no choice is about."""
+        apart = (group for group in self.subject.choices if group.kind == WHOLE or group.block is None)
+        as_stored = {group: next(one for one in self.subject.choices[group] if one.name == AS_STORED) for group in apart}
+        chosen = sum(bytes_of(choice, group, self.subject.shape) for group, choice in as_stored.items())
+        return self.subject.shape.as_stored().file_bytes - chosen
 
     def problem(self, scores: Mapping[str, Mapping[str, float]]) -> Problem:
         """Return the knapsack of these scores."""

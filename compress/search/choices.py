@@ -176,13 +176,14 @@ def narrowed(choice: Choice, group: Group, shape: ModelShape) -> ModelShape:
 
 
 def bytes_of(choice: Choice, group: Group, shape: ModelShape) -> int:
-    """Return the bytes of a group's tensors after a choice; of a choice for a whole block, those that the block then has."""
+    """Return the bytes that a group's tensors take in a file after a choice; of a choice for a block, those that it then takes."""
     step = step_of(choice, group, shape)
     part = part_of(shape, group)
     if group.kind == WHOLE:
         if choice.name == DROPPED:
             return 0
-        return part_of(narrowed(choice, group, shape), group).as_stored().bytes
+        after = part_of(narrowed(choice, group, shape), group).as_stored()
+        return sum(info.file_bytes(name) for name, info in after.tensors.items())
     after = part.as_stored() if step is None else step.estimate(part).after
     own = tuple(f"{name}." for name in group.layers)
-    return sum(info.bytes for name, info in after.tensors.items() if name.startswith(own))
+    return sum(info.file_bytes(name) for name, info in after.tensors.items() if name.startswith(own))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -24,6 +25,12 @@ DTYPE_BYTES = {
 
 MASK = "_mask"
 """Suffix of the bitmask tensor that says which entries of a matrix are not zero; see `compress.layers.bitmask`."""
+
+
+_FARTHEST = 10**12 - 1
+"""The offset that takes the most digits, in a file of up to a terabyte."""
+BARE_BYTES = 64
+"""Most bytes of a file without tensors: the header's length, its metadata and the spaces that fill it up to eight bytes."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,12 @@ class TensorInfo:
             return self.parameters * item
         rows, width = self.shape
         return min(self.parameters * item, rows * -(-width // 8) + round(self.density * self.parameters) * item)
+
+    def file_bytes(self, name: str) -> int:
+        """Most bytes that the tensor adds to a file: those of `bytes`, and its entry in the header, its bitmask's too."""
+        entry = {name: {"dtype": self.dtype, "shape": self.shape, "data_offsets": [_FARTHEST, _FARTHEST]}}
+        length = len(json.dumps(entry, separators=(",", ":")).encode())
+        return self.bytes + length + (length + len(MASK) if self.density < 1 else 0)
 
 
 class _Entry(BaseModel):

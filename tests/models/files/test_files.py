@@ -15,14 +15,27 @@ import compress
 from compress.common.errors import UserError
 from compress.common.files import save_array
 from compress.models.architectures import is_block_linear
-from compress.models.files.headers import TensorInfo, read_header
-from compress.models.shape import check_patterns, known_shape, matching
+from compress.models.files.headers import TensorInfo, read_header, weight_bytes
+from compress.models.files.shards import join_shards, shard, write_tensors
+from compress.models.shape import ModelShape, check_patterns, known_shape, matching
 from compress.models.source import find, find_shape
 
 
 def test_a_header_says_what_the_file_holds(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, 5), "b": torch.zeros(2, dtype=torch.int8)}, tmp_path / "m.safetensors")
     assert read_header(tmp_path / "m.safetensors") == {"a": TensorInfo("F32", (3, 5)), "b": TensorInfo("I8", (2,))}
+
+
+@pytest.mark.parametrize("most", [10**9, 0])  # one file, and shards
+def test_a_shape_bounds_the_file_of_its_tensors(tmp_path: Path, most: int) -> None:
+    segments = [{f"block.{block}.{name}": torch.zeros(33, 8 + block) for name in ("k", "vé")} for block in range(12)]
+    for number, segment in enumerate(segments):
+        write_tensors(shard(tmp_path, number, len(segments)), segment)
+    join_shards(tmp_path, len(segments), single_file_bytes=most)
+    tensors = {name: info for path in tmp_path.glob("*.safetensors") for name, info in read_header(path).items()}
+    bound, size = ModelShape("it", tensors, {}).file_bytes, weight_bytes(tmp_path)
+    assert len(tensors) == 24
+    assert bound - 24 * 24 - 64 <= size <= bound  # 24 digits less in the offsets of a tensor
 
 
 @pytest.mark.parametrize("keep", [0, 4, 20, -1])
