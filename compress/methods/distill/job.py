@@ -25,6 +25,7 @@ from compress.methods.distill.batches import TokenTexts
 from compress.methods.distill.checkpoints import WHOLE, read_curve
 from compress.methods.distill.hidden import HiddenStates, followed
 from compress.methods.distill.settings import DistillSettings
+from compress.methods.distill.static_student import StaticStudent
 from compress.methods.distill.trainable import trainable
 from compress.methods.distill.training import TrainingData, train
 from compress.models.files.shards import write_tensors
@@ -223,7 +224,8 @@ def _learn(job: Job, device: str, say: Callable[[str], None]) -> None:
     student.weights.fill(network, dtype=torch.float32)
     data = job.data()
     torch.manual_seed(settings.seed)
-    with trainable(network, settings.lora, integers=settings.integers, sharded=settings.sharded):
+    mapped = isinstance(settings.student, StaticStudent) and settings.student.map
+    with trainable(network, settings.lora, integers=settings.integers, sharded=settings.sharded, mapped=mapped):
         hidden = _hidden(network, job, device) if settings.hidden else None
         train(network, data, settings, job.folder, hidden=hidden, cpu=device == "cpu", say=say)
     whole: dict[str, Any] = get_model_state_dict(network, options=WHOLE)

@@ -41,6 +41,9 @@ class StaticStudent(BaseModel):
     words: int = Field(0, ge=0)
     """Number of whole words, the most frequent ones that the teacher's tokenizer splits, that become tokens of their own. Only for
     WordPiece tokenizers, such as BERT's."""
+    map: bool = True
+    """Whether tokens learn through one linear map of their first vectors as well as each by itself. Tokens that are rare in the
+    texts, or lacking, then learn from the others."""
     sif: float = Field(1e-3, gt=0)
     """Constant a of the initial factors a / (a + p), where p is the token's share of the texts (SIF: Arora et al. 2017)."""
 

@@ -14,6 +14,7 @@ from compress.layers.compressed import CompressedLayer
 from compress.layers.quantized_embedding import QuantizedEmbedding
 from compress.layers.quantized_linear import QuantizedLinear
 from compress.methods.distill.rounding import learned, learning
+from compress.methods.distill.shared_map import put_map, take_map
 from compress.methods.linear_layers import zeros_of
 from compress.models.network.segments import blocks_of
 
@@ -21,7 +22,9 @@ Integers = QuantizedLinear | QuantizedEmbedding
 
 
 @contextmanager
-def trainable(network: nn.Module, rank: int | None = None, *, integers: str = "frozen", sharded: bool = False) -> Iterator[None]:
+def trainable(
+    network: nn.Module, rank: int | None = None, *, integers: str = "frozen", sharded: bool = False, mapped: bool = False
+) -> Iterator[None]:
     """Make a network trainable inside a `with` block.
 
     Quantized layers are replaced by plain ones with their values; activations that they quantize stay in floating point meanwhile.
@@ -33,6 +36,7 @@ def trainable(network: nn.Module, rank: int | None = None, *, integers: str = "f
             merging would fill a pruned layer's zeros; here zeros are masked out of the product.
         integers: `frozen`: of quantized layers only the bias is trained; `trained`: integers and scales are too, see `Rounded`.
         sharded: whether the parameters will be split among processes.
+        mapped: whether the rows of a static table also learn through one map; see `SharedMap`.
 
     Raises:
         ValueError: a layer has a number format that cannot be trained around, no layer is left for a low-rank update, or a pruned
@@ -47,6 +51,8 @@ def trainable(network: nn.Module, rank: int | None = None, *, integers: str = "f
         raise ValueError(f"{name} is {what}, which cannot be split among processes; leave `sharded` out")
     network.requires_grad_(rank is None)
     _put_plain_layers(network, quantized, integers)
+    if mapped:
+        put_map(network)
     hooks, updated = [], list[nn.Linear]()
     if rank is None:
         hooks = [linears[name].weight.register_hook(partial(_without, zero=zero)) for name, zero in zeros.items()]  # type: ignore[no-untyped-call]
@@ -59,6 +65,8 @@ def trainable(network: nn.Module, rank: int | None = None, *, integers: str = "f
             hook.remove()
         for linear in updated:
             parametrize.remove_parametrizations(linear, "weight")
+        if mapped:
+            take_map(network)
         _put_quantized_layers(network, quantized, integers)
         network.requires_grad_(False)
 

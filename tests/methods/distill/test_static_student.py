@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from tests_support import compress_to, folder_of
 from tokenizers import Tokenizer
 
@@ -27,8 +29,10 @@ from compress.methods.distill.static_table import (
     strings_of,
     with_words,
 )
+from compress.methods.distill.trainable import trainable
 from compress.methods.quantize.embeddings import Embeddings
 from compress.models.files.variant import VariantInfo
+from compress.models.network.build import load_network
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe_file import parse_recipe
 from compress.pipeline.run import run
@@ -107,6 +111,42 @@ def test_tokens_begin_as_the_teacher_s_vectors_and_end_closer_to_it(bert: Path, 
         vectors = compress.load(str(tmp_path / name)).encode(judged)
         fits.append(float((vectors * whole).sum(axis=1).mean()))
     assert fits[1] > fits[0] + 0.02
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_tokens_that_the_texts_lack_learn_through_the_map(bert: Path, texts: Path, tmp_path: Path, mapped: bool) -> None:
+    still = step_on(texts, steps=1, every=1, learning_rate=1e-12, student={"map": mapped})
+    compress_to(bert, tmp_path / "still", still)
+    compress_to(bert, tmp_path / "taught", step_on(texts, student={"map": mapped}))
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors")["embeddings.word_embeddings.weight"] for name in ("still", "taught")
+    )
+    definition = json.loads((tmp_path / "still" / "tokenizer.json").read_text())
+    absent = counted(definition, words_of(texts)) == 0
+    absent[definition["model"]["vocab"]["[UNK]"]] = False  # without a vector, it has nothing to map
+    moved = (before != after).any(dim=1).numpy()
+    assert absent.sum() > 20
+    assert moved[absent].all() if mapped else not moved[absent].any()
+    assert moved[~absent].sum() > 100
+
+
+def test_the_map_is_merged_into_the_rows_that_it_gave(bert: Path, texts: Path, tmp_path: Path) -> None:
+    compress_to(bert, tmp_path / "v", step_on(texts, steps=1, every=1))
+    network = load_network(folder_of(tmp_path / "v"), torch.float32)
+    ids = torch.tensor([[7, 9, 7, 300], [9, 8, 0, 300]])
+    plain = network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    with trainable(network, mapped=True):
+        torch.testing.assert_close(network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state, plain)
+        trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+        assert {name.rpartition(".")[2] for name in trained} == {"weight", "change", "token_weights"}
+        for parameter in trained.values():
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+        moved = network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    after = network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    torch.testing.assert_close(after, moved)
+    assert not torch.allclose(after, plain, atol=1e-2)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert not any(name.endswith("change") for name in network.state_dict())
 
 
 def test_a_killed_training_gives_the_table_of_one_that_was_not(
