@@ -7,22 +7,20 @@ if __name__ == "__main__":  # `python -m compress.cli`: ready for signals before
 
     _start()
 
-import glob
 import json
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from compress.common.cache import KINDS as CACHE_KINDS
 from compress.common.errors import UserError, nearest
 from compress.common.files import check_target, write_text_atomic
+from compress.common.words import LOCAL_RAY, accepting
 from compress.export import FORMATS as EXPORT_FORMATS
 from compress.measure.accuracy.own_task import TYPES as TASK_TYPES
 from compress.measure.accuracy.own_task import write_example
@@ -38,40 +36,7 @@ app = typer.Typer(
 )
 
 
-def accepting(spellings: Mapping[str, str]) -> type[TyperCommand]:
-    """Return a kind of command that also takes old spellings of its options, given with the new ones, and says the new one."""
-
-    class Command(TyperCommand):
-        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-            end = args.index("--") if "--" in args else len(args)
-            words = [renamed(word, spellings) for word in args[:end]]
-            return super().parse_args(ctx, [*with_address(words), *args[end:]])
-
-    return Command
-
-
-def renamed(word: str, spellings: Mapping[str, str]) -> str:
-    """Return a word of the command line with an old spelling of an option replaced by the new one, and say so."""
-    name, equals, value = word.partition("=")
-    if name not in spellings:
-        return word
-    print(f"{name} is now {spellings[name]}; the old spelling will be removed in the next release", file=sys.stderr)
-    return f"{spellings[name]}{equals}{value}"
-
-
-def with_address(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with `local` after a `--ray` that no address follows."""
-    found: list[str] = []
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        found.append(word)
-        if word == "--ray" and not RAY_ADDRESS.fullmatch(following):
-            found.append(LOCAL_RAY)
-    return found
-
-
 ALIGN_MAPS = ("auto", "rotation", "linear")
-LOCAL_RAY = "local"
-RAY_ADDRESS = re.compile(r"local|auto|ray://.+|(\[[0-9a-f:]+\]|(?!hub:)[A-Za-z0-9.-]+):\d+")
 RUNS_BEFORE = {"--output": "--runs"}
 TO_BEFORE = {"--output": "--to"}
 EVALUATE_BEFORE = {**TO_BEFORE, "--outputs": "--vector-formats"}
@@ -335,6 +300,7 @@ def encode(
     stream: StreamOption = False,
 ) -> None:
     """Embed texts. Vectors are written as they are made; a corpus that was stopped continues."""
+    from compress.data.corpus import is_corpus
     from compress.runtimes.encoding import EncodeOptions, encode_file
 
     how = EncodeOptions(prompt=prompt, task=task, runtime=runtime, device=device, stream=stream)
@@ -357,17 +323,6 @@ def encode(
     if not count:
         print(f"{texts}: holds no texts", file=sys.stderr)
     print(f"{to}: {count} vectors of {dimension} dimensions")
-
-
-def is_corpus(texts: str, to: str) -> bool:
-    """Whether only a corpus has such texts or such a target: folders, a pattern, a .zst file."""
-    path = Path(texts)
-    return (
-        to.endswith("/")
-        or path.is_dir()
-        or path.suffix.lower() == ".zst"
-        or (not path.exists() and glob.has_magic(texts) and not texts.startswith("hub:"))
-    )
 
 
 def _ray(address: str | None, workers: int, cpus: int, gpus: float) -> Any:

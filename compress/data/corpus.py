@@ -25,6 +25,17 @@ SAMPLES, SAMPLE_BYTES = 16, 65_536
 _LARGEST_ID = 2**63 - 1
 
 
+def is_corpus(texts: str, to: str) -> bool:
+    """Whether only a corpus has such texts or such a target: folders, a pattern, a .zst file."""
+    path = Path(texts)
+    return (
+        to.endswith("/")
+        or path.is_dir()
+        or path.suffix.lower() == ".zst"
+        or (not path.exists() and glob.has_magic(texts) and not is_hub(texts))
+    )
+
+
 class Position(NamedTuple):
     """A place between two records of a corpus."""
 

@@ -20,8 +20,10 @@ from scale_support import contents, read_parts, some_texts, static_model, write_
 from typer.testing import CliRunner
 
 import compress
-from compress.cli import app, is_corpus, with_address
+from compress.cli import app
 from compress.common.errors import BadTextError, NotFiniteError, UserError
+from compress.common.words import with_address
+from compress.data.corpus import is_corpus
 from compress.data.rows import Columns
 from compress.measure.vectors.codec import unit
 from compress.models.embedder import Vectors
