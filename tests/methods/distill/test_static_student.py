@@ -113,6 +113,15 @@ def test_tokens_begin_as_the_teacher_s_vectors_and_end_closer_to_it(bert: Path, 
     assert fits[1] > fits[0] + 0.02
 
 
+def test_a_training_begins_at_the_batch_that_is_named(bert: Path, texts: Path, tmp_path: Path) -> None:
+    """As the later rounds of a recipe do, which go on in the texts where the one before ended."""
+    made = {}
+    for name, first in (("start", 0), ("later", 3), ("again", 3)):
+        compress_to(bert, tmp_path / name, step_on(texts, steps=2, every=2, first_batch=first))
+        made[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert made["later"] == made["again"] != made["start"]
+
+
 @pytest.mark.parametrize("mapped", [True, False])
 def test_tokens_that_the_texts_lack_learn_through_the_map(bert: Path, texts: Path, tmp_path: Path, mapped: bool) -> None:
     still = step_on(texts, steps=1, every=1, learning_rate=1e-12, student={"map": mapped})
