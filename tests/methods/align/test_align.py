@@ -151,7 +151,8 @@ def test_the_steps_of_a_training_follow_from_the_minutes(old: Path, turned: Path
 # ---------------------------------------------------------------------------------------------------------- runtimes and exports
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_graphs_carry_the_map(aligned: Path, runtime: str) -> None:
     pytest.importorskip(runtime, reason=f"{runtime} is not installed")
     np.testing.assert_allclose(encoded(aligned, TEXTS, runtime=runtime), encoded(aligned, TEXTS), atol=2e-5)
