@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from align_support import turn, with_dense
 from tests_support import compress_to
 
 import compress
@@ -38,8 +39,12 @@ def variant(request: pytest.FixtureRequest, make_model, tmp_path: Path) -> Calla
     """Make the run of a kind of model in four bits."""
 
     def make(kind: str) -> Path:
-        prompted = kind == "prompted"
-        model = make_model("bert", "mean", True, {"query": "find: "}, False) if prompted else request.getfixturevalue(kind)
+        if kind in ("prompted", "dense"):
+            model = make_model("bert", "mean", True, {"query": "find: "}, False)
+        else:
+            model = request.getfixturevalue(kind)
+        if kind == "dense":
+            model = with_dense(model, tmp_path / "dense", turn(48))
         run = tmp_path / "run"
         run.mkdir()
         compress_to(model, run / "variant", *([Fold()] if kind == "nv_embed" else []), FOUR)
@@ -74,9 +79,9 @@ def test_the_card_s_example_gives_the_variant_s_vectors(variant, tmp_path: Path,
 
 
 def test_the_card_s_example_gives_them_in_this_process(variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As above, without processes of their own for the example and for reading back."""
+    """As above, with a module after the pooling, without processes of their own for the example and for reading back."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    out = export(variant("prompted"), "onnx", tmp_path / "out", check=False)
+    out = export(variant("dense"), "onnx", tmp_path / "out", check=False)
     embedder = compress.load(str(tmp_path / "run"), runtime="torch", device="cpu")
     monkeypatch.chdir(out)
     names: dict[str, Any] = {"__name__": "example"}
