@@ -120,7 +120,7 @@ def test_a_table_of_vector_formats(minilm) -> None:
     assert rows["binary"].scores["MiniRetrieval"] < whole - 0.01
 
 
-@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("paired", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_table_of_vector_formats_is_printed_alone_and_in_pairs(
     bert, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, paired: bool
 ) -> None:
