@@ -74,7 +74,7 @@ def test_a_recipe_runs_on_a_model_tasks_and_texts_of_the_hub(ran: Ran) -> None:
     check_revisions(ran.hub)
 
 
-OFFLINE = """
+LOAD = """
 from compress.data.texts import read_texts
 from compress.measure.accuracy.tasks import find_tasks, load_data
 for task in find_tasks(["STSBenchmark", "SciFact"], None):
@@ -84,14 +84,23 @@ print(len(read_texts("hub:owner/texts:text")))
 """
 
 
+LOADED = ["STSBenchmark True", "SciFact True", "300"]
+
+
+def test_tasks_and_texts_come_from_the_hub(published: tuple[StandIn, Client]) -> None:
+    hub, client = published
+    done = client.python("-c", LOAD)
+    assert done.stdout.splitlines() == LOADED, done.stderr
+    check_revisions(hub)
+
+
+@pytest.mark.slow  # that the hub's cache serves offline is in test_hub_models
 def test_tasks_and_texts_are_there_offline(published: tuple[StandIn, Client]) -> None:
     hub, client = published
-    for offline in ("0", "1"):
-        done = client.python("-c", OFFLINE, HF_HUB_OFFLINE=offline)
-        assert done.stdout.splitlines() == ["STSBenchmark True", "SciFact True", "300"], done.stderr
-        if offline == "0":
-            check_revisions(hub)
-            hub.requests.clear()
+    assert client.python("-c", LOAD).stdout.splitlines() == LOADED
+    hub.requests.clear()
+    done = client.python("-c", LOAD, HF_HUB_OFFLINE="1")
+    assert done.stdout.splitlines() == LOADED, done.stderr
     assert hub.requests == []
 
 

@@ -156,7 +156,8 @@ def torchrun(recipe: Path, runs: Path) -> list[subprocess.Popen[str]]:
     ]
 
 
-@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ranks", "torchrun"])
+@pytest.mark.slow  # test_job has two processes that learn what one does
+@pytest.mark.parametrize("launched", [False, True], ids=["ranks", "torchrun"])
 def test_two_nodes_learn_what_one_process_does(
     recipe: Path, tmp_path: Path, start: Callable[[Path, Path], Ranks], launched: bool
 ) -> None:
