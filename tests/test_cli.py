@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from tests_support import call_here
 
 import compress
 from compress import cli
@@ -23,23 +24,11 @@ steps:
 measure: {what: [], count: 24, rounds: 1, requests: 10, threads: 1}
 evaluate: {tasks: [MiniSTS]}
 """
-MEASURED = RECIPE.replace("what: []", "what: [fidelity, speed]")
 
 
 def call(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "compress.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
-
-
-def call_here(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run the command line in this process, which has imported what it needs; return its exit code and what it printed."""
-    capfd.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["compress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    assert isinstance(ended.value.code, int)
-    return ended.value.code, *capfd.readouterr()
 
 
 @pytest.fixture
@@ -49,16 +38,21 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_run_prints_and_records(recipe: Path, bert: Path, tmp_path: Path) -> None:
-    recipe.write_text(MEASURED)
-    result = call("run", recipe, "--model", bert, "--runs", tmp_path / "out", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    for wanted in ("MiniSTS", "cosine_spearman", "int8 x dynamic_per_token", "vs float32", "verdict:", "record: "):
-        assert wanted in result.stdout
+@pytest.mark.parametrize("what", ["fidelity", pytest.param("fidelity, speed", marks=pytest.mark.slow)])
+def test_run_prints_and_records(
+    recipe: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], what: str
+) -> None:
+    recipe.write_text(RECIPE.replace("what: []", f"what: [{what}]"))
+    monkeypatch.chdir(tmp_path)
+    code, printed, said = call_here(capfd, "run", recipe, "--model", bert, "--runs", tmp_path / "out")
+    assert code == 0, said
+    measured = ["vs float32"] if "speed" in what else []
+    for wanted in ("MiniSTS", "cosine_spearman", "int8 x dynamic_per_token", "verdict:", "record: ", *measured):
+        assert wanted in printed
     run_folder = next((tmp_path / "out").iterdir())
     (tmp_path / "texts.txt").write_text("one\ntwo words\n")
-    encoded = call("encode", run_folder, tmp_path / "texts.txt", "-o", tmp_path / "v.npy", cwd=tmp_path)
-    assert encoded.returncode == 0, encoded.stderr
+    code, _, said = call_here(capfd, "encode", run_folder, tmp_path / "texts.txt", "-o", tmp_path / "v.npy")
+    assert code == 0, said
     expected = compress.load(str(run_folder)).encode(["one", "two words"])
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-6)
 
@@ -117,7 +111,9 @@ def test_bad_input_is_a_clean_error(
     assert [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.name != "results"] == []
 
 
-def test_ctrl_c_keeps_what_is_done_and_a_second_run_continues(recipe: Path, bert: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_is_done_and_a_second_run_continues(
+    recipe: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "compress.cli", "run", str(recipe), "--model", str(bert)],
         cwd=tmp_path,
@@ -140,10 +136,11 @@ def test_ctrl_c_keeps_what_is_done_and_a_second_run_continues(recipe: Path, bert
     (partial,) = (tmp_path / "results").iterdir()
     assert partial.name.endswith(".partial")
     time.sleep(0.1)
-    result = call("run", recipe, "--model", bert, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "continuing " in result.stderr
-    assert "rtn: " not in result.stderr
+    monkeypatch.chdir(tmp_path)
+    code, _, said = call_here(capfd, "run", recipe, "--model", bert)
+    assert code == 0, said
+    assert "continuing " in said
+    assert "rtn: " not in said
     assert not partial.exists()
 
 

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -126,3 +127,16 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def same_names(a: dict[str, tuple[int, ...]], b: dict[str, tuple[int, ...]]) -> bool:
     """Whether the tensors are the same, but for what stands before a network's names in a checkpoint."""
     return sorted((name.removeprefix("model."), shape) for name, shape in a.items()) == sorted(b.items())
+
+
+def call_here(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run the command line in this process, which has imported what it needs; return its exit code and what it printed."""
+    from compress import cli
+
+    capfd.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["compress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, *capfd.readouterr()

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
-QUICK = ("products", "equal_lengths", "correctness", "real_lengths", "one_query", "published", "padding", "text_to_vector")
+QUICK = ("products", "equal_lengths", "published")
+OTHERS = ("correctness", "real_lengths", "one_query", "padding", "text_to_vector")
 # What a card's bare machine does not have; a name that is None cannot be imported.
 MISSING = (
     "mteb", "datasets", "scipy", "sklearn", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "typer", "rich", "plotly",
@@ -52,9 +53,29 @@ def test_the_rows_run(tmp_path: Path) -> None:
     assert set(found["equal_lengths"][0]["times_bf16"]) == {"fp8", "int8"}
 
 
-def test_a_row_that_fails_is_a_line_and_the_time_is_kept(tmp_path: Path) -> None:
-    found = rows(tmp_path / "rows.jsonl", "--only", "products,padding", "--seconds", "-1")
-    assert [line["skipped"] for line in (*found["products"], *found["padding"])] == ["the -1 s were over"] * 2
+def test_a_row_that_fails_is_a_line_and_the_time_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(GPU), *sys.path])
+    import rows as script
+
+    def failing(_: object) -> Any:
+        raise ValueError("no such card")
+
+    def measured(*arguments: str) -> tuple[int, list[dict[str, Any]]]:
+        file = tmp_path / "rows.jsonl"
+        monkeypatch.setattr(sys, "argv", ["rows.py", "--to", str(file), "--device", "cpu", "--small", *arguments])
+        code = script.main()
+        return code, [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()][1:]  # behind the machine's
+
+    code, found = measured("--only", "products,padding", "--seconds", "-1")
+    assert code == 0
+    assert [(line["row"], line["skipped"]) for line in found] == [(name, "the -1 s were over") for name in ("products", "padding")]
+    monkeypatch.setitem(script.ROWS, "products", failing)
+    monkeypatch.setitem(script.ROWS, "padding", lambda _: [{"right": True}])
+    code, found = measured("--only", "products,padding")
+    assert code == 1
+    assert [line["row"] for line in found] == ["products", "padding"]
+    assert found[0]["failed"] == "ValueError: no such card"
+    assert found[1]["right"]
 
 
 def test_a_row_is_stopped_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,4 +89,7 @@ def test_a_row_is_stopped_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 def test_the_other_rows_run(tmp_path: Path) -> None:
-    check(rows(tmp_path / "rows.jsonl", "--only", "small_encoder,compressing,training,sparse_products,bitsandbytes"))
+    names = (*OTHERS, "small_encoder", "compressing", "training", "sparse_products", "bitsandbytes")
+    found = rows(tmp_path / "rows.jsonl", "--only", ",".join(names))
+    check(found)
+    assert {"machine", *OTHERS} <= set(found)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests_support import call_here
 
 from compress.common import entry
 from compress.common.children import tied
@@ -159,19 +160,26 @@ def test_a_program_that_is_not_there_is_an_error_of_the_system() -> None:
 
 
 @pytest.mark.parametrize("model", ["./nothere", "../nothere", "/no/there", "nothere"])
-def test_a_path_that_is_not_there_is_no_name_of_the_hub(tmp_path: Path, model: str) -> None:
+def test_a_path_that_is_not_there_is_no_name_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
+) -> None:
     (tmp_path / "a.txt").write_text("a\n")
-    ended = call("encode", model, "a.txt", "-o", "v.npy", cwd=tmp_path)
-    assert ended.returncode == 2
-    assert "not a folder, a hub name (owner/name) or a built-in model" in ended.stderr
+    monkeypatch.chdir(tmp_path)
+    code, _, said = call_here(capfd, "encode", model, "a.txt", "-o", "v.npy")
+    assert code == 2
+    assert "not a folder, a hub name (owner/name) or a built-in model" in said
 
 
-def test_what_could_be_known_before_the_work_is_said_before_it(tmp_path: Path) -> None:
+def test_what_could_be_known_before_the_work_is_said_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.txt").write_text("a\n")
-    ended = call("encode", "nano", "a.txt", "-o", "missing/v.npy", cwd=tmp_path)
-    assert (ended.returncode, "there is no folder missing" in ended.stderr) == (2, True)
-    ended = call("encode", "nano", "a.txt", "-o", tmp_path, cwd=tmp_path)
-    assert (ended.returncode, "is a folder" in ended.stderr) == (2, True)
     (tmp_path / "r.yaml").write_text("name: ../../x\n")
-    ended = call("plan", "r.yaml", cwd=tmp_path)
-    assert (ended.returncode, "r.yaml, line 1: name: " in ended.stderr) == (2, True)
+    monkeypatch.chdir(tmp_path)
+    for words, wanted in (
+        (("encode", "nano", "a.txt", "-o", "missing/v.npy"), "there is no folder missing"),
+        (("encode", "nano", "a.txt", "-o", tmp_path), "is a folder"),
+        (("plan", "r.yaml"), "r.yaml, line 1: name: "),
+    ):
+        code, _, said = call_here(capfd, *words)
+        assert (code, wanted in said) == (2, True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from align_support import turn, with_dense
 from tests_support import compress_to
 
 import compress
@@ -19,6 +22,7 @@ from compress.methods.prune.sparsegpt import SparseGPT
 from compress.methods.quantize.fp8 import FP8
 from compress.methods.quantize.gptq import GPTQ
 from compress.methods.quantize.rtn import RTN
+from compress.models.embedder import Embedder
 from compress.models.files.variant import WEIGHTS_FILE
 
 TEXTS = ["", "a", "The Parcel never came", "of the many words " * 60, "🙂 日本語"]
@@ -30,34 +34,26 @@ def example_of(folder: Path) -> str:
     return str(code)
 
 
-@pytest.mark.parametrize(
-    ("kind", "format"),
-    [
-        ("bert", "onnx"),
-        *(pytest.param(kind, "onnx", marks=pytest.mark.slow) for kind in ("prompted", "nv_embed", "decoder")),
-        *(pytest.param(kind, "openvino", marks=pytest.mark.slow) for kind in ("bert", "prompted", "decoder", "nv_embed")),
-    ],
-)
-def test_the_card_s_example_gives_the_variant_s_vectors(
-    request: pytest.FixtureRequest, make_model, tmp_path: Path, kind: str, format: str
-) -> None:
-    runtime = {"onnx": "onnxruntime"}.get(format, format)
-    pytest.importorskip(runtime, reason=f"{runtime} is not installed")
-    if kind == "prompted":
-        model = make_model("bert", "mean", True, {"query": "find: "}, include_prompt=False)
-    else:
-        model = request.getfixturevalue(kind)
-    run = tmp_path / "run"
-    run.mkdir()
-    compress_to(model, run / "variant", *([Fold()] if kind == "nv_embed" else []), FOUR)
-    said: list[str] = []
-    out = export(run, format, tmp_path / "out", said.append)
-    assert said[-1].startswith(f"Read back with {runtime} ")
-    embedder = compress.load(str(run), runtime=runtime)
-    prompt = next(iter(embedder.spec.prompts.values()), "") if kind != "decoder" else ""
-    for given in {"", prompt}:
-        found = run_example(out, Reader(runtime, (), example_of(out)), TEXTS, given)
-        np.testing.assert_allclose(found, embedder.encode(TEXTS, given), atol=2e-5)
+@pytest.fixture
+def variant(request: pytest.FixtureRequest, make_model, tmp_path: Path) -> Callable[[str], Path]:
+    """Make the run of a kind of model in four bits."""
+
+    def make(kind: str) -> Path:
+        if kind in ("prompted", "dense"):
+            model = make_model("bert", "mean", True, {"query": "find: "}, False)
+        else:
+            model = request.getfixturevalue(kind)
+        if kind == "dense":
+            model = with_dense(model, tmp_path / "dense", turn(48))
+        run = tmp_path / "run"
+        run.mkdir()
+        compress_to(model, run / "variant", *([Fold()] if kind == "nv_embed" else []), FOUR)
+        return run
+
+    return make
+
+
+def check_folder(out: Path, format: str, embedder: Embedder) -> None:
     settings = json.loads((out / "embedder.json").read_text())
     assert settings["dimension"] == embedder.dimension
     assert settings["prompts"] == embedder.spec.prompts
@@ -65,6 +61,37 @@ def test_the_card_s_example_gives_the_variant_s_vectors(
     assert (out / WEIGHTS_FILE).exists() == (format == "onnx")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize("kind", ["bert", "prompted", "nv_embed", "decoder"])
+def test_the_card_s_example_gives_the_variant_s_vectors(variant, tmp_path: Path, kind: str, format: str) -> None:
+    runtime = {"onnx": "onnxruntime"}.get(format, format)
+    pytest.importorskip(runtime, reason=f"{runtime} is not installed")
+    run, said = variant(kind), list[str]()
+    out = export(run, format, tmp_path / "out", said.append)
+    assert said[-1].startswith(f"Read back with {runtime} ")
+    embedder = compress.load(str(run), runtime=runtime)
+    prompt = next(iter(embedder.spec.prompts.values()), "") if kind != "decoder" else ""
+    for given in {"", prompt}:
+        found = run_example(out, Reader(runtime, (), example_of(out)), TEXTS, given)
+        np.testing.assert_allclose(found, embedder.encode(TEXTS, given), atol=2e-5)
+    check_folder(out, format, embedder)
+
+
+def test_the_card_s_example_gives_them_in_this_process(variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, with a module after the pooling, without processes of their own for the example and for reading back."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    out = export(variant("dense"), "onnx", tmp_path / "out", check=False)
+    embedder = compress.load(str(tmp_path / "run"), runtime="torch", device="cpu")
+    monkeypatch.chdir(out)
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(example_of(out), names)
+    for given in ("", "find: "):
+        np.testing.assert_allclose(names["embed"](TEXTS, given), embedder.encode(TEXTS, given), atol=2e-5)
+    check_folder(out, "onnx", embedder)
+
+
+@pytest.mark.slow
 def test_vectors_that_differ_are_noticed(bert: Path, make_variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = graphs.IN_ONNXRUNTIME | {"running": 'return session.run(None, dict(zip(settings["inputs"], [ids, ids * 0 + 1])))[0]'}
     monkeypatch.setattr(graphs, "IN_ONNXRUNTIME", wrong)

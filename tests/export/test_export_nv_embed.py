@@ -21,10 +21,20 @@ from compress.models.source import find
 TEXTS = ["the parcel never came", "rain by the evening", "", "of the many words " * 40]
 
 
-@pytest.mark.parametrize("step", [Depth(drop=(1,)), Magnitude(sparsity=0.5)], ids=lambda step: step.method)
-def test_a_checkpoint_has_the_variant_s_vectors(nv_embed: Path, make_variant, tmp_path: Path, step: Method) -> None:
+@pytest.mark.parametrize(
+    ("step", "check"),
+    [
+        (Depth(drop=(1,)), False),
+        (Magnitude(sparsity=0.5), False),
+        pytest.param(Depth(drop=(1,)), True, marks=pytest.mark.slow),  # in a process of its own, which takes seconds
+    ],
+    ids=["depth", "magnitude", "depth, read back"],
+)
+def test_a_checkpoint_has_the_variant_s_vectors(nv_embed: Path, make_variant, tmp_path: Path, step: Method, check: bool) -> None:
     run = make_variant(nv_embed, step)
-    out = export(run, "nv-embed", tmp_path / "out")
+    said: list[str] = []
+    out = export(run, "nv-embed", tmp_path / "out", said.append, check=check)
+    assert said[-1].startswith("Read back with " if check else "Not read back")
     assert not find(str(out)).is_variant
     prompt = "Instruct: Retrieve semantically similar text\nQuery: "
     expected = compress.load(str(run), device="cpu").encode(TEXTS, prompt)

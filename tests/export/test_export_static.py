@@ -30,15 +30,25 @@ def vectors(variant: Path, texts: list[str]) -> np.ndarray:
     return compress.load(str(variant), runtime=NUMPY).encode(texts)
 
 
-@pytest.mark.parametrize("step", [Embeddings(bits=8), Embeddings(bits=4, group_size=8), None], ids=["int8", "int4-g8", "float16"])
-def test_sentence_transformers_reads_the_variant_s_vectors(pieces: Tokenizer, tmp_path: Path, step: Embeddings | None) -> None:
+@pytest.mark.parametrize(
+    ("step", "check"),
+    [
+        (Embeddings(bits=8), False),
+        (Embeddings(bits=4, group_size=8), False),
+        (None, False),
+        pytest.param(Embeddings(bits=8), True, marks=pytest.mark.slow),  # in a process of its own, which takes seconds
+    ],
+    ids=["int8", "int4-g8", "float16", "int8, read back"],
+)
+def test_sentence_transformers_reads_the_variant_s_vectors(
+    pieces: Tokenizer, tmp_path: Path, step: Embeddings | None, check: bool
+) -> None:
     settings = {"prompts": {"query": "find: "}, "default_prompt_name": "query", "truncate_dim": 7}
     model = static_embedding_folder(tmp_path / "m", pieces, {"embedding.weight": table(pieces)}, "Normalize", **settings)
     compress_to(model, tmp_path / "v", *([step] if step else []))
     said: list[str] = []
-    once = step is not None and step.bits == 8  # in a process of its own, which takes seconds
-    out = export(tmp_path / "v", "sentence-transformers", tmp_path / "out", said.append, check=once)
-    assert said[-1].startswith("Read back with sentence-transformers " if once else "Not read back")
+    out = export(tmp_path / "v", "sentence-transformers", tmp_path / "out", said.append, check=check)
+    assert said[-1].startswith("Read back with sentence-transformers " if check else "Not read back")
     theirs = SentenceTransformer(str(out), device="cpu")
     assert theirs.prompts["query"] == "find: "
     np.testing.assert_allclose(theirs.encode(TEXTS), vectors(tmp_path / "v", TEXTS), atol=1e-5)
@@ -130,7 +140,7 @@ def test_what_model2vec_does_otherwise_is_said(pieces: Tokenizer, tmp_path: Path
     assert any("model2vec cuts them there, the variant does at" in line for line in said)
 
 
-@pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize("format", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_graphs(pieces: Tokenizer, tmp_path: Path, format: str) -> None:
     pytest.importorskip("onnxruntime" if format == "onnx" else format, reason=f"{format} is not installed")
     model = static_embedding_folder(tmp_path / "m", pieces, {"embedding.weight": table(pieces)}, "Normalize")

@@ -19,6 +19,19 @@ from compress.data.texts import calibration_texts
 TASKS = ("STSBenchmark", "SciFact")
 
 
+@pytest.fixture(scope="module")
+def published(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StandIn, Client]]:
+    """A hub with a model, two tasks and texts, and a machine with an empty cache that knows it."""
+    place = tmp_path_factory.mktemp("hub")
+    with stand_in(place) as (hub, client):
+        hub.tokens = {"reader": Token(), "writer": Token(writes=True)}
+        hub.add("models", "owner/tiny", as_published(bert, place / "tiny"))
+        add_sts_benchmark(hub, place / "sts")
+        add_scifact(hub, place / "scifact")
+        add_texts(hub, place / "texts", calibration_texts()[:300])
+        yield hub, client
+
+
 @dataclass
 class Ran:
     """A run that has ended, on the hub and the machine that it used."""
@@ -30,23 +43,25 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def ran(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
-    """Run int8 on a model and two tasks of the hub, from an empty cache."""
-    place = tmp_path_factory.mktemp("hub")
-    with stand_in(place) as (hub, client):
-        hub.tokens = {"reader": Token(), "writer": Token(writes=True)}
-        hub.add("models", "owner/tiny", as_published(bert, place / "tiny"))
-        add_sts_benchmark(hub, place / "sts")
-        add_scifact(hub, place / "scifact")
-        add_texts(hub, place / "texts", calibration_texts()[:300])
-        recipe = str(ROOT / "recipes" / "int8.yaml")
-        done = client.compress(
-            "run", recipe, "--model", "owner/tiny", "--tasks", ",".join(TASKS), "--texts", "hub:owner/texts:text"
-        )
-        [folder] = (client.home / "results").iterdir()
-        yield Ran(hub, client, done, folder)
+def ran(published: tuple[StandIn, Client]) -> Ran:
+    """Run int8 on a model and two tasks of the hub."""
+    hub, client = published
+    recipe = str(ROOT / "recipes" / "int8.yaml")
+    done = client.compress("run", recipe, "--model", "owner/tiny", "--tasks", ",".join(TASKS), "--texts", "hub:owner/texts:text")
+    [folder] = (client.home / "results").iterdir()
+    return Ran(hub, client, done, folder)
 
 
+def check_revisions(hub: StandIn) -> None:
+    """See that tasks were asked for, at the revisions that mteb pins and no others."""
+    for name in TASKS:
+        pinned = mteb.get_task(name).metadata.dataset
+        asked = [request for request in hub.requests if f"/datasets/{pinned['path']}/resolve/" in request.path]
+        assert asked
+        assert all(f"/resolve/{pinned['revision']}/" in request.path for request in asked)
+
+
+@pytest.mark.slow  # models, tasks and texts of the hub are each in a faster test, here and in test_hub_models
 def test_a_recipe_runs_on_a_model_tasks_and_texts_of_the_hub(ran: Ran) -> None:
     record = json.loads((ran.folder / "record.json").read_text())
     # The bound on the retained score is wide on so few examples: exit code 1 where it is missed.
@@ -56,14 +71,10 @@ def test_a_recipe_runs_on_a_model_tasks_and_texts_of_the_hub(ran: Ran) -> None:
     assert record["model"]["licence"] == "cc-by-nc-4.0"
     assert {task["task"] for task in record["tasks"]} == set(TASKS)
     assert record["fidelity"]["cosine_mean"] > 0.999
-    for name in TASKS:
-        pinned = mteb.get_task(name).metadata.dataset
-        asked = [request for request in ran.hub.requests if f"/datasets/{pinned['path']}/resolve/" in request.path]
-        assert asked
-        assert all(f"/resolve/{pinned['revision']}/" in request.path for request in asked)
+    check_revisions(ran.hub)
 
 
-OFFLINE = """
+LOAD = """
 from compress.data.texts import read_texts
 from compress.measure.accuracy.tasks import find_tasks, load_data
 for task in find_tasks(["STSBenchmark", "SciFact"], None):
@@ -73,11 +84,24 @@ print(len(read_texts("hub:owner/texts:text")))
 """
 
 
-def test_tasks_and_texts_are_there_offline(ran: Ran) -> None:
-    ran.hub.requests.clear()
-    done = ran.client.python("-c", OFFLINE, HF_HUB_OFFLINE="1")
-    assert done.stdout.splitlines() == ["STSBenchmark True", "SciFact True", "300"], done.stderr
-    assert ran.hub.requests == []
+LOADED = ["STSBenchmark True", "SciFact True", "300"]
+
+
+def test_tasks_and_texts_come_from_the_hub(published: tuple[StandIn, Client]) -> None:
+    hub, client = published
+    done = client.python("-c", LOAD)
+    assert done.stdout.splitlines() == LOADED, done.stderr
+    check_revisions(hub)
+
+
+@pytest.mark.slow  # that the hub's cache serves offline is in test_hub_models
+def test_tasks_and_texts_are_there_offline(published: tuple[StandIn, Client]) -> None:
+    hub, client = published
+    assert client.python("-c", LOAD).stdout.splitlines() == LOADED
+    hub.requests.clear()
+    done = client.python("-c", LOAD, HF_HUB_OFFLINE="1")
+    assert done.stdout.splitlines() == LOADED, done.stderr
+    assert hub.requests == []
 
 
 REFUSED = """
@@ -92,8 +116,8 @@ for what in ("hub:owner/nothing:text", "hub:owner/texts:txt", "hub:owner/texts:t
 """
 
 
-def test_what_the_hub_does_not_have_is_said_in_two_lines(ran: Ran) -> None:
-    done = ran.client.python("-c", REFUSED)
+def test_what_the_hub_does_not_have_is_said_in_two_lines(published: tuple[StandIn, Client]) -> None:
+    done = published[1].python("-c", REFUSED)
     nothing, column, split, task = done.stdout.splitlines()
     assert nothing.startswith("hub:owner/nothing:text: cannot be loaded (DatasetNotFoundError: ")
     assert column == "hub:owner/texts:txt: has no column 'txt' | did you mean 'text'?"
@@ -103,6 +127,7 @@ def test_what_the_hub_does_not_have_is_said_in_two_lines(ran: Ran) -> None:
     assert "hf auth login" in task
 
 
+@pytest.mark.slow
 def test_an_export_goes_back_to_the_hub_with_the_licence_of_its_base(ran: Ran, tmp_path: Path) -> None:
     arguments = ["export", str(ran.folder), "--format", "sentence-transformers", "-o", str(tmp_path / "export"), "--no-check"]
     done = ran.client.compress(*arguments, "--push", "owner/tiny-int8")
@@ -141,11 +166,17 @@ for name in ("owner/a/b", "owner/other"):
 """
 
 
-def test_a_push_that_is_refused_says_what_is_missing(ran: Ran, tmp_path: Path) -> None:
+def test_a_push_says_where_it_went_or_what_is_missing(published: tuple[StandIn, Client], tmp_path: Path) -> None:
+    hub, client = published
     (tmp_path / "README.md").write_text("---\nlicense: bsd-2026\n---\n")
-    name, rights = ran.client.python("-c", PUSH, str(tmp_path), HF_TOKEN="reader").stdout.splitlines()
+    name, rights = client.python("-c", PUSH, str(tmp_path), HF_TOKEN="reader").stdout.splitlines()
     assert name == "--push 'owner/a/b': not a name that the hub allows | owner/name, such as me/my-model-int8"
     assert rights.startswith("--push owner/other: the hub does not let this token write there (403) | a token that may write")
-    _, card = ran.client.python("-c", PUSH, str(tmp_path), HF_TOKEN="writer").stdout.splitlines()
+    _, card = client.python("-c", PUSH, str(tmp_path), HF_TOKEN="writer").stdout.splitlines()
     assert card.startswith("--push owner/other: Invalid metadata in README.md")
     assert f"hf upload owner/other {tmp_path}" in card
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    _, place = client.python("-c", PUSH, str(tmp_path), HF_TOKEN="writer").stdout.splitlines()
+    assert place == f"{hub.endpoint}/owner/other"
+    repository = hub.repositories["models", "owner/other"]
+    assert (repository.commits[repository.refs["main"]] / "README.md").read_bytes() == (tmp_path / "README.md").read_bytes()

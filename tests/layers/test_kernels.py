@@ -25,11 +25,17 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @needs_triton
-@pytest.mark.parametrize("cases", ["cases_kernels.py", "cases_networks.py"])
-def test_kernels_equal_their_references_in_the_interpreter(cases: str) -> None:
+@pytest.mark.parametrize(
+    ("cases", "marked"),
+    [
+        *((cases, "not slow") for cases in ("cases_kernels.py", "cases_networks.py")),
+        *(pytest.param(cases, "slow", marks=pytest.mark.slow) for cases in ("cases_kernels.py", "cases_networks.py")),
+    ],
+)
+def test_kernels_equal_their_references_in_the_interpreter(cases: str, marked: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     file = Path(__file__).parent / "interpreted" / cases
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n0", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n0", "-m", marked, str(file)]
     if importlib.util.find_spec("xdist") is None:
         command.remove("-n0")
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)

@@ -94,13 +94,13 @@ def test_prompts_are_pooled_as_the_folder_says(folder: Path) -> None:
     np.testing.assert_allclose(made, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
-WHOLE_ROWS = ("bert_mean",)
-"""Layouts of which `make test` fills the whole row; `make test-models` fills all."""
+WHOLE_ROWS: dict[str, list[pytest.MarkDecorator]] = {"static_st": [], "bert_mean": [pytest.mark.slow]}
+"""Layouts of which `make test` or `make test-slow` fills the whole row; `make test-models` fills all."""
 
 
 @pytest.mark.parametrize(
     "folder",
-    [pytest.param(*layout.values, marks=[] if layout.values[0] in WHOLE_ROWS else [pytest.mark.models]) for layout in MADE],
+    [pytest.param(*layout.values, marks=WHOLE_ROWS.get(str(layout.values[0]), [pytest.mark.models])) for layout in MADE],
     indirect=True,
 )
 def test_every_cell_meets_its_bar_or_is_refused(folder: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st
-from tests_support import compress_to
+from tests_support import call_here, compress_to
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
@@ -103,17 +101,20 @@ def test_a_prompt_that_is_named_comes_before_the_tasks(tmp_path: Path) -> None:
     assert np.abs(embedder.encode(TEXTS, task="query") - embedder.encode(TEXTS)).max() > 1e-2
 
 
-def test_every_embedder_takes_a_task_and_refuses_what_is_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_embedder_takes_a_task_and_refuses_what_is_none(tmp_path: Path, graph: bool) -> None:
     folder = bert(tmp_path / "model")
     tiny_layouts.wrap(folder, "mean", prompts=PROMPTS)
     compress_to(folder, tmp_path / "variant")
-    lower(ModelFolder("variant", tmp_path / "variant"), "onnxruntime")
+    runtime = "onnxruntime" if graph else "torch"
+    if graph:
+        lower(ModelFolder("variant", tmp_path / "variant"), runtime)
     whole = compress.load(folder, device="cpu")
     stored = StoredEmbedder(whole, lambda: whole, VectorStore(tmp_path / "store"))
     made = [
         whole,
         compress.load(folder, device="cpu", stream=True),
-        compress.load(tmp_path / "variant", runtime="onnxruntime"),
+        compress.load(tmp_path / "variant", runtime=runtime),
         stored,
         Mapped(stored, lambda vectors: vectors),
     ]
@@ -125,7 +126,7 @@ def test_every_embedder_takes_a_task_and_refuses_what_is_none(tmp_path: Path) ->
         assert error.value.hint == "known: query, document"
 
 
-def test_the_command_takes_a_task(tmp_path: Path) -> None:
+def test_the_command_takes_a_task(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = bert(tmp_path / "model")
     tiny_layouts.wrap(folder, "mean", prompts=PROMPTS)
     (tmp_path / "texts.txt").write_text("a\nThe parcel never came.\n")
@@ -134,10 +135,8 @@ def test_the_command_takes_a_task(tmp_path: Path) -> None:
     assert done.exit_code == 0
     expected = compress.load(folder, device="cpu").encode(["a", "The parcel never came."], "query: ")
     np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), expected)
-    done = subprocess.run(
-        [sys.executable, "-m", "compress.cli", *arguments, "--task", "q"], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (2, "error: task 'q' is not known\nknown: query, document\n")
+    code, _, said = call_here(capfd, *arguments, "--task", "q")
+    assert (code, said) == (2, "error: task 'q' is not known\nknown: query, document\n")
 
 
 # ------------------------------------------------------------------------------------------------------------------- Routers

@@ -110,14 +110,17 @@ def test_hidden_states_and_their_sums_on_disk(folder: Path) -> None:
     np.testing.assert_array_equal(made, encoded(folder, stream=True))
 
 
-def test_variants_in_every_runtime_and_in_exports(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "runtimes", [(), pytest.param(("onnxruntime", "openvino"), marks=pytest.mark.slow)], ids=["torch", "graphs"]
+)
+def test_variants_in_every_runtime_and_in_exports(folder: Path, tmp_path: Path, runtimes: tuple[str, ...]) -> None:
     variant = tmp_path / "variant"
     compress_to(folder, variant, GPTQ(bits=8), max_tokens=64)
     own = encoded(variant)
     cosines = (own * encoded(folder)).sum(axis=1)
     assert cosines.min() > 0.999
     np.testing.assert_array_equal(encoded(variant, stream=True), own)
-    for runtime in ("onnxruntime", "openvino"):
+    for runtime in runtimes:
         lower(ModelFolder("it", variant), runtime)
         np.testing.assert_allclose(encoded(variant, runtime=runtime), own, atol=1e-4)
     export(variant, "sentence-transformers", tmp_path / "export", licence="mit", check=False)

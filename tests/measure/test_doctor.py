@@ -454,6 +454,7 @@ class TestSentenceTransformers:
         assert found.reference.max_length == 48
         assert "cut on the right" in describe(found)
 
+    @pytest.mark.slow
     def test_truncation_on_the_left_in_a_folder_is_found(self, bert: Path, faulty: Copy) -> None:
         folder = faulty(bert)
         edit(folder / "tokenizer_config.json", truncation_side="left")
@@ -474,6 +475,7 @@ def test_an_interpreter_without_the_library_is_said(bert: Path, tmp_path: Path) 
         ask(bert, None, python=tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_exports_of_graphs_are_opened(bert: Path, tmp_path: Path) -> None:
     from compress.export import export
 

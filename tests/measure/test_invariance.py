@@ -27,7 +27,8 @@ class Shuffled:
         return vectors
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "MiniSTS" else [pytest.mark.slow]) for name in EMBEDDED])
+@pytest.mark.slow  # that vectors do not change is in tests/runtimes/test_torch_embedder.py
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_batches_order_and_padding_change_no_score(minilm: Path, name: str) -> None:
     embedder = compress.load("minilm", device="cpu", dtype="float32")
     task = find_tasks([name], None)[0]

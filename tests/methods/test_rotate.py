@@ -110,7 +110,7 @@ def test_without_the_matrix_after_the_final_norm_the_vectors_are_others(model, t
     assert float(nn.functional.cosine_similarity(vectors(made, folder), expected).mean()) < 0.5
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma", "nv_embed"])
+@pytest.mark.parametrize("kind", [pytest.param("mistral", marks=pytest.mark.slow), "gemma", "nv_embed"])
 def test_a_rotated_variant_streams_exports_and_quantizes(model, tmp_path: Path, kind: str) -> None:
     folder = model(kind)
     expected = encoded(folder)
@@ -132,11 +132,13 @@ def test_a_rotated_variant_streams_exports_and_quantizes(model, tmp_path: Path, 
     assert float((encoded(tmp_path / "int8") * expected).sum(axis=1).min()) > 0.98
 
 
-def test_a_rotated_nv_embed_folds_and_runs_as_a_graph(model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime", ["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+def test_a_rotated_nv_embed_folds_and_runs_as_a_graph(model, tmp_path: Path, runtime: str) -> None:
     folder = model("nv_embed")
     compress_to(folder, tmp_path / "variant", Fold(), Rotate())
-    lower(folder_of(tmp_path / "variant"), "onnxruntime")
-    made = encoded(tmp_path / "variant", runtime="onnxruntime")
+    if runtime != "torch":
+        lower(folder_of(tmp_path / "variant"), runtime)
+    made = encoded(tmp_path / "variant", runtime=runtime)
     np.testing.assert_allclose(made, encoded(tmp_path / "variant"), atol=1e-5)
     assert float((made * encoded(folder)).sum(axis=1).min()) > 0.9999
     with pytest.raises(ValueError, match="is rotated already"):

@@ -61,6 +61,7 @@ def test_texts_beside_it_change_no_vector(embedder: Embedder) -> None:
     np.testing.assert_allclose(np.concatenate([embedder.encode([text]) for text in texts]), embedder.encode(texts), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_its_scores_are_near_its_teacher_s_and_a_prompt_costs_little(embedder: Embedder, minilm: Path) -> None:
     teacher = compress.load(str(minilm), device="cpu")
     (task,) = find_tasks(["MiniSTS"], None)

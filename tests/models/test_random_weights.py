@@ -101,12 +101,13 @@ def test_any_model_s_folder_can_be_drawn_anew(make_model) -> None:
     assert embedder.encode(["one text"]).shape == original.encode(["one text"]).shape
 
 
-def test_a_run_measures_sizes_and_speed_and_says_nothing_of_accuracy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", [[], pytest.param(["fidelity", "speed"], marks=pytest.mark.slow)], ids=["sizes", "speed"])
+def test_a_run_measures_sizes_and_speed_and_says_nothing_of_accuracy(tmp_path: Path, what: list[str]) -> None:
     recipe = parse_recipe(
         {
             "name": "r",
             "steps": [{"method": "rtn"}],
-            "measure": {"count": 8, "rounds": 1, "requests": 10},
+            "measure": {"what": what, "count": 8, "rounds": 1, "requests": 10},
             "gates": {"retained": 0.9, "size_ratio": 1.0},
         }
     )
@@ -115,7 +116,7 @@ def test_a_run_measures_sizes_and_speed_and_says_nothing_of_accuracy(tmp_path: P
     assert record.run.startswith("r-random-NV-Embed-v2-")
     assert record.model.weights == "random"
     assert (record.tasks, record.retained, record.fidelity) == ((), None, None)
-    assert record.rows[-1].speed is not None
+    assert (record.rows[-1].speed is not None) == ("speed" in what)
     assert record.verdict == "accuracy not measured; passes size_ratio; not judged: retained"
     assert any("random weights" in line for line in said)
     variant = tmp_path / record.run / "variant"

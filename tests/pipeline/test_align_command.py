@@ -41,6 +41,13 @@ def turned(old: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_dense(old, tmp_path_factory.mktemp("turned") / "turned", turn(48))
 
 
+@pytest.fixture(scope="module")
+def kept(old: Path, turned: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Record, Path]:
+    """A call that nobody disturbed, of the turned copy to what it was turned from, and its folder."""
+    out = tmp_path_factory.mktemp("kept") / "out"
+    return align(str(turned), str(old), out, AlignOptions(str(texts)), say=QUIET), out
+
+
 def command(*words: object) -> tuple[int, str]:
     found = CliRunner().invoke(app, [str(word) for word in words])
     assert found.exception is None or isinstance(found.exception, SystemExit | UserError), found.exception
@@ -88,13 +95,10 @@ def test_a_model_that_keeps_too_little_says_re_embed(make_model, old: Path, text
     assert [gate.kept for gate in record.gates] == [False]
 
 
-def test_the_lower_end_of_the_interval_decides(old: Path, turned: Path, texts: Path, tmp_path: Path) -> None:
-    from compress.measure.accuracy.score import TaskScore
-    from compress.measure.alignment import CrossScores, judge, said
-
-    record = align(str(turned), str(old), tmp_path / "out", AlignOptions(str(texts)), say=QUIET)
-    from compress.measure.accuracy.score import score_task
+def test_the_lower_end_of_the_interval_decides(old: Path, kept: tuple[Record, Path]) -> None:
+    from compress.measure.accuracy.score import TaskScore, score_task
     from compress.measure.accuracy.tasks import find_tasks
+    from compress.measure.alignment import CrossScores, judge, said
 
     (task,) = find_tasks(["MiniRetrieval"], None)
     own = score_task(compress.load(old, device="cpu"), task)
@@ -114,29 +118,27 @@ def test_the_lower_end_of_the_interval_decides(old: Path, turned: Path, texts: P
         found = judge(folder_of(old), CrossScores({"t": own}, {"t": crossed}, {"t": own}), wanted)
         return said(found).partition(":")[0]
 
-    kept = worse.mean() / values.mean()
+    share = worse.mean() / values.mean()
     found = judge(folder_of(old), CrossScores({"t": own}, {"t": less}, {"t": own}), 0.97).kept
-    assert found.value == pytest.approx(kept)
+    assert found.value == pytest.approx(share)
     assert found.low is not None
     assert found.high is not None
     assert judged(found.low - 0.001) == "you may keep your index"
     assert judged(found.low + 0.001) == "not settled, so re-embed or measure on more queries"
     assert judged(found.high + 0.001) == "re-embed"
-    assert record.verdict.startswith("you may keep")
+    assert kept[0].verdict.startswith("you may keep")
 
 
-def test_compare_reads_the_record_in_a_group_of_its_own(old: Path, turned: Path, texts: Path, tmp_path: Path) -> None:
-    align(str(turned), str(old), tmp_path / "runs" / "a", AlignOptions(str(texts)), say=QUIET)
-    (group,) = compare_runs([tmp_path / "runs"]).groups
+def test_compare_reads_the_record_in_a_group_of_its_own(kept: tuple[Record, Path]) -> None:
+    (group,) = compare_runs([kept[1].parent]).groups
     assert group.measured_on == "queries of turned on the index of old"
     (line,) = group.lines
     assert line.kept == pytest.approx(1, abs=0.02)
 
 
 def test_a_call_that_was_stopped_continues(
-    old: Path, turned: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: tuple[Record, Path], old: Path, turned: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = align(str(turned), str(old), tmp_path / "whole", AlignOptions(str(texts)), say=QUIET)
     made: list[str] = []
     real = align_module.make_variant
 
@@ -155,24 +157,25 @@ def test_a_call_that_was_stopped_continues(
     assert not (tmp_path / "again").exists()
     again = align(str(turned), str(old), tmp_path / "again", AlignOptions(str(texts)), say=QUIET)
     assert made == ["variant"]
-    assert again.alignment == whole.alignment
-    np.testing.assert_array_equal(encoded(tmp_path / "again", ["a parcel"]), encoded(tmp_path / "whole", ["a parcel"]))
+    assert again.alignment == kept[0].alignment
+    np.testing.assert_array_equal(encoded(tmp_path / "again", ["a parcel"]), encoded(kept[1], ["a parcel"]))
 
 
-def test_a_variant_is_aligned_in_its_own_runtime(old: Path, turned: Path, texts: Path, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize("runtime", ["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+def test_a_variant_is_aligned_in_its_own_runtime(old: Path, turned: Path, texts: Path, tmp_path: Path, runtime: str) -> None:
+    pytest.importorskip(runtime)
     from compress.pipeline.recipe_file import parse_recipe
     from compress.pipeline.run import run
 
     recipe = {
         "name": "int8",
         "model": str(turned),
-        "runtime": "onnxruntime",
+        "runtime": runtime,
         "steps": [{"method": "rtn", "bits": 4, "group_size": 16, "activations": "none"}],
     }
     made = run(parse_recipe(recipe), output=tmp_path / "runs", compress_only=True, say=QUIET)
     record = align(str(tmp_path / "runs" / made.run), str(old), tmp_path / "out", AlignOptions(str(texts)), say=QUIET)
-    assert (record.model.name, record.rows[-1].runtime, record.rows[-1].weights) == ("turned", "onnxruntime", "int4-g16")
+    assert (record.model.name, record.rows[-1].runtime, record.rows[-1].weights) == ("turned", runtime, "int4-g16")
     info = folder_of(tmp_path / "out" / "variant").compressed
     assert [step["method"] for step in info.steps] == ["rtn", "align"]
     assert (info.base, info.base_fingerprint) == ("turned", folder_of(turned).fingerprint)
@@ -180,9 +183,8 @@ def test_a_variant_is_aligned_in_its_own_runtime(old: Path, turned: Path, texts:
     assert record.alignment.to == "old"
 
 
-def test_doctor_checks_the_index_s_model_by_its_files(old: Path, turned: Path, texts: Path, tmp_path: Path, copy_of) -> None:
-    align(str(turned), str(old), tmp_path / "out", AlignOptions(str(texts)), say=QUIET)
-    found = diagnose(str(tmp_path / "out"), Options(reference=str(old)))
+def test_doctor_checks_the_index_s_model_by_its_files(kept: tuple[Record, Path], old: Path, copy_of) -> None:
+    found = diagnose(str(kept[1]), Options(reference=str(old)))
     assert found.same
     assert "is aligned to old, and the reference is that model" in found.notes[0]
     other = copy_of(old)
@@ -191,7 +193,7 @@ def test_doctor_checks_the_index_s_model_by_its_files(old: Path, turned: Path, t
     (other / "README.md").write_text("another card")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
-    found = diagnose(str(tmp_path / "out"), Options(reference=str(other)))
+    found = diagnose(str(kept[1]), Options(reference=str(other)))
     assert [cause.name for cause in found.causes][:1] == ["another index"]
     assert "an index that it made is searched by another alignment" in found.causes[0].words
 

@@ -18,7 +18,7 @@ from compress.pipeline.recipe_file import read_recipe
 from compress.pipeline.run import run
 
 RECIPE = """
-model: nano
+model: MODEL
 steps: [{method: rtn, bits: 4, activations: none}]
 measure: {what: [], count: 24}
 evaluate: {tasks: [./faq, MiniSTS]}
@@ -26,7 +26,7 @@ evaluate: {tasks: [./faq, MiniSTS]}
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(bert: Path, tmp_path: Path) -> Path:
     """A recipe with a task next to it: the first 24 queries of the embedded suite."""
     folder = tmp_path / "project"
     write_example(folder / "faq", "retrieval")
@@ -38,7 +38,7 @@ def recipe(tmp_path: Path) -> Path:
     kept = [graded[0], *(line for line in graded[1:] if line.split("\t")[0] in known)]
     (folder / "faq" / "qrels.csv").write_text("\n".join(kept).replace("\t", ",") + "\n")
     path = folder / "small.yaml"
-    path.write_text(RECIPE)
+    path.write_text(RECIPE.replace("MODEL", str(bert)))
     return path
 
 
@@ -91,16 +91,16 @@ def test_tasks_of_the_command_line_are_relative_to_where_it_runs(recipe: Path, b
 
 
 def test_a_recipe_whose_task_is_not_there_is_refused_before_anything_is_computed(recipe: Path, tmp_path: Path) -> None:
-    recipe.write_text(RECIPE.replace("./faq", "./fqa"))
+    recipe.write_text(recipe.read_text().replace("./faq", "./fqa"))
     with pytest.raises(UserError, match=r"task .*/fqa: not a folder") as caught:
         run(recipe, output=tmp_path / "results", device="cpu")
     assert "faq" in caught.value.hint
 
 
 def test_own_tasks_have_prompts_by_their_names(recipe: Path, bert: Path, tmp_path: Path) -> None:
-    recipe.write_text(RECIPE.replace("[./faq, MiniSTS]}", "[./faq], prompts: {faq-query: 'ask: ', faq-qery: x}}"))
+    recipe.write_text(recipe.read_text().replace("[./faq, MiniSTS]}", "[./faq], prompts: {faq-query: 'ask: ', faq-qery: x}}"))
     with pytest.raises(UserError, match="no task of this run looks for 'faq-qery'"):
         run(recipe, model=str(bert), output=tmp_path / "results", device="cpu")
-    recipe.write_text(RECIPE.replace("[./faq, MiniSTS]}", "[./faq], prompts: {faq-query: 'ask: '}}"))
+    recipe.write_text(recipe.read_text().replace(", faq-qery: x}}", "}}"))
     record = run(recipe, model=str(bert), output=tmp_path / "results", device="cpu", say=lambda _: None)
     assert record.tasks[0].prompts == {"query": "ask: ", "document": ""}

@@ -59,6 +59,7 @@ def test_a_recipe_from_end_to_end(pieces: Tokenizer, tmp_path: Path, layout: str
     assert not vectors[1].any()
 
 
+@pytest.mark.slow
 def test_speed_names_the_runtime_of_the_baseline(pieces: Tokenizer, tmp_path: Path) -> None:
     model = static_embedding_folder(tmp_path / "tiny", pieces, {"embedding.weight": table(pieces)}, "Normalize")
     measure = {"what": ["speed"], "count": 24, "rounds": 1, "requests": 10, "threads": 1}

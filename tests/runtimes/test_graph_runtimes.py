@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -54,13 +55,14 @@ def opened(folder: Path, runtime: str, **settings: object):  # type: ignore[no-u
 @pytest.mark.parametrize(
     ("kind", "pooling", "normalize", "runtime"),
     [
-        ("bert", "mean", True, "openvino"),
-        ("bert", "cls", False, "onnxruntime"),
+        pytest.param("bert", "mean", True, "openvino", marks=pytest.mark.slow),
+        pytest.param("bert", "cls", False, "onnxruntime", marks=pytest.mark.slow),
         pytest.param("roberta", "mean", True, "onnxruntime", marks=pytest.mark.slow),
         ("mistral", "lasttoken", True, "openvino"),  # with its causal mask
         pytest.param("qwen3", "mean", False, "onnxruntime", marks=pytest.mark.slow),
-        ("modernbert", "cls", True, "openvino"),  # layers of two kinds, each with a mask of its own
-        ("gemma3_text", "mean", True, "onnxruntime"),
+        # Layers of two kinds, each with a mask of its own, are in the blocks of all kinds too.
+        pytest.param("modernbert", "cls", True, "openvino", marks=pytest.mark.slow),
+        pytest.param("gemma3_text", "mean", True, "onnxruntime", marks=pytest.mark.slow),
     ],
 )
 def test_half_precision_gives_torch_s_vectors(
@@ -86,10 +88,14 @@ INTEGERS: dict[str, tuple[Method, ...]] = {
 }
 
 
+IN_BRIEF = {("int4-g16-zeros", "onnxruntime"), ("int4-zeros-ragged", "openvino")}
+"""What the blocks of all kinds, which have eight bits, four bits and a table of four in both runtimes, do not have."""
+
+
 @pytest.mark.parametrize(
     ("steps", "runtime"),
     [
-        pytest.param(steps, runtime, id=f"{name}-{runtime}")
+        pytest.param(steps, runtime, id=f"{name}-{runtime}", marks=[] if (name, runtime) in IN_BRIEF else [pytest.mark.slow])
         for name, steps in INTEGERS.items()
         for runtime in BOTH
         # Where both are given the same operators, one is enough.
@@ -192,7 +198,11 @@ def test_a_mixture_that_a_runtime_does_not_execute_is_refused_before_it_is_made(
 
 @pytest.mark.parametrize(
     ("kind", "group_size", "symmetric"),
-    [("bert", 16, True), ("bert", 32, False), ("mistral", 16, False)],
+    [
+        pytest.param("bert", 16, True, marks=pytest.mark.slow),
+        ("bert", 32, False),
+        pytest.param("mistral", 16, False, marks=pytest.mark.slow),
+    ],
     ids=["bert", "bert-zeros-ragged", "mistral-zeros"],
 )
 def test_activations_are_rounded_in_the_groups_of_the_weight(
@@ -217,6 +227,7 @@ def test_a_product_that_leaves_activations_as_they_are_is_refused(
 ) -> None:
     """As `MatMulNBits` does at accuracy level 4 where it has no such kernel."""
     compress_to(bert, tmp_path / "variant", RTN(bits=4, group_size=16, activations="dynamic_per_group"))
+    graph_file(tmp_path / "variant", "onnxruntime").touch()  # what is refused is never read
     monkeypatch.setattr(onnx_trial, "INT8_LEVEL", 1)
     multiplies_groups.cache_clear()
     with pytest.raises(UserError, match=r"no exact product of activations rounded in groups of 16 on this CPU") as refused:
@@ -258,8 +269,15 @@ def test_nv_embed_with_its_prompt_left_out_of_the_pool(nv_embed: Path, tmp_path:
     assert not np.allclose(*(ours.encode(TEXTS, prompt) for prompt in prompts), atol=1e-3)
 
 
-@pytest.mark.parametrize("runtime", BOTH)
-@pytest.mark.parametrize("step", [STATIC, RTN(bits=4, activations="none", group_size=16)])
+@pytest.mark.parametrize(
+    ("step", "runtime"),
+    [
+        (RTN(bits=4, activations="none", group_size=16), "openvino"),
+        pytest.param(STATIC, "onnxruntime", marks=pytest.mark.slow),
+        pytest.param(STATIC, "openvino", marks=pytest.mark.slow),
+        pytest.param(RTN(bits=4, activations="none", group_size=16), "onnxruntime", marks=pytest.mark.slow),
+    ],
+)
 def test_a_graph_s_weights_are_the_variant_s_bytes(bert: Path, tmp_path: Path, runtime: str, step: Method) -> None:
     folder = tmp_path / "variant"
     compress_to(bert, folder, step, Embeddings(bits=8))
@@ -278,18 +296,24 @@ def test_a_graph_s_weights_are_the_variant_s_bytes(bert: Path, tmp_path: Path, r
     assert graph_file(folder, runtime).stat().st_size < 200_000
 
 
-def test_batches_streams_and_order_change_nothing(bert: Path, mixed_texts, tmp_path: Path) -> None:
-    compress_to(bert, tmp_path / "variant", RTN(activations="none"))
+@pytest.fixture(scope="module")
+def int8(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A variant whose graphs are written by the first test that opens them."""
+    folder = tmp_path_factory.mktemp("int8") / "variant"
+    compress_to(bert, folder, RTN(activations="none"))
+    return folder
+
+
+def test_batches_streams_and_order_change_nothing(int8: Path, mixed_texts) -> None:
     for runtime in BOTH:
-        whole = opened(tmp_path / "variant", runtime, threads=1).encode(mixed_texts, batch_tokens=10_000)
-        small = opened(tmp_path / "variant", runtime, threads=4).encode(mixed_texts, batch_tokens=64)
+        whole = opened(int8, runtime, threads=1).encode(mixed_texts[:150], batch_tokens=10_000)
+        small = opened(int8, runtime, threads=4).encode(mixed_texts[:150], batch_tokens=64)
         np.testing.assert_allclose(whole, small, atol=1e-5)
 
 
 @pytest.mark.parametrize("runtime", BOTH)
-def test_eight_threads_of_small_requests(bert: Path, mixed_texts, tmp_path: Path, runtime: str) -> None:
-    compress_to(bert, tmp_path / "variant", RTN(activations="none"))
-    embedder = opened(tmp_path / "variant", runtime, threads=2)
+def test_eight_threads_of_small_requests(int8: Path, mixed_texts, runtime: str) -> None:
+    embedder = opened(int8, runtime, threads=2)
     requests = [mixed_texts[start : start + 3] for start in range(0, 240, 3)]
     alone = [embedder.encode(texts) for texts in requests]
     answers: list[np.ndarray | None] = [None] * len(requests)
@@ -317,20 +341,29 @@ assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("runtime", BOTH)
-def test_a_variant_runs_where_it_was_made_for_without_torch(bert: Path, tmp_path: Path, runtime: str) -> None:
+@pytest.mark.parametrize(
+    ("runtime", "written"),
+    [
+        ("onnxruntime", True),
+        pytest.param("onnxruntime", False, marks=pytest.mark.slow),
+        pytest.param("openvino", False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_variant_runs_where_it_was_made_for_without_torch(int8: Path, tmp_path: Path, runtime: str, written: bool) -> None:
     pytest.importorskip(runtime, reason=f"{runtime} is not installed")
-    folder = tmp_path / "variant"
-    compress_to(bert, folder, RTN(activations="none"))
+    if written:
+        opened(int8, runtime)
+    folder = Path(shutil.copytree(int8, tmp_path / "variant"))
     VariantInfo.read(folder).model_copy(update={"runtime": runtime}).write(folder)
-    assert not graph_file(folder, runtime).exists()  # another process writes it
+    if not written:
+        for name in BOTH:
+            graph_file(folder, name).unlink(missing_ok=True)  # another process writes it
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(folder)], check=True)
     assert graph_file(folder, runtime).exists()
 
 
-def test_bfloat16_in_openvino(bert: Path, tmp_path: Path) -> None:
-    compress_to(bert, tmp_path / "variant")
-    exact, rounded = (opened(tmp_path / "variant", "openvino", dtype=dtype).encode(TEXTS) for dtype in ("float32", "bfloat16"))
+def test_bfloat16_in_openvino(int8: Path) -> None:
+    exact, rounded = (opened(int8, "openvino", dtype=dtype).encode(TEXTS) for dtype in ("float32", "bfloat16"))
     cosine = (exact * rounded).sum(axis=1)
     assert cosine.min() > 0.999
     if "avx512_bf16" in compress.common.machine.cpu_flags():

@@ -52,7 +52,7 @@ def test_packed_rows_are_the_unpacked_ones(model: Path, tmp_path: Path, step: Em
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", ["openvino", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_graphs_of_a_table(model: Path, tmp_path: Path, runtime: str) -> None:
     pytest.importorskip(runtime, reason=f"{runtime} is not installed")
     compress_to(model, tmp_path / "v", Embeddings(bits=4, group_size=8))

@@ -19,10 +19,11 @@ def reference(folder: Path, texts: list[str], prompt: str | None = None) -> np.n
 
 
 def test_minilm_gives_the_vectors_of_sentence_transformers(minilm: Path, mixed_texts: list[str]) -> None:
-    ours = compress.load("minilm", dtype="float32", device="cpu").encode(mixed_texts)
-    assert ours.shape == (500, 384)
+    texts = mixed_texts[:90]  # of every kind, and a few of each length
+    ours = compress.load("minilm", dtype="float32", device="cpu").encode(texts)
+    assert ours.shape == (90, 384)
     assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, reference(minilm, mixed_texts), atol=1e-5)
+    np.testing.assert_allclose(ours, reference(minilm, texts), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["bert", "mistral"])

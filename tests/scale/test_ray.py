@@ -28,10 +28,11 @@ from scale_support import (
 from compress.common.errors import UserError
 from compress.measure.evaluate import EvaluationOptions, evaluate
 from compress.scale import corpora, ray_workers
+from compress.scale import tasks as scale_tasks
 from compress.scale.corpora import CorpusOptions, encode_corpus
 from compress.scale.ray_workers import connected
 from compress.scale.tasks import evaluate_many
-from compress.scale.units import RayOptions, map_units
+from compress.scale.units import RayOptions, map_units, working
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 PATHS = ":".join(path for path in sys.path if path)
@@ -117,6 +118,7 @@ corpora.encode_corpus(sys.argv[1], sys.argv[2], Path(sys.argv[3]), options, ray=
 """
 
 
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_behind_the_last_part(address: str, model: str, tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "t.txt", some_texts(100))
     encode_corpus(model, lines, tmp_path / "here", CorpusOptions(part_texts=8))
@@ -137,7 +139,14 @@ def test_a_killed_driver_goes_on_behind_the_last_part(address: str, model: str, 
     np.testing.assert_allclose(theirs["vector"].to_pylist(), ours["vector"].to_pylist(), atol=1e-6)
 
 
-def test_scores_are_those_of_one_process(address: str, bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["this process", pytest.param("ray", marks=pytest.mark.slow)])
+def test_scores_are_those_of_one_process(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, bert: Path, by: str
+) -> None:
+    if by == "ray":
+        request.getfixturevalue("address")
+    else:
+        monkeypatch.setattr(scale_tasks, "working", lambda make_worker, ray: working(make_worker))
     options = EvaluationOptions(device="cpu")
     tasks = ["MiniSTS", "MiniPairClassification"]
     said: list[str] = []
@@ -172,6 +181,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 def test_a_process_may_start_ray_again() -> None:
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["7", "7"], done.stderr

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from sweep_support import deadly_runner
+from typer.testing import CliRunner
 
+from compress.cli import app
 from compress.common.errors import UserError
 from compress.common.journal import Journal
 from compress.measure.record import Record
@@ -361,14 +363,29 @@ def broken(model: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_run_that_fails_is_reported_and_the_others_go_on(write: Callable[..., Path], tmp_path: Path, bert: Path) -> None:
-    """The command, with runs in processes of their own, two at a time."""
+def processes_of_their_own(*arguments: str) -> tuple[int, str]:
+    """The command as a user calls it; return its exit code and what it printed."""
+    done = subprocess.run([sys.executable, "-m", "compress.cli", *arguments], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_that_fails_is_reported_and_the_others_go_on(
+    request: pytest.FixtureRequest, write: Callable[..., Path], tmp_path: Path, bert: Path, own: bool
+) -> None:
+    """The command: runs in processes of their own, two at a time, as a user has them; or in this one, after one another."""
+    if not own:
+        request.getfixturevalue("started")
     path = write("best: size\n", BASE.replace("[MiniSTS]", "[]"), models=(broken(bert, tmp_path / "broken"), bert))
-    command = [sys.executable, "-m", "compress.cli", "sweep", str(path), "--runs", str(tmp_path / "runs"), "--workers", "2"]
-    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert f"failed in round 1: base on {tmp_path / 'broken'}: " in done.stdout.replace("\n", "")
-    assert "best by size: base (base-bert" in done.stdout
+    command = ["sweep", str(path), "--runs", str(tmp_path / "runs"), "--workers", "2" if own else "1", "--device", "cpu"]
+    if own:
+        code, printed = processes_of_their_own(*command)
+    else:
+        done = CliRunner().invoke(app, command)
+        code, printed = done.exit_code, done.stdout
+    assert code == 2, printed
+    assert f"failed in round 1: base on {tmp_path / 'broken'}: " in printed.replace("\n", "")
+    assert "best by size: base (base-bert" in printed
     (run,) = [name for name in names(tmp_path / "runs") if not name.startswith(".")]
     assert Record.read(tmp_path / "runs" / run).model.name == bert.name
 
@@ -382,6 +399,7 @@ def test_the_process_of_a_run_that_is_killed_is_a_failed_run(tmp_path: Path) -> 
     assert (gone.code, gone.error.splitlines()[1]) == (2, "the folder has to be there on every machine")
 
 
+@pytest.mark.slow
 def test_workers_of_ray_make_the_same_runs_whoever_is_killed(
     write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

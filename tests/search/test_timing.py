@@ -51,7 +51,7 @@ def bits_for_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "threads_and_streams", lambda folder, threads: (2, 1))
 
 
-@pytest.mark.parametrize("runtime", ["torch", *GRAPH_RUNTIMES])
+@pytest.mark.parametrize("runtime", ["torch", *(pytest.param(runtime, marks=pytest.mark.slow) for runtime in GRAPH_RUNTIMES)])
 @pytest.mark.usefixtures("bits_for_times")
 def test_a_bound_on_speed_is_kept_by_the_times_of_the_runtime(bert: Path, runtime: str) -> None:
     pytest.importorskip(runtime, reason=f"{runtime} is not installed")

@@ -92,6 +92,7 @@ def crowded(prompted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield server
 
 
+@pytest.mark.slow
 def test_openai_comes_again_after_429(crowded: Server, expected: np.ndarray) -> None:
     openai = client_package("openai")
     together = threading.Barrier(12)

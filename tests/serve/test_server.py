@@ -83,6 +83,7 @@ def test_an_instruction_is_put_before_texts_and_not_pooled(served: Server, nv_em
 @pytest.mark.skipif(
     not (SHARED / "reference").is_dir(), reason="the original tokenizer is not beside this checkout (../shared/reference)"
 )
+@pytest.mark.slow
 def test_an_instruction_gives_the_golden_vectors_of_nv_embed(nv_embed: Path, tmp_path: Path) -> None:
     """With the original tokenizer, what the original code gave for these texts."""
     folder = shutil.copytree(nv_embed, tmp_path / "original")
@@ -245,6 +246,7 @@ def test_alive_ready_and_described(served: Server) -> None:
     assert set(fields["required"]) == {"input", "model"}
 
 
+@pytest.mark.slow
 def test_a_quantized_variant_gives_what_encode_gives(prompted: Path, tmp_path: Path) -> None:
     """No further from `encode` than `encode` is from itself with other batches, and its cosines are 1 but for rounding."""
     variant = tmp_path / "run" / "variant"

@@ -84,6 +84,7 @@ def test_codes_are_found_with_their_scale_alone(folders: dict[str, Path], docume
     assert right > 0.9 > wrong
 
 
+@pytest.mark.slow
 def test_the_example_searches_every_store_that_is_there(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     vector_stores.main("nano", str(folders["float32"]), suite_texts()[5])
     said = capsys.readouterr().out.splitlines()

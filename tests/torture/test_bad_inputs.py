@@ -16,7 +16,7 @@ from bad_inputs import CLASSES, all_cases
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 SEED = int(os.environ.get("TORTURE_SEED", datetime.date.today().toordinal()))
-FEW = 24
+FEW, MORE = 4, 24
 
 
 def take(work: Path, *arguments: str) -> str:
@@ -31,8 +31,9 @@ def test_names_of_cases_are_unique() -> None:
     assert len(names) == len(set(names))
 
 
-def test_some_bad_inputs(tmp_path: Path) -> None:
-    take(tmp_path, "--draw", str(FEW), "--seed", str(SEED))
+@pytest.mark.parametrize("count", [FEW, pytest.param(MORE, marks=pytest.mark.slow)])
+def test_some_bad_inputs(tmp_path: Path, count: int) -> None:
+    take(tmp_path, "--draw", str(count), "--seed", str(SEED))
 
 
 @pytest.mark.torture

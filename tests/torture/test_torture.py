@@ -1,6 +1,6 @@
 """A run is killed, the disk is full, the power fails, others run at the same time; and it ends as if nothing had happened.
 
-`make test` draws some moments anew each day; `make torture` takes all. Seeds are in the tests' names.
+`make test` draws some moments of a run that measures nothing anew each day; `make torture` takes all. Seeds are in the tests' names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SEED = int(os.environ.get("TORTURE_SEED", datetime.date.today().toordinal()))
 FEW = 4
 
 
-@pytest.fixture(scope="module", params=["measured", "calibrated"])
+@pytest.fixture(scope="module", params=[pytest.param("measured", marks=pytest.mark.slow), "calibrated"])
 def lives(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Iterator[Lives]:
     recipe = {"measured": RECIPE, "calibrated": CALIBRATED}[request.param]
     made = Lives(tmp_path_factory.mktemp(request.param), bert, recipe)

@@ -263,5 +263,13 @@ def _with_data(name: str, found: Any, data: Path | None) -> Task:
 
 def _names(name: str) -> list[str]:
     """Return a task's name and the names of the tasks that it supersedes, which have the same data."""
-    superseded = (task.metadata.name for task in mteb.get_tasks(exclude_superseded=False) if task.superseded_by == name)
-    return [name, *sorted(superseded)]
+    return [name, *_superseded().get(name, ())]
+
+
+@cache
+def _superseded() -> dict[str, list[str]]:
+    """Return the names of the tasks that each task supersedes: mteb makes all of its tasks to tell, which takes a second."""
+    found: dict[str, list[str]] = {}
+    for task in sorted(mteb.get_tasks(exclude_superseded=False), key=lambda task: str(task.metadata.name)):
+        found.setdefault(task.superseded_by, []).append(task.metadata.name)
+    return found

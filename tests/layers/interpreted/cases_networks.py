@@ -50,7 +50,12 @@ STEPS = {"float": [], "int8": [RTN()], "int8-weights": [RTN(activations="none")]
 
 @pytest.mark.parametrize(
     ("kind", "numbers"),
-    [*((kind, numbers) for kind in ("bert", "mistral") for numbers in STEPS), ("qwen3", "int8"), ("gemma3_text", "float")],
+    [
+        *(("bert", "int8"), ("mistral", "fp8"), ("gemma3_text", "float")),
+        *(pytest.param("bert", numbers, marks=pytest.mark.slow) for numbers in STEPS if numbers != "int8"),
+        *(pytest.param("mistral", numbers, marks=pytest.mark.slow) for numbers in STEPS if numbers != "fp8"),
+        pytest.param("qwen3", "int8", marks=pytest.mark.slow),
+    ],
 )
 def test_a_fused_network_gives_what_the_separate_layers_give(kind: str, numbers: str) -> None:
     network, twin = tiny(kind), tiny(kind)

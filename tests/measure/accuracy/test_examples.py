@@ -42,14 +42,14 @@ def minilm_embedder(minilm: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
-def test_the_examples_give_the_score_again(minilm_embedder: Any, name: str) -> None:
-    task = find_tasks([name], None)[0]
-    found = score_task(minilm_embedder, task)
+def test_the_examples_give_the_score_again(bert: Path, name: str) -> None:
+    task, embedder = find_tasks([name], None)[0], compress.load(str(bert), device="cpu")
+    found = score_task(embedder, task)
     assert len(found.examples.parts) == 1
     assert score(found.examples.parts[0].statistic()) == pytest.approx(found.score, abs=1e-5)
     assert TaskScore(**json.loads(found.model_dump_json())).examples == found.examples
     assert found.mteb["task_name"] == name
-    again = score_task(minilm_embedder, task)  # the task draws the same samples again
+    again = score_task(embedder, task)  # the task draws the same samples again
     assert again.examples == found.examples
     assert again.score == found.score
 
@@ -141,6 +141,7 @@ def test_named_subsets() -> None:
     assert find_tasks(["MTEB(eng, v2)"], None)[0].folder is None
 
 
+@pytest.mark.slow
 def test_a_copy_is_kept_and_shuffled_weights_regress(minilm: Path, minilm_embedder: Any, tmp_path: Path) -> None:
     """Weights of one layer after the other shuffled until the mean has dropped by more than the margin."""
     tasks = find_tasks(["MiniSTS", "MiniRetrieval", "MiniPairClassification"], None)

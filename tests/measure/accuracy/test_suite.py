@@ -79,7 +79,10 @@ def test_sizes_of_the_later_tasks() -> None:
     assert all(len(row["positive"]) in (1, 2) and len(row["negative"]) == 9 for row in questions)
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("MiniSTS", "MiniPairClassification") else pytest.mark.slow) for name in EMBEDDED],
+)
 def test_it_tells_a_good_embedder_from_words_and_words_from_chance(minilm: Path, name: str) -> None:
     task = find_tasks([name], None)[0]
     good, words, chance = (

@@ -137,24 +137,15 @@ def curve_of(record: Record) -> list[dict[str, float]]:
     return curve
 
 
-def test_two_nodes_learn_what_one_process_does(recipe: Path, tmp_path: Path) -> None:
+def torchrun(recipe: Path, runs: Path) -> list[subprocess.Popen[str]]:
+    """Two "nodes", each with a launcher of its own."""
     port = free_port()
-    launchers = [
+    return [
         subprocess.Popen(
             [
-                *(
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--nnodes",
-                    "2",
-                    "--nproc-per-node",
-                    "1",
-                    "--node-rank",
-                    str(node),
-                ),
-                *("--rdzv-endpoint", f"127.0.0.1:{port}", "-m", "compress.cli", "run", str(recipe)),
-                *("--runs", str(tmp_path / "two"), "--device", "cpu", "--compress-only"),
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+                *("--node-rank", str(node), "--rdzv-endpoint", f"127.0.0.1:{port}", "-m", "compress.cli", "run", str(recipe)),
+                *("--runs", str(runs), "--device", "cpu", "--compress-only"),
             ],
             env=environment(),
             stdout=subprocess.PIPE,
@@ -163,6 +154,14 @@ def test_two_nodes_learn_what_one_process_does(recipe: Path, tmp_path: Path) -> 
         )
         for node in range(2)
     ]
+
+
+@pytest.mark.slow  # test_job has two processes that learn what one does
+@pytest.mark.parametrize("launched", [False, True], ids=["ranks", "torchrun"])
+def test_two_nodes_learn_what_one_process_does(
+    recipe: Path, tmp_path: Path, start: Callable[[Path, Path], Ranks], launched: bool
+) -> None:
+    launchers = torchrun(recipe, tmp_path / "two") if launched else start(recipe, tmp_path / "two").processes
     compress.run(recipe, output=tmp_path / "one", device="cpu", compress_only=True, say=lambda _: None)
     said = [launcher.communicate(timeout=TIMEOUT)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], said
@@ -179,7 +178,8 @@ def test_two_nodes_learn_what_one_process_does(recipe: Path, tmp_path: Path) -> 
         torch.testing.assert_close(second[name].float(), tensor.float(), atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow  # six processes; kills of one are in test_training, two processes' equal bytes in test_job
+@pytest.mark.parametrize("victim", [0, 1])
 def test_whichever_rank_is_killed_the_run_goes_on_to_the_same_bytes(
     recipe: Path, tmp_path: Path, start: Callable[[Path, Path], Ranks], victim: int
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tests_support import TEXTS, compress_to
 
 import compress
@@ -16,22 +17,23 @@ from compress.methods.quantize.rtn import RTN
 from compress.models.files.variant import VariantInfo
 
 
+@pytest.mark.slow  # recipes that heal and quantize are in tests/pipeline, what a training learns is in test_training
 def test_a_pruned_model_is_healed_and_quantized_in_one_recipe(minilm: Path, texts: Path, tmp_path: Path) -> None:
     heal = Distill(
         texts=str(texts),
-        held_out=100,
-        steps=30,
+        held_out=40,
+        steps=16,
         batch=16,
-        every=15,
+        every=8,
         learning_rate=3e-4,
-        max_tokens=64,
+        max_tokens=32,
         hidden=0.1,
         hard_negatives=1,
         precision="no",  # bfloat16 is very slow on processors that do not multiply it
     )
     compress_to(minilm, tmp_path / "pruned", Depth(drop=(1, 2, 3)))
     compress_to(minilm, tmp_path / "healed", Depth(drop=(1, 2, 3)), heal, RTN())
-    judged = list(suite_texts()[400:500])
+    judged = list(suite_texts()[400:450])
     whole = compress.load("minilm", device="cpu").encode(judged)
     cosines = {
         name: float((compress.load(str(tmp_path / name), device="cpu").encode(judged) * whole).sum(axis=1).mean())

@@ -66,15 +66,9 @@ def test_elsewhere_it_is_an_ordinary_smaller_model(model_of, tmp_path: Path, kin
     np.testing.assert_allclose(encoded(tmp_path / "out"), elsewhere, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "runtime"),
-    [
-        ("bert", "onnxruntime"),
-        ("mistral", "openvino"),
-        pytest.param("bert", "openvino", marks=pytest.mark.slow),
-        pytest.param("mistral", "onnxruntime", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # blocks of all kinds in graphs are in tests/runtimes
+@pytest.mark.parametrize("kind", ["bert", "mistral"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_narrow_and_shallow_model_runs_without_torch(model_of, tmp_path: Path, kind: str, runtime: str) -> None:
     pytest.importorskip(runtime, reason=f"{runtime} is not installed")
     target = tmp_path / "variant"

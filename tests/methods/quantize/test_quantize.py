@@ -81,7 +81,7 @@ def test_a_variant_is_near_its_model_and_as_large_as_planned(
     }
 
 
-@pytest.mark.parametrize("kind", ["bert", "mistral"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_calibration_keeps_more_of_the_vectors(make_model, mixed_texts, tmp_path: Path, kind: str) -> None:
     """At the same bits GPTQ and AWQ lose less than plain rounding, on texts that they were not calibrated on."""
     folder = make_model(kind)
@@ -172,7 +172,12 @@ def test_inputs_that_are_not_finite_are_refused_by_name(bert: Path, copy_of, tmp
 
 
 @pytest.mark.parametrize(
-    "step", [RTN(head=True), GPTQ(head=True, group_size=16), SmoothQuant(head=True)], ids=lambda step: step.method
+    "step",
+    [
+        GPTQ(head=True, group_size=16),
+        *(pytest.param(step, marks=pytest.mark.slow) for step in (RTN(head=True), SmoothQuant(head=True))),
+    ],
+    ids=lambda step: step.method,
 )
 def test_the_folded_head_is_quantized_where_that_is_asked(nv_embed: Path, tmp_path: Path, step: Method) -> None:
     compress_to(nv_embed, tmp_path / "variant", Fold(), step)

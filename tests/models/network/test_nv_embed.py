@@ -140,7 +140,13 @@ def test_the_fold_of_the_real_shape_saves_what_was_derived() -> None:
         Fold().estimate(after)
 
 
-@pytest.mark.parametrize("steps", [[], [{"method": "fold"}], [{"method": "fold"}, {"method": "rtn"}], [{"method": "rtn"}]])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"method": "fold"}, {"method": "rtn"}],
+        *(pytest.param(steps, marks=pytest.mark.slow) for steps in ([], [{"method": "fold"}], [{"method": "rtn"}])),
+    ],
+)
 def test_recipes_run_on_it_from_end_to_end(checkpoint: Path, tmp_path: Path, steps: list[dict[str, str]]) -> None:
     measure = {"count": 16, "what": ["fidelity"]}
     evaluate = {"tasks": ["MiniSTS"]}

@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from compress.models.network.build import load_network
 from compress.models.network.segments import Kind, Parts, Segment, segments_of
 from compress.models.network.walk import Carry, Resident, Streamed, walk
 from compress.models.opened import empty_model, weights_of
+from compress.pipeline import stage
 from compress.pipeline.recipe_file import parse_recipe
 from compress.runtimes.streamed import StreamedEmbedder
 
@@ -33,8 +34,13 @@ TEXTS = ["a parcel came late", "the parcel came late", "", "why " * 30, "日本�
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("spilled", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "spilled"),
+    [
+        *((kind, False) for kind in KINDS),
+        *(pytest.param(kind, True, marks=[] if kind in ("bert", "gemma3_text") else [pytest.mark.slow]) for kind in KINDS),
+    ],
+)
 def test_streamed_vectors_are_the_resident_ones_bit_for_bit(make_model, cache: Path, kind: str, spilled: bool) -> None:
     folder = str(make_model(kind))
     resident, streamed = compress.load(folder, device="cpu"), compress.load(folder, device="cpu", stream=True)
@@ -148,23 +154,54 @@ def test_a_walk_that_was_stopped_goes_on_where_it_was(make_model, tmp_path: Path
         assert torch.equal(second.hidden(index), whole.hidden(index))
 
 
+def dying(after: int, die: Callable[[], None]) -> Callable[..., None]:
+    """What writes shards, and after some of them leaves half a file and dies."""
+    write, written = stage.write_tensors, []
+
+    def write_and_die(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if len(written) == after:
+            path.with_name(f".{path.name}.0123456789ab.writing").write_bytes(b"half a file")
+            die()
+        write(path, tensors)
+        written.append(path)
+
+    return write_and_die
+
+
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {own!r}]
 from pathlib import Path
 from compress.pipeline.recipe_file import parse_recipe
 from compress.pipeline import stage
+from test_walk import dying
 from tests_support import compress_to
-write, written = stage.write_tensors, []
-def write_and_die(path, tensors):
-    if len(written) == {after}:
-        path.with_name(f".{{path.name}}.0123456789ab.writing").write_bytes(b"half a file")
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(path, tensors)
-    written.append(path)
-stage.write_tensors = write_and_die
+stage.write_tensors = dying({after}, lambda: os.kill(os.getpid(), signal.SIGKILL))
 compress_to(Path({folder!r}), Path({target!r}), *parse_recipe({{'steps': {steps!r}}}).steps)
 """
+
+
+def kill(folder: Path, target: Path, after: int, steps: list[dict[str, object]]) -> None:
+    """Write a variant in another process, which is killed after some segments."""
+    tests = Path(__file__).parents[2]
+    script = KILLED.format(
+        tests=str(tests), own=str(Path(__file__).parent), folder=str(folder), target=str(target), after=after, steps=steps
+    )
+    result = subprocess.run([sys.executable, "-c", script], check=False, env={**os.environ})
+    assert result.returncode == -signal.SIGKILL
+
+
+def stop(folder: Path, target: Path, after: int, steps: list[dict[str, object]]) -> None:
+    """Write a variant in this process until an exception ends it after some segments."""
+
+    def die() -> None:
+        raise Stopped
+
+    made = parse_recipe({"steps": steps}).steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "write_tensors", dying(after, die))
+        with pytest.raises(Stopped):
+            compress_to(folder, target, *made)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -185,17 +222,24 @@ KILLED_STEPS: dict[str, list[dict[str, object]]] = {
 }
 
 
-@pytest.mark.parametrize("steps", KILLED_STEPS.values(), ids=KILLED_STEPS)
-def test_a_variant_whose_writing_was_killed_is_continued(make_model, tmp_path: Path, steps: list[dict[str, object]]) -> None:
+@pytest.mark.parametrize(
+    ("end", "steps"),
+    [
+        *(pytest.param(stop, steps, id=f"stopped-{name}") for name, steps in KILLED_STEPS.items()),
+        *(
+            pytest.param(kill, steps, id=f"killed-{name}", marks=[] if name == "gptq" else [pytest.mark.slow])
+            for name, steps in KILLED_STEPS.items()
+        ),
+    ],
+)
+def test_a_variant_whose_writing_was_killed_is_continued(
+    make_model, tmp_path: Path, end: Callable[..., None], steps: list[dict[str, object]]
+) -> None:
     folder, made = make_model("mistral"), parse_recipe({"steps": steps}).steps
     compress_to(folder, tmp_path / "whole" / "variant", *made)
     killed = tmp_path / "killed"
     after = random.randrange(1, 4 if steps[0]["method"] != "depth" else 3)  # there a block is gone
-    script = KILLED.format(
-        tests=str(Path(__file__).parents[2]), folder=str(folder), target=str(killed / "variant"), after=after, steps=steps
-    )
-    result = subprocess.run([sys.executable, "-c", script], check=False, env={**os.environ})
-    assert result.returncode == -signal.SIGKILL
+    end(folder, killed / "variant", after, steps)
     assert len(list(segments_kept(killed))) == after
     assert not (killed / "variant").exists()
     times = {path: path.stat().st_mtime_ns for path in (killed / "variant.partial").glob("model-*")}
@@ -207,8 +251,6 @@ def test_a_variant_whose_writing_was_killed_is_continued(make_model, tmp_path: P
 
 
 def test_a_large_variant_stays_in_shards(make_model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from compress.pipeline import stage
-
     folder = make_model("mistral")
     compress_to(folder, tmp_path / "one" / "variant", RTN())
     join = stage.join_shards
