@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import transformers
@@ -21,6 +23,20 @@ from compress.models.folder import ModelFolder
 from compress.models.network.pooling import attach_head, head_of
 from compress.models.network.segments import HEAD
 from compress.models.network.tied import name_tables_once, stored_once
+
+_Arguments, _Result = ParamSpec("_Arguments"), TypeVar("_Result")
+_BUILDING = threading.RLock()
+
+
+def _alone(build: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Let one thread at a time build: transformers and `_parameters_on_meta` change classes and defaults of torch meanwhile."""
+
+    @functools.wraps(build)
+    def locked(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+        with _BUILDING:
+            return build(*arguments, **named)
+
+    return locked
 
 
 def _quietly() -> None:
@@ -50,6 +66,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error) if mismatch is None else ' '.join(mismatch.split())}"
 
 
+@_alone
 def load_network(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
     """Load the network of a checkpoint, without a language-model head and with all floating-point tensors in `dtype`.
 
@@ -97,12 +114,14 @@ def _with_head(network: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> n
     return network
 
 
+@_alone
 def stored_in_network(folder: ModelFolder, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Return a folder's stored tensors by their names in its network; see `compress.models.files.conversion.in_network`."""
     with _parameters_on_meta():
         return in_network(tensors, _as_it_runs(auto_class(folder).from_config(_uncached(folder))))
 
 
+@_alone
 def sharing_network(network: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
     """Return a network of transformers that shares all modules with another one, except for its head.
 
@@ -174,11 +193,12 @@ def _parameters_on_meta() -> Iterator[None]:
     """Build modules with parameters on the meta device, which take no memory, but with real buffers.
 
     `torch.device("meta")` would also put buffers on the meta device that no checkpoint holds (rotary frequencies, position ids).
+    Modules that other threads make meanwhile are left alone.
     """
-    register = nn.Module.register_parameter
+    register, mine = nn.Module.register_parameter, threading.get_ident()
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
+        if param is not None and threading.get_ident() == mine:
             param = nn.Parameter(param.to("meta"), requires_grad=False)
         register(self, name, param)
 
@@ -189,6 +209,7 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+@_alone
 def empty_network(folder: ModelFolder) -> nn.Module:
     """Build the network that a folder's config describes, in eval mode, with real buffers and its parameters on the meta device.
 
