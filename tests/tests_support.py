@@ -1,18 +1,21 @@
-"""What several tests need: where to look for what is not in the project, and methods applied to networks in memory."""
+"""What several tests need: where to look for what is not in the project, what the command line refuses, methods applied in memory."""
 
 from __future__ import annotations
 
+import shlex
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import compress
 from compress.calibration.texts import CalibrationSource
+from compress.cli import app
 from compress.common.journal import Journal
 from compress.data.texts import calibration_texts
 from compress.layers.scheme import QuantizedLayer
@@ -30,6 +33,22 @@ from compress.pipeline.stage import BuildOptions
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = Path(__file__).parent / "models" / "golden"
 TEXTS = ["the parcel never came", "rain by the evening, they said", "who wrote it", "x", ""]
+
+
+def refusal(line: str) -> Exception | None:
+    """Return why the command line refuses a `compress ...`, or None if it accepts it; nothing is run."""
+    words = shlex.split(line, comments=True)[1:]
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    if words[0] == "--help":
+        return None
+    while isinstance(group.commands.get(words[0]), typer.core.TyperGroup) and len(words) > 1:  # `compress task check`
+        group, words = group.commands[words[0]], words[1:]
+    try:
+        group.commands[words[0]].make_context(words[0], words[1:])
+    except Exception as error:
+        return error
+    return None
 
 
 def golden_weights(seed: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
