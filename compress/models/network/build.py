@@ -24,7 +24,8 @@ from compress.models.network.pooling import attach_head, head_of
 from compress.models.network.segments import HEAD
 from compress.models.network.tied import name_tables_once, stored_once
 
-_Arguments, _Result = ParamSpec("_Arguments"), TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 _BUILDING = threading.RLock()
 
 
