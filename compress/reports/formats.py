@@ -94,14 +94,14 @@ def _printable(text: str) -> str:
 
 
 def as_table(found: Comparison) -> str:
-    """Return a table of each group for the terminal."""
+    """Return a table of each group for the terminal, in plain text: it may be written to a file."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     shown = {name: show for name, show in COLUMNS.items() if name not in ONLY_WIDE}
-    console = Console(width=WIDTH, highlight=False, file=io.StringIO())
+    console = Console(width=WIDTH, highlight=False, file=io.StringIO(), force_terminal=False, color_system=None)
     for group in found.groups:
         table = Table(title=escape(_printable(group.title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for name in shown:

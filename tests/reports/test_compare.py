@@ -110,6 +110,12 @@ def test_what_cannot_be_read_is_listed_and_the_rest_shown(tmp_path: Path) -> Non
         compare_runs([tmp_path / "nowhere"])
 
 
+def test_a_table_is_plain_text_where_colours_are_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter and many CI systems set it
+    copy(tmp_path, "run")
+    assert "\x1b" not in as_table(compare_runs([tmp_path]))
+
+
 def test_every_format_holds_every_run(tmp_path: Path) -> None:
     for number in range(3):
         copy(tmp_path, f"run-{number}", retained=0.9 + number / 100)
