@@ -128,10 +128,10 @@ class _Search:
     @cached_property
     def fixed_bytes(self) -> int:
         """Bytes in the variant's file that no choice is about."""
-        apart = (group for group in self.subject.choices if group.kind == WHOLE or group.block is None)
-        as_stored = {group: next(one for one in self.subject.choices[group] if one.name == AS_STORED) for group in apart}
-        chosen = sum(bytes_of(choice, group, self.subject.shape) for group, choice in as_stored.items())
-        return self.subject.shape.as_stored().file_bytes - chosen
+        shape = self.subject.shape
+        apart = ((group, offered) for group, offered in self.subject.choices.items() if group.kind == WHOLE or group.block is None)
+        # The first choice leaves a group as it is; see `choices_for`.
+        return shape.as_stored().file_bytes - sum(bytes_of(offered[0], group, shape) for group, offered in apart)
 
     def problem(self, scores: Mapping[str, Mapping[str, float]]) -> Problem:
         """Return the knapsack of these scores."""
