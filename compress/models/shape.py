@@ -95,7 +95,11 @@ class ModelShape:
 
         It holds for several files too: offsets are shorter in them, by more than another header takes.
         """
-        return BARE_BYTES + sum(info.file_bytes(name) for name, info in self.tensors.items())
+        return BARE_BYTES + self.bytes_in_file(("",))
+
+    def bytes_in_file(self, starts: tuple[str, ...]) -> int:
+        """Return the most bytes that the tensors whose names begin with one of `starts` add to a file."""
+        return sum(info.file_bytes(name) for name, info in self.tensors.items() if name.startswith(starts))
 
     def as_stored(self) -> ModelShape:
         """Return this shape as a variant stores it: tensors of quantized layers unchanged, other floating-point ones in float16."""

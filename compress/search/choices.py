@@ -182,8 +182,6 @@ def bytes_of(choice: Choice, group: Group, shape: ModelShape) -> int:
     if group.kind == WHOLE:
         if choice.name == DROPPED:
             return 0
-        after = part_of(narrowed(choice, group, shape), group).as_stored()
-        return sum(info.file_bytes(name) for name, info in after.tensors.items())
+        return part_of(narrowed(choice, group, shape), group).as_stored().bytes_in_file(("",))
     after = part.as_stored() if step is None else step.estimate(part).after
-    own = tuple(f"{name}." for name in group.layers)
-    return sum(info.file_bytes(name) for name, info in after.tensors.items() if name.startswith(own))
+    return after.bytes_in_file(tuple(f"{name}." for name in group.layers))

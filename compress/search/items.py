@@ -102,5 +102,4 @@ def _rest_of_block(choice: Choice, whole: Group, settings: Mapping[Group, Sequen
         return 0
     after = narrowed(choice, whole, shape)
     layers = tuple(f"{layer}." for group in settings if group.block == whole.block for layer in group.layers)
-    inside = sum(info.file_bytes(name) for name, info in after.as_stored().tensors.items() if name.startswith(layers))
-    return bytes_of(choice, whole, shape) - inside
+    return bytes_of(choice, whole, shape) - after.as_stored().bytes_in_file(layers)
